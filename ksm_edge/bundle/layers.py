@@ -1,0 +1,72 @@
+"""What a bundle says of its backbone: the table of layers, their pristine weights, and how an image must come in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One conv of the backbone and the batch-norm behind it, if any.
+
+    In `backbone.onnx` it is the Conv node `name` with the inputs `name.weight` and `name.bias`.
+    """
+
+    name: str
+    weight_shape: tuple[int, int, int, int]  # (O, I, kh, kw), I per group
+    groups: int
+    eps: float  # of the batch-norm; 0 where there is none
+    has_norm: bool
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.weight_shape[1] == 1 and self.weight_shape[0] == self.groups
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's pristine tensors, float32 and read-only.
+
+    A conv without batch-norm is given as one whose batch-norm does nothing: gamma 1, mean 0, var 1, eps 0, bias 0 and
+    beta = the conv's own bias, so that one set of equations covers both.
+    """
+
+    weight: np.ndarray  # (O, I, kh, kw)
+    bias: np.ndarray  # (O,), the conv's, in front of the batch-norm
+    gamma: np.ndarray  # (O,)
+    beta: np.ndarray  # (O,)
+    mean: np.ndarray  # (O,)
+    var: np.ndarray  # (O,)
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """How an image becomes the backbone's input: short side to `resize`, centre crop to `size`, (x / 255 - mean) / std."""
+
+    size: int  # pixels
+    resize: int  # pixels
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A frozen backbone, as `ksm-edge export` writes it and every other command reads it."""
+
+    path: Path
+    recipe: str
+    licence: str
+    digest: str  # of the backbone: sorted tensor names, dtypes, shapes and bytes
+    layers: tuple[Layer, ...]  # in graph order
+    weights: Mapping[str, LayerWeights]  # by layer name, memory-mapped
+    features: int  # F, length of the pooled feature vector
+    input: InputContract
+
+    @property
+    def graph_path(self) -> Path:
+        """`backbone.onnx`: image (N, 3, H, W) -> features (N, F); conv weights and biases are external initializers."""
+        return self.path / "backbone.onnx"

@@ -1,0 +1,62 @@
+"""Every error a user can meet, as one tree; the command line turns each class into its exit code.
+
+    KsmEdgeError                     1  failure
+    ├── UsageError                   2  the call itself is off
+    │   └── DataError                2  images or folders that cannot be learned from
+    ├── FileError                    3  a file that must not be used
+    │   ├── DamagedFileError         3  bytes are not what they were when written
+    │   ├── WrongBackboneError       3  a pack of another backbone
+    │   └── UnsupportedVersionError  3  a format version or codec this release does not know
+    ├── UnsupportedError             4  an operator or runtime that is not there
+    └── BudgetError                  5  more memory than the budget allows
+
+An error says what was given, what was needed, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class KsmEdgeError(Exception):
+    """The root: catching it catches everything this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(KsmEdgeError):
+    """The call is off: an unknown name, a value out of range, options that exclude each other."""
+
+    exit_code = 2
+
+
+class DataError(UsageError):
+    """Images or folders that cannot be learned from: one class, no readable image, a missing split."""
+
+
+class FileError(KsmEdgeError):
+    """A file that must not be used."""
+
+    exit_code = 3
+
+
+class DamagedFileError(FileError):
+    """Bytes are not what they were when written: a checksum, a length or a shape does not hold."""
+
+
+class WrongBackboneError(FileError):
+    """A pack was made for another backbone; the message names both digests."""
+
+
+class UnsupportedVersionError(FileError):
+    """A format version or codec that this release does not know."""
+
+
+class UnsupportedError(KsmEdgeError):
+    """An operator or runtime that is not there; the message says what is."""
+
+    exit_code = 4
+
+
+class BudgetError(KsmEdgeError):
+    """More memory than the budget allows; the message names the smallest budget that would do."""
+
+    exit_code = 5

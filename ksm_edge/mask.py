@@ -1,0 +1,128 @@
+"""The maths of kernel-wise soft masks (KSM), in numpy: the oracle everything else is tested against.
+
+Source: Yang, He, Zhang, Fan, "KSM: Fast Multiple Task Adaption via Kernel-wise Soft Mask Learning", CVPR 2021
+(arXiv 2009.05668), and the constants of the authors' released code.
+
+Letters: weight (O, I, kh, kw), I counting in-channels per group, so a depthwise conv has I = 1. The shape of a
+score, and of all that is made from it, follows the granularity:
+
+    kernel   (O, I)           one score per weight[o, i]: the paper's
+    group:N  (O, ceil(I/N))   one per N neighbouring in-channels
+    channel  (O, 1)           one per filter
+    element  (O, I, kh, kw)   one per weight, as in Piggyback
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ksm_edge.errors import UsageError
+
+THRESHOLD = 5e-3
+INITIAL_SCORE = 1e-2
+SCALE_LIMIT = 0.5
+SHARPNESS = 12.0  # the authors' beta 1200 over their temperature 100: softmax over (log p, log(1 - p)) / T is sigmoid(x / T)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SoftMask:
+    """What a layer's scores say: `keep` bits, `scale` in [0, 0.5] (0 where kept), and the range it was made from."""
+
+    keep: np.ndarray  # bool, score-shaped
+    scale: np.ndarray  # float32, score-shaped
+    low: float
+    high: float
+
+    @property
+    def values(self) -> np.ndarray:
+        """The soft mask M = keep + scale, float32, score-shaped: 1 where kept, elsewhere in [0, 0.5]."""
+        return self.keep + self.scale
+
+
+def score_shape(weight_shape: Shape, granularity: str) -> Shape:
+    """The shape of the scores of a layer whose weight is (O, I, kh, kw).
+
+    >>> score_shape((8, 6, 3, 3), "group:4")
+    (8, 2)
+    """
+    O, I, kh, kw = weight_shape
+    if granularity == "kernel":
+        return (O, I)
+    if granularity == "channel":
+        return (O, 1)
+    if granularity == "element":
+        return (O, I, kh, kw)
+    return (O, -(-I // group_size(granularity)))
+
+
+def group_size(granularity: str) -> int:
+    """N of `group:N`; raises UsageError for what is no granularity at all."""
+    kind, _, size = granularity.partition(":")
+    if kind != "group" or not size.isdigit() or int(size) < 1:
+        raise UsageError(f"granularity {granularity!r}: expected kernel, group:N with N >= 1, channel or element")
+    return int(size)
+
+
+def soft_mask(score: np.ndarray, *, soft: bool = True) -> SoftMask:
+    """Turn a layer's scores into keep bits and scales; `soft=False` is the binary form, all scales 0.
+
+    The range is taken over the WHOLE layer of score * (1 - keep), so the zeros of kept kernels take part.
+    """
+    one = score.dtype.type
+    keep = score >= one(THRESHOLD)
+    cut = np.where(keep, one(0), score)
+    low, high = (float(cut.min()), float(cut.max())) if cut.size else (0.0, 0.0)
+    if soft and high > low:
+        scale = (cut - one(low)) * one(SCALE_LIMIT / (high - low))
+        np.clip(scale, 0, SCALE_LIMIT, out=scale)  # rounding may pass the ends by an ulp
+        scale *= ~keep
+    else:
+        scale = np.zeros_like(score)
+    return SoftMask(keep, scale, low, high)
+
+
+def score_from_scale(mask: SoftMask) -> np.ndarray:
+    """Scores that would give this mask: cut ones back from their scale, kept ones at the initial score."""
+    cut = mask.low + (mask.high - mask.low) / SCALE_LIMIT * mask.scale
+    return np.where(mask.keep, np.float32(INITIAL_SCORE), cut).astype(np.float32)
+
+
+def expand(mask: np.ndarray, weight_shape: Shape, granularity: str) -> np.ndarray:
+    """A score-shaped array as one that broadcasts against the weight (O, I, kh, kw)."""
+    if granularity == "element":
+        return mask
+    if granularity.startswith("group"):
+        # group:3 over I = 8, score (O, 3): the columns stand for 3, 3 and the last 2 in-channels.
+        mask = np.repeat(mask, group_size(granularity), axis=1)[:, : weight_shape[1]]
+    return mask[:, :, None, None]
+
+
+def reduce(product: np.ndarray, granularity: str) -> np.ndarray:
+    """Sum W * dL/dW', (O, I, kh, kw), over the weights that share a score: score-shaped. Transpose of `expand`."""
+    if granularity == "element":
+        return product
+    return reduce_kernels(product.sum(axis=(2, 3)), granularity)
+
+
+def reduce_kernels(product: np.ndarray, granularity: str) -> np.ndarray:
+    """The same for products already summed over each kernel, (O, I)."""
+    if granularity == "kernel":
+        return product
+    if granularity == "channel":
+        return product.sum(axis=1, keepdims=True)
+    return np.add.reduceat(product, np.arange(0, product.shape[1], group_size(granularity)), axis=1)
+
+
+def keep_gradient(score: np.ndarray) -> np.ndarray:
+    """d keep / d score, score-shaped: hard forward, soft backward. 12 g (1 - g), g = sigmoid(12 (score - threshold))."""
+    g = 1 / (1 + np.exp(-SHARPNESS * (score - score.dtype.type(THRESHOLD))))
+    return SHARPNESS * g * (1 - g)
+
+
+def score_gradient(score: np.ndarray, product: np.ndarray, granularity: str = "kernel") -> np.ndarray:
+    """Gradient of the loss for the scores, given `product` = W * dL/dW', (O, I, kh, kw). The scale carries none."""
+    return keep_gradient(score) * reduce(product, granularity)
