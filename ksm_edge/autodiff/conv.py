@@ -1,0 +1,196 @@
+"""Convolutions: three forms of forward, product and input gradient, each the best measured for its kind.
+
+    pointwise  1x1, dense            product (O, I) = dz x^T, one Gemm with the accumulator as its C
+    taps       k x k, or grouped     product (K, O, I), one such matrix per tap of the kernel
+    channel    depthwise             product (O,) = sum dz conv(x, W), W the pristine weight
+
+The channel form serves masks that are one number per filter. Its weight is a constant of the graph, which ONNX Runtime
+turns into its blocked layout, and the mask is a channel scale behind it: 24 ms an image for MobileNetV2 against 30.
+`conv(x, W)` is computed again in the backward pass, so that nothing is kept for it.
+
+`dz` (n, O, h, w) is the gradient at the conv's output, `x` (n, C, H, W) its input; P = h w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
+from ksm_edge.autodiff.rules import SPATIAL, transposed_conv
+from ksm_edge.autodiff.tape import Gradient, Tape
+from ksm_edge.bundle.layers import Layer
+
+OVER_IMAGES = (0, *SPATIAL)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Strides, pads (top, left, bottom, right), dilations and kernel of one conv."""
+
+    strides: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    dilations: tuple[int, int]
+    kernel: tuple[int, int]
+
+    @classmethod
+    def of(cls, node: Node, layer: Layer) -> Geometry:
+        get = node.attributes.get
+        strides, dilations = get("strides", [1, 1]), get("dilations", [1, 1])
+        return cls(tuple(strides), tuple(get("pads", [0] * 4)), tuple(dilations), layer.weight_shape[2:])
+
+    @property
+    def attributes(self) -> dict[str, list[int]]:
+        return {
+            "strides": list(self.strides),
+            "pads": list(self.pads),
+            "dilations": list(self.dilations),
+            "kernel_shape": list(self.kernel),
+        }
+
+
+def conv_form(node: Node, layer: Layer, *, per_weight: bool) -> str:
+    """`pointwise`, `taps` or `channel`; `per_weight` asks for the product of every single weight."""
+    if layer.is_depthwise and not per_weight:
+        return "channel"
+    dense = layer.groups == 1 and layer.weight_shape[2:] == (1, 1)
+    return "pointwise" if dense and not any(Geometry.of(node, layer).pads) else "taps"
+
+
+def product_shape(form: str, layer: Layer) -> Shape:
+    """The accumulator's shape: (O, I), (K, O, I) or (O,)."""
+    O, I, kh, kw = layer.weight_shape
+    return {"pointwise": (O, I), "taps": (kh * kw, O, I), "channel": (O,)}[form]
+
+
+def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> None:
+    """The conv with its bias, from x to `output`."""
+    x, geometry = node.inputs[0], Geometry.of(node, layer).attributes
+    weight, bias, O = f"{layer.name}.weight", f"{layer.name}.bias", layer.weight_shape[0]
+    if form != "channel":
+        emit("Conv", x, weight, bias, name=output, group=layer.groups, **geometry)
+        return
+    plain = emit("Conv", x, weight, group=layer.groups, **geometry)
+    zero, one = emit.constant(np.zeros(O)), emit.constant(np.ones(O))
+    emit("BatchNormalization", plain, f"{layer.name}.scale", bias, zero, one, name=output, epsilon=0.0)
+
+
+def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, trained: bool) -> None:
+    """The layer's product into its accumulator, if it is trained, then the gradient of its input, if it is wanted.
+
+    The product comes first: what only it needs is free before the input gradient is made.
+    """
+    if trained:
+        accumulate(tape, f"{layer.name}.dbias", (layer.weight_shape[0],), tape.emit.sum(dz, OVER_IMAGES))
+        {"pointwise": _pointwise, "taps": _taps, "channel": _channel}[form](tape, node, layer, dz)
+    if node.inputs[0] in tape.wanted:
+        _input_gradient(tape, node, layer, form, dz)
+
+
+def accumulate(tape: Tape, name: str, shape: Shape, value: str) -> None:
+    """name := acc.name + value, both bound to the same memory by the trainer."""
+    tape.emit("Add", tape.emit.input(f"acc.{name}", shape), value, name=tape.emit.output(name, shape))
+
+
+def _pointwise(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
+    columns = _by_channel(tape, *_subsampled(tape, node, layer))
+    rows = _by_channel(tape, dz, tape.shapes[node.output])
+    _accumulate_gemm(tape, f"{layer.name}.product", layer, rows, columns)
+
+
+def _subsampled(tape: Tape, node: Node, layer: Layer) -> tuple[str, Shape]:
+    """The pixels of x that a strided 1x1 conv reads, and their shape."""
+    x, strides = node.inputs[0], Geometry.of(node, layer).strides
+    n, C, H, W = tape.shapes[x]
+    if strides == (1, 1):
+        return x, (n, C, H, W)
+    h, w = tape.shapes[node.output][2:]
+    shape = tape.emit.shape
+    return tape.emit("Slice", x, shape([0, 0]), shape([H, W]), shape([2, 3]), shape(strides)), (n, C, h, w)
+
+
+def _by_channel(tape: Tape, x: str, shape: Shape) -> str:
+    """(n, C, h, w) as (C, n h w): free for one image, one transposition for more."""
+    n, C, h, w = shape
+    if n > 1:
+        x = tape.emit("Transpose", x, perm=[1, 0, 2, 3])
+    return tape.emit.reshape(x, (C, n * h * w))
+
+
+def _accumulate_gemm(tape: Tape, name: str, layer: Layer, dz: str, x: str) -> None:
+    """name (O, I) := acc + dz x^T, for dz (O, nP) and x (I, nP)."""
+    emit, shape = tape.emit, layer.weight_shape[:2]
+    emit("Gemm", dz, x, emit.input(f"acc.{name}", shape), name=emit.output(name, shape), transB=1)
+
+
+def _taps(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
+    """One product (O, I) per tap, from the pixels that the tap met: a strided window of the padded input."""
+    emit, geometry = tape.emit, Geometry.of(node, layer)
+    (n, C, _, _), (_, _, h, w) = tape.shapes[node.inputs[0]], tape.shapes[node.output]
+    top, left, bottom, right = geometry.pads
+    x = node.inputs[0]
+    if any(geometry.pads):
+        x = emit("Pad", x, emit.shape([0, 0, top, left, 0, 0, bottom, right]))
+    steps = emit.shape(geometry.strides)
+    for k, (i, j) in enumerate(product(*map(range, geometry.kernel))):
+        first = [i * geometry.dilations[0], j * geometry.dilations[1]]
+        last = [first[0] + (h - 1) * geometry.strides[0] + 1, first[1] + (w - 1) * geometry.strides[1] + 1]
+        window = emit("Slice", x, emit.shape(first), emit.shape(last), emit.shape(SPATIAL), steps)
+        _tap_product(tape, layer, f"{layer.name}.product.{k}", dz, window, (n, C, h, w))
+
+
+def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shape: Shape) -> None:
+    """Accumulate dz x_k^T over images and pixels, (O, I), for one tap's window (n, C, h, w)."""
+    emit, (O, I, _, _), (n, C, h, w) = tape.emit, layer.weight_shape, shape
+    if layer.groups == 1:
+        _accumulate_gemm(tape, name, layer, _by_channel(tape, dz, (n, O, h, w)), _by_channel(tape, window, shape))
+    elif layer.is_depthwise:
+        total = emit.sum(emit("Mul", dz, window), OVER_IMAGES)
+        accumulate(tape, name, (O, I), emit.reshape(total, (O, 1)))
+    else:
+        G = layer.groups
+        left, right = emit.reshape(dz, (n, G, O // G, h * w)), emit.reshape(window, (n, G, I, h * w))
+        total = emit.sum(emit("FusedMatMul", left, right, domain=CONTRIB, transB=1), [0])
+        accumulate(tape, name, (O, I), emit.reshape(total, (O, I)))
+
+
+def _channel(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
+    emit, O = tape.emit, layer.weight_shape[0]
+    plain = emit("Conv", node.inputs[0], f"{layer.name}.weight", group=O, **Geometry.of(node, layer).attributes)
+    accumulate(tape, f"{layer.name}.product", (O,), emit.sum(emit("Mul", dz, plain), OVER_IMAGES))
+
+
+def _input_gradient(tape: Tape, node: Node, layer: Layer, form: str, dz: str) -> None:
+    x, weight, geometry = node.inputs[0], f"{layer.name}.weight", Geometry.of(node, layer)
+    if form == "pointwise" and geometry.strides == (1, 1):
+        tape.add(x, _pointwise_input_gradient(tape, x, node.output, layer, dz))
+    elif form == "channel" and geometry.strides == (1, 1) and _flippable(geometry):
+        flipped = tape.emit.external(f"{layer.name}.flipped", layer.weight_shape)
+        spread = tape.emit("Conv", dz, flipped, group=layer.groups, **_flipped(geometry))
+        tape.add(x, spread, scale=f"{layer.name}.scale")
+    else:
+        scale = f"{layer.name}.scale" if form == "channel" else None
+        spread = transposed_conv(tape, dz, weight, x, node.output, geometry.kernel, geometry.strides, geometry.pads,
+                                 geometry.dilations, layer.groups)  # fmt: skip
+        tape.add(x, spread, scale=scale)
+
+
+def _pointwise_input_gradient(tape: Tape, x: str, y: str, layer: Layer, dz: str) -> str:
+    """V^T dz without a transposed copy of V."""
+    emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, tape.shapes[y]
+    matrix = emit.reshape(f"{layer.name}.weight", (O, I))
+    columns = emit("FusedMatMul", matrix, emit.reshape(dz, (n, O, h * w)), domain=CONTRIB, transA=1)
+    return emit.reshape(columns, tape.shapes[x])
+
+
+def _flippable(geometry: Geometry) -> bool:
+    return all(p >= 0 for p in _flipped(geometry)["pads"])
+
+
+def _flipped(geometry: Geometry) -> dict[str, list[int]]:
+    """A stride-1 conv's transpose is a conv with the flipped kernel: pads d (k - 1) - p."""
+    full = [d * (k - 1) for d, k in zip(geometry.dilations, geometry.kernel, strict=True)]
+    pads = [full[a % 2] - p for a, p in enumerate(geometry.pads)]
+    return geometry.attributes | {"pads": pads}

@@ -1,0 +1,184 @@
+"""The gradient graph: one micro-batch forward, loss and backward, as an ordinary ONNX graph.
+
+It takes fused weights and accumulates what the gradients of any mask are made from; it knows nothing of masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from ksm_edge.autodiff import conv, loss, norm
+from ksm_edge.autodiff.graph import Emitter, Node, Shape
+from ksm_edge.autodiff.rules import RULES
+from ksm_edge.autodiff.tape import Tape, gradient_wanted
+from ksm_edge.bundle.layers import Layer
+from ksm_edge.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class GradientSpec:
+    """What one gradient graph is for."""
+
+    micro_batch: int  # images per run, n
+    size: int  # pixels, the image being (n, 3, size, size)
+    classes: int
+    trained: frozenset[str]  # names of the layers that learn; none: only the head does
+    statistics: str = "frozen"  # or "batch": normalise with the micro-batch's own
+    per_weight: bool = False  # products of every single weight, also in depthwise layers
+
+
+@dataclass(frozen=True)
+class GradientGraph:
+    """The model and, for each trained layer, the form its product comes in (see `conv`)."""
+
+    model: onnx.ModelProto
+    spec: GradientSpec
+    forms: dict[str, str]  # of every layer
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    externals: dict[str, Shape]
+    pixels: dict[str, int]  # h w of each layer's output
+
+
+def build(backbone: onnx.ModelProto, layers: Sequence[Layer], spec: GradientSpec, dtype: type = np.float32) -> GradientGraph:
+    """Turn a frozen backbone (image -> features) into its gradient graph.
+
+    Inputs: `image` (n, 3, S, S), `target` (n, C), `head.weight` (C, F), `head.bias` (C,), and of each trained layer
+    `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. The weights of layers
+    that are not trained, pristine ones of the channel form and `LAYER.flipped` are external initializers.
+    Outputs: `loss`, `logits`, and accumulators, each with an input `acc.NAME`: `LAYER.product` (or `LAYER.product.K` per
+    tap), `LAYER.dbias`, `head.dweight`, `head.dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and the
+    plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
+
+    Raises UnsupportedError for an operator without a rule.
+    """
+    table = {layer.name: layer for layer in layers}
+    nodes = read_nodes(backbone)
+    shapes = static_shapes(backbone, spec.micro_batch, spec.size)
+    emit = Emitter(dtype)
+    emit.constants.update(_constants(backbone, dtype))
+    emit.input("image", shapes["image"])
+    builder = _Builder(emit, spec, table, nodes, shapes)
+    features = nodes[-1].output
+    builder.forward()
+    loss.forward(emit, features, (shapes[features][0], shapes[features][1]), spec.classes)
+    tape = Tape(emit, builder.shapes, gradient_wanted(nodes, spec.trained))
+    loss.backward(tape, features, spec.classes)
+    builder.backward(tape)
+    inputs, outputs = ({name: shape for name, (_, shape) in d.items()} for d in (emit.inputs, emit.outputs))
+    pixels = {node.name: shapes[node.output][2] * shapes[node.output][3] for node in nodes if node.op == "Conv"}
+    return GradientGraph(emit.model(), spec, builder.forms, inputs, outputs, dict(emit.externals), pixels)
+
+
+@dataclass
+class _Builder:
+    emit: Emitter
+    spec: GradientSpec
+    layers: dict[str, Layer]
+    nodes: list[Node]
+    shapes: dict[str, Shape]
+
+    def __post_init__(self) -> None:
+        for node in self.nodes:
+            if node.op != "Conv" and node.op not in RULES:
+                raise UnsupportedError(
+                    f"operator {node.op} (node {node.name}) has no gradient rule. Supported: "
+                    f"{', '.join(sorted([*RULES, 'Conv']))}. Export a network made of these, or add a rule to autodiff/rules.py."
+                )
+        self.forms = {node.name: self._form(node) for node in self.nodes if node.op == "Conv"}
+
+    def _form(self, node: Node) -> str:
+        # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
+        frozen = node.name not in self.spec.trained
+        return conv.conv_form(node, self.layers[node.name], per_weight=self.spec.per_weight or frozen)
+
+    def forward(self) -> None:
+        for node in self.nodes:
+            if node.op == "Conv":
+                self._conv_forward(node)
+            elif node.op == "Swish":
+                self.emit("Mul", node.inputs[0], self.emit("Sigmoid", node.inputs[0]), name=node.output)
+            else:
+                self.emit.many(node.op, *node.inputs, names=node.outputs, **node.attributes)
+
+    def _conv_forward(self, node: Node) -> None:
+        layer, form = self.layers[node.name], self.forms[node.name]
+        self._declare_parameters(layer, form)
+        if self._normalised(layer):
+            before = f"~{layer.name}.before_norm"
+            self.shapes[before] = self.shapes[node.output]
+            conv.forward(self.emit, node, layer, form, before)
+            norm.forward(self.emit, layer, before, node.output)
+        else:
+            conv.forward(self.emit, node, layer, form, node.output)
+
+    def _declare_parameters(self, layer: Layer, form: str) -> None:
+        trained, shape, vector = layer.name in self.spec.trained, layer.weight_shape, layer.weight_shape[:1]
+        changing, fixed = self.emit.input, self.emit.external
+        (changing if trained else fixed)(f"{layer.name}.bias", vector)
+        (changing if trained and form != "channel" else fixed)(f"{layer.name}.weight", shape)
+        if form == "channel":
+            changing(f"{layer.name}.scale", vector)
+
+    def _normalised(self, layer: Layer) -> bool:
+        return self.spec.statistics == "batch" and layer.has_norm and layer.name in self.spec.trained
+
+    def backward(self, tape: Tape) -> None:
+        for node in reversed(self.nodes):
+            if node.output not in tape.wanted:
+                continue
+            gradient = tape.take(node.output)
+            if gradient is None:
+                continue
+            if node.op != "Conv":
+                RULES[node.op](tape, node, gradient)
+                continue
+            layer = self.layers[node.name]
+            dz = tape.whole(gradient, node.output)
+            if self._normalised(layer):
+                dz = norm.backward(tape, layer, f"~{layer.name}.before_norm", dz)
+            conv.backward(tape, node, layer, self.forms[node.name], dz, trained=layer.name in self.spec.trained)
+
+
+def read_nodes(backbone: onnx.ModelProto) -> list[Node]:
+    """The backbone's nodes, x * sigmoid(x) as one Swish, so that one tensor is kept for its gradient and not two."""
+    nodes = [Node.read(proto) for proto in backbone.graph.node]
+    sigmoids = {node.output: node.inputs[0] for node in nodes if node.op == "Sigmoid"}
+    uses = [name for node in nodes for name in node.inputs]
+    merged: list[Node] = []
+    gone: set[str] = set()
+    for node in nodes:
+        for gate, x in (node.inputs, node.inputs[::-1]) if node.op == "Mul" else ():
+            if sigmoids.get(gate) == x and uses.count(gate) == 1:
+                gone.add(gate)
+                node = Node("Swish", node.name, (x,), node.outputs, {})
+                break
+        if node.op == "MaxPool":
+            node = Node(node.op, node.name, node.inputs, (node.output, f"~{node.output}.indices"), node.attributes)
+        merged.append(node)
+    return [node for node in merged if node.output not in gone]
+
+
+def static_shapes(backbone: onnx.ModelProto, n: int, size: int) -> dict[str, Shape]:
+    """The shape of every tensor of the backbone for n images of size x size."""
+    model = onnx.ModelProto()
+    model.CopyFrom(backbone)
+    for axis, value in zip(model.graph.input[0].type.tensor_type.shape.dim, (n, 3, size, size), strict=True):
+        axis.Clear()
+        axis.dim_value = value
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    infos = [*graph.input, *graph.value_info, *graph.output]
+    return {info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim) for info in infos}
+
+
+def _constants(backbone: onnx.ModelProto, dtype: type) -> dict[str, np.ndarray]:
+    """The backbone's inline initializers (bounds, pads, slices); weights are external and come later."""
+    inline = [t for t in backbone.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in inline}
+    return {name: a.astype(dtype) if a.dtype == np.float32 else a for name, a in arrays.items()}

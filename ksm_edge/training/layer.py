@@ -1,0 +1,133 @@
+"""One layer that learns: its scores and batch-norm, and the arrays that the gradient graph reads and adds to.
+
+The gradient graph gives, summed over the micro-batches of a step, products of dz with what the layer saw. From these
+and the pristine weight W, with M the soft mask, f = gamma / sqrt(var + eps) and c, mu conv bias and mean:
+
+    S = W * product, summed over each kernel        dM = f S        df = sum_i M S + (c - mu) dbias
+    dgamma = df / sqrt(var + eps)                   dbeta = dbias
+
+With batch statistics f is not part of the weight: dM = S, and dgamma and dbeta come from the graph.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ksm_edge.autodiff.conv import product_shape
+from ksm_edge.bundle.layers import Layer, LayerWeights
+from ksm_edge.fuse import fused_bias, fused_weight, norm_factor
+from ksm_edge.mask import INITIAL_SCORE, SoftMask, expand, keep_gradient, reduce_kernels, score_shape, soft_mask
+from ksm_edge.training.adam import Adam
+from ksm_edge.training.settings import Settings
+
+RUNNING = np.float32(0.1)  # share of a batch's statistics in the running ones, as torch has it
+
+
+class TrainedLayer:
+    """State of one layer in training; `form` is how the gradient graph gives its product (see `autodiff.conv`)."""
+
+    def __init__(self, layer: Layer, weights: LayerWeights, form: str, settings: Settings) -> None:
+        self.layer, self.pristine, self.form, self.settings = layer, weights, form, settings
+        O = layer.weight_shape[0]
+        self.batch_norm = settings.statistics == "batch" and layer.has_norm
+        masked = settings.method == "ksm"
+        self.score = np.full(score_shape(layer.weight_shape, settings.granularity), INITIAL_SCORE, np.float32)
+        self.gamma, self.beta = weights.gamma.copy(), weights.beta.copy()
+        self.mean, self.var = weights.mean.copy(), weights.var.copy()
+        self.learning = {"beta": Adam(self.beta)}
+        if layer.has_norm:
+            self.learning["gamma"] = Adam(self.gamma)
+        if masked:
+            self.learning["score"] = Adam(self.score)
+        self.product = np.zeros(product_shape(form, layer), np.float32)
+        self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
+        self.weight = np.empty(layer.weight_shape if form != "channel" else (O,), np.float32)
+        self.bias = np.empty(O, np.float32)
+        self.fuse()
+
+    def bound(self) -> dict[str, np.ndarray]:
+        """The arrays a gradient session binds, by the graph's names."""
+        name = self.layer.name
+        arrays = {f"{name}.bias": self.bias, f"{name}.dbias": self.dbias, f"{name}.product": self.product}
+        arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
+        if self.form == "taps":
+            arrays |= {f"{name}.product.{k}": tap for k, tap in enumerate(self.product)}
+        if self.batch_norm:
+            arrays |= {f"{name}.gamma": self.gamma, f"{name}.beta": self.beta}
+            arrays |= {f"{name}.dgamma": self.dgamma, f"{name}.dbeta": self.dbeta}
+        return arrays
+
+    def reset(self) -> None:
+        """Empty the accumulators, before the first micro-batch of a step."""
+        for array in (self.product, self.dbias, self.dgamma, self.dbeta):
+            array.fill(0)
+
+    def step(self, rates: dict[str, float], count: int) -> None:
+        """One optimizer step from what the accumulators hold, then the next fused weights."""
+        for name, gradient in self.gradients().items():
+            if name in self.learning:
+                chain = keep_gradient if name == "score" else None
+                self.learning[name].step(gradient, rates[name], count, chain)
+        self.fuse()
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Gradients of beta and gamma (O,), and under `score` that of the soft mask, score-shaped."""
+        product, factor = self._products(), self._factor()
+        rows = (-1, *[1] * (product.ndim - 1))
+        result = {"beta": self.dbeta, "gamma": self.dgamma} if self.batch_norm else {"beta": self.dbias}
+        if not self.batch_norm:
+            masked = product if "score" not in self.learning else product * self._mask_over(product)
+            df = masked.reshape(len(factor), -1).sum(axis=1) + (self.pristine.bias - self.mean) * self.dbias
+            result["gamma"] = df / np.sqrt(self.var + np.float32(self.layer.eps))
+        if "score" in self.learning:
+            product *= factor.reshape(rows)
+            result["score"] = product if product.ndim == 4 else reduce_kernels(product, self.settings.granularity)
+        return result
+
+    def _products(self) -> np.ndarray:
+        """S: (O, I), (O, 1) in the channel form, or (O, I, kh, kw) for element-wise masks."""
+        W, product = self.pristine.weight, self.product
+        O, I, kh, kw = W.shape
+        if self.form == "channel":
+            return product[:, None].copy()
+        if self.settings.granularity == "element":
+            # A 1x1 product is (O, I); k x k taps are (kh kw, O, I).
+            taps = product if product.ndim == 3 else product[None]
+            return W * taps.transpose(1, 2, 0).reshape(O, I, kh, kw)
+        if self.form == "pointwise":
+            return W[:, :, 0, 0] * product
+        return sum(W[:, :, k // kw, k % kw] * tap for k, tap in enumerate(product))  # type: ignore[return-value]
+
+    def _mask_over(self, product: np.ndarray) -> np.ndarray:
+        mask = expand(self.mask().values, self.layer.weight_shape, self.settings.granularity)
+        return mask if product.ndim == 4 else mask[:, :, 0, 0]
+
+    def mask(self) -> SoftMask:
+        """The layer's soft mask, from its scores as they are now."""
+        return soft_mask(self.score, soft=self.settings.soft)
+
+    def _factor(self) -> np.ndarray:
+        """What the graph's weight carries of batch-norm: f, or ones with batch statistics."""
+        if self.batch_norm:
+            return np.ones_like(self.gamma)
+        return norm_factor(self.gamma, self.var, self.layer.eps)
+
+    def fuse(self) -> None:
+        """Make the weight and bias that the graph reads, in place."""
+        shape, factor = self.layer.weight_shape, self._factor()
+        mask = None
+        if "score" in self.learning:
+            mask = expand(self.mask().values, shape, self.settings.granularity)
+        if self.form == "channel":
+            self.weight[:] = factor if mask is None else mask[:, 0, 0, 0] * factor
+        else:
+            self.weight[:] = fused_weight(self.pristine.weight, mask, factor)
+        if self.batch_norm:
+            self.bias[:] = self.pristine.bias
+        else:
+            self.bias[:] = fused_bias(self.beta, self.pristine.bias, self.mean, factor)
+
+    def observe(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
+        """Move the running statistics towards a batch's, `var` being biased, over `count` values a channel."""
+        self.mean += RUNNING * (mean - self.mean)
+        self.var += RUNNING * (var * np.float32(count / max(1, count - 1)) - self.var)

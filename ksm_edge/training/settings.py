@@ -1,0 +1,49 @@
+"""How a task is learned: every choice that changes the result, in one frozen record that goes into the pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ksm_edge.errors import UsageError
+from ksm_edge.mask import group_size
+
+METHODS = ("ksm", "norm", "head")
+STATISTICS = ("frozen", "batch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults suit a small task on a backbone with frozen statistics, where scores want the authors' small rate."""
+
+    method: str = "ksm"  # scores, batch-norm and head | norm: batch-norm and head | head
+    granularity: str = "kernel"  # kernel, group:N, channel, element
+    soft: bool = True  # False: binary masks
+    statistics: str = "frozen"  # or batch: normalise with the batch's own, and keep running ones in the pack
+    epochs: int = 10
+    batch: int = 16  # images per optimizer step
+    score_rate: float = 2e-4
+    norm_rate: float = 1e-3
+    head_rate: float = 2e-3
+    warmup: float = 0.05  # share of all steps in which the rates rise to their full value
+    label_smoothing: float = 0.1
+    balanced: bool = False  # weigh classes by the inverse of their frequency
+    flip: bool = False  # horizontal flips: signs and letters do not survive them
+    validation: float = 0.1  # share of the training images held out for choosing
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("statistics", self.statistics, STATISTICS)
+        if self.granularity not in ("kernel", "channel", "element"):
+            group_size(self.granularity)
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("score_rate", "norm_rate", "head_rate", "warmup", "label_smoothing", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{name} {value!r}: expected one of {', '.join(known)}")

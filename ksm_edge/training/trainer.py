@@ -1,0 +1,145 @@
+"""The trainer: a gradient session and the layers that learn, one optimizer step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from ksm_edge.autodiff.gradient_graph import GradientGraph, GradientSpec, build
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.errors import UsageError
+from ksm_edge.fuse import fuse_layer
+from ksm_edge.runtimes.gradient import GradientSession
+from ksm_edge.training.adam import Adam, rate_factor
+from ksm_edge.training.layer import TrainedLayer
+from ksm_edge.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step saw: mean loss per image and correct answers, before the step's change."""
+
+    loss: float
+    correct: int
+    count: int
+
+
+class Trainer:
+    """Scores, batch-norm and head of one task in training, on one backbone that is never written to."""
+
+    def __init__(
+        self, bundle: Bundle, classes: int, settings: Settings, *, micro_batch: int = 1, steps: int, threads: int = 1
+    ) -> None:
+        """`steps`: optimizer steps of the whole run, which the schedule of the rates spans."""
+        if settings.statistics == "batch" and micro_batch != settings.batch:
+            raise UsageError(
+                f"batch statistics need the whole batch in one micro-batch: batch {settings.batch}, "
+                f"micro-batch {micro_batch}. Make them equal, or keep the statistics frozen."
+            )
+        self.bundle, self.settings, self.steps, self.micro_batch = bundle, settings, steps, micro_batch
+        self.count = 0  # optimizer steps done
+        graph = gradient_graph(bundle, classes, settings, micro_batch)
+        self.layers = {
+            layer.name: TrainedLayer(layer, bundle.weights[layer.name], graph.forms[layer.name], settings)
+            for layer in bundle.layers
+            if layer.name in graph.spec.trained
+        }
+        rng = np.random.default_rng([settings.seed, 0x4EAD])
+        bound = np.sqrt(1 / bundle.features)  # as torch starts a Linear layer
+        self.head_weight = rng.uniform(-bound, bound, (classes, bundle.features)).astype(np.float32)
+        self.head_bias = np.zeros(classes, np.float32)
+        self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
+        self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
+        arrays = {f"head.d{name}": array for name, array in self._head_gradients.items()}
+        arrays |= {"head.weight": self.head_weight, "head.bias": self.head_bias}
+        for layer in self.layers.values():
+            arrays |= layer.bound()
+        arrays = {name: arrays[name] for name in {n.removeprefix("acc.") for n in graph.inputs} & arrays.keys()}
+        self._pixels = graph.pixels
+        self._session = GradientSession(graph, externals(bundle, graph), arrays, threads)
+
+    def step(self, images: np.ndarray, targets: np.ndarray) -> StepResult:
+        """One optimizer step on images (n, 3, S, S) with weighted target distributions (n, C), see `autodiff.loss`.
+
+        With frozen statistics the result is that of one batch, however it is cut into micro-batches.
+        """
+        for layer in self.layers.values():
+            layer.reset()
+        for gradient in self._head_gradients.values():
+            gradient.fill(0)
+        loss, correct = 0.0, 0
+        for start in range(0, len(images), self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            part_loss, part_correct = self._micro_step(images[part], targets[part])
+            loss, correct = loss + part_loss, correct + part_correct
+        self._update()
+        return StepResult(loss, correct, len(images))
+
+    def _micro_step(self, images: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+        session, n = self._session, len(images)
+        session.image[:n], session.target[:n] = images, targets
+        session.image[n:], session.target[n:] = 0, 0  # rows of zeros do not count
+        loss = session.run()
+        answers = session.output("logits")[:n].argmax(axis=1)
+        if self.settings.statistics == "batch":
+            self._observe(n)
+        return loss, int((answers == targets.argmax(axis=1)).sum())
+
+    def _observe(self, n: int) -> None:
+        for name, layer in self.layers.items():
+            if layer.batch_norm:
+                mean, var = (self._session.output(f"{name}.batch_{which}") for which in ("mean", "var"))
+                layer.observe(mean, var, n * self._pixels[name])
+
+    def _update(self) -> None:
+        settings, factor = self.settings, rate_factor(self.count, self.steps, self.settings.warmup)
+        self.count += 1
+        rates = {"score": settings.score_rate, "gamma": settings.norm_rate, "beta": settings.norm_rate}
+        rates = {name: rate * factor for name, rate in rates.items()}
+        for layer in self.layers.values():
+            layer.step(rates, self.count)
+        for name, adam in self.head_learning.items():
+            adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that changes, by name; the arrays themselves, not copies."""
+        optimizers = {f"{layer}:{n}": a for layer, x in self.layers.items() for n, a in x.learning.items()}
+        optimizers |= {f"head:{name}": adam for name, adam in self.head_learning.items()}
+        arrays = {}
+        for name, adam in optimizers.items():
+            arrays |= {name: adam.parameter, f"{name}:mean": adam.mean, f"{name}:square": adam.square}
+        for name, layer in self.layers.items():
+            if layer.batch_norm:
+                arrays |= {f"{name}:running_mean": layer.mean, f"{name}:running_var": layer.var}
+        return arrays
+
+    def restore(self, state: Mapping[str, np.ndarray], count: int) -> None:
+        """Go on from `state` after `count` steps, bit for bit as if never interrupted."""
+        for name, array in self.state().items():
+            array[:] = state[name]
+        self.count = count
+        for layer in self.layers.values():
+            layer.fuse()
+
+
+def gradient_graph(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientGraph:
+    """The gradient graph that these settings need."""
+    trained = frozenset() if settings.method == "head" else frozenset(layer.name for layer in bundle.layers)
+    per_weight = settings.method == "ksm" and settings.granularity == "element"
+    spec = GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight)
+    return build(onnx.load(bundle.graph_path, load_external_data=False), bundle.layers, spec)
+
+
+def externals(bundle: Bundle, graph: GradientGraph) -> dict[str, np.ndarray]:
+    """The graph's constants: pristine depthwise weights (and flipped), fused weights of layers that do not learn."""
+    arrays: dict[str, np.ndarray] = {}
+    for layer in bundle.layers:
+        weights = bundle.weights[layer.name]
+        arrays[f"{layer.name}.flipped"] = weights.weight[:, :, ::-1, ::-1]
+        arrays[f"{layer.name}.weight"] = weights.weight
+        if layer.name not in graph.spec.trained:
+            arrays[f"{layer.name}.weight"], arrays[f"{layer.name}.bias"] = fuse_layer(layer, weights, None)
+    return {name: np.ascontiguousarray(arrays[name]) for name in graph.externals}
