@@ -23,7 +23,9 @@ from ksm_edge.errors import UsageError
 THRESHOLD = 5e-3
 INITIAL_SCORE = 1e-2
 SCALE_LIMIT = 0.5
-SHARPNESS = 12.0  # the authors' beta 1200 over their temperature 100: softmax over (log p, log(1 - p)) / T is sigmoid(x / T)
+SMALLEST_RANGE = 1e-30  # of scores; below it float32 cannot hold 0.5 / range, and the range counts as none
+# The authors' beta 1200 over their temperature 100: softmax over (log p, log(1 - p)) / T is sigmoid(x / T).
+SHARPNESS = 12.0
 
 Shape = tuple[int, ...]
 
@@ -62,7 +64,7 @@ def score_shape(weight_shape: Shape, granularity: str) -> Shape:
 def group_size(granularity: str) -> int:
     """N of `group:N`; raises UsageError for what is no granularity at all."""
     kind, _, size = granularity.partition(":")
-    if kind != "group" or not size.isdigit() or int(size) < 1:
+    if kind != "group" or not size.isdecimal() or int(size) < 1:
         raise UsageError(f"granularity {granularity!r}: expected kernel, group:N with N >= 1, channel or element")
     return int(size)
 
@@ -76,7 +78,7 @@ def soft_mask(score: np.ndarray, *, soft: bool = True) -> SoftMask:
     keep = score >= one(THRESHOLD)
     cut = np.where(keep, one(0), score)
     low, high = (float(cut.min()), float(cut.max())) if cut.size else (0.0, 0.0)
-    if soft and high > low:
+    if soft and high - low > SMALLEST_RANGE:
         scale = (cut - one(low)) * one(SCALE_LIMIT / (high - low))
         np.clip(scale, 0, SCALE_LIMIT, out=scale)  # rounding may pass the ends by an ulp
         scale *= ~keep
@@ -118,7 +120,7 @@ def reduce_kernels(product: np.ndarray, granularity: str) -> np.ndarray:
 
 
 def keep_gradient(score: np.ndarray) -> np.ndarray:
-    """d keep / d score, score-shaped: hard forward, soft backward. 12 g (1 - g), g = sigmoid(12 (score - threshold))."""
+    """d keep / d score, score-shaped, soft where keep is hard: 12 g (1 - g), g = sigmoid(12 (score - threshold))."""
     g = 1 / (1 + np.exp(-SHARPNESS * (score - score.dtype.type(THRESHOLD))))
     return SHARPNESS * g * (1 - g)
 

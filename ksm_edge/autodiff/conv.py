@@ -6,7 +6,8 @@
 
 The channel form serves masks that are one number per filter. Its weight is a constant of the graph, which ONNX Runtime
 turns into its blocked layout, and the mask is a channel scale behind it: 24 ms an image for MobileNetV2 against 30.
-`conv(x, W)` is computed again in the backward pass, so that nothing is kept for it.
+Its product needs no conv of its own: a conv and its transpose are adjoint, so that, channel by channel,
+sum dz conv(x, W) = sum x conv^T(dz, W), and the right side is what the input gradient is made from anyway.
 
 `dz` (n, O, h, w) is the gradient at the conv's output, `x` (n, C, H, W) its input; P = h w.
 """
@@ -59,12 +60,6 @@ def conv_form(node: Node, layer: Layer, *, per_weight: bool) -> str:
     return "pointwise" if dense and not any(Geometry.of(node, layer).pads) else "taps"
 
 
-def product_shape(form: str, layer: Layer) -> Shape:
-    """The accumulator's shape: (O, I), (K, O, I) or (O,)."""
-    O, I, kh, kw = layer.weight_shape
-    return {"pointwise": (O, I), "taps": (kh * kw, O, I), "channel": (O,)}[form]
-
-
 def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> None:
     """The conv with its bias, from x to `output`."""
     x, geometry = node.inputs[0], Geometry.of(node, layer).attributes
@@ -78,15 +73,22 @@ def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> 
 
 
 def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, trained: bool) -> None:
-    """The layer's product into its accumulator, if it is trained, then the gradient of its input, if it is wanted.
-
-    The product comes first: what only it needs is free before the input gradient is made.
-    """
+    """The layer's product into its accumulator, if it is trained, then the gradient of its input, if it is wanted."""
     if trained:
         accumulate(tape, f"{layer.name}.dbias", (layer.weight_shape[0],), tape.emit.sum(dz, OVER_IMAGES))
-        {"pointwise": _pointwise, "taps": _taps, "channel": _channel}[form](tape, node, layer, dz)
-    if node.inputs[0] in tape.wanted:
-        _input_gradient(tape, node, layer, form, dz)
+    if form == "channel":
+        _channel(tape, node, layer, dz)
+        return
+    # The product comes first: what only it needs is free before the input gradient is made.
+    if trained:
+        (_pointwise if form == "pointwise" else _taps)(tape, node, layer, dz)
+    x, geometry = node.inputs[0], Geometry.of(node, layer)
+    if x not in tape.wanted:
+        return
+    if form == "pointwise" and geometry.strides == (1, 1):
+        tape.add(x, _pointwise_input_gradient(tape, node, layer, dz, trained=trained))
+    else:
+        tape.add(x, _spread(tape, node, layer, f"{layer.name}.weight", dz))
 
 
 def accumulate(tape: Tape, name: str, shape: Shape, value: str) -> None:
@@ -157,32 +159,33 @@ def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shap
 
 
 def _channel(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
-    emit, O = tape.emit, layer.weight_shape[0]
-    plain = emit("Conv", node.inputs[0], f"{layer.name}.weight", group=O, **Geometry.of(node, layer).attributes)
-    accumulate(tape, f"{layer.name}.product", (O,), emit.sum(emit("Mul", dz, plain), OVER_IMAGES))
-
-
-def _input_gradient(tape: Tape, node: Node, layer: Layer, form: str, dz: str) -> None:
-    x, weight, geometry = node.inputs[0], f"{layer.name}.weight", Geometry.of(node, layer)
-    if form == "pointwise" and geometry.strides == (1, 1):
-        tape.add(x, _pointwise_input_gradient(tape, x, node.output, layer, dz))
-    elif form == "channel" and geometry.strides == (1, 1) and _flippable(geometry):
-        flipped = tape.emit.external(f"{layer.name}.flipped", layer.weight_shape)
-        spread = tape.emit("Conv", dz, flipped, group=layer.groups, **_flipped(geometry))
-        tape.add(x, spread, scale=f"{layer.name}.scale")
+    """Product and input gradient from one transposed conv with the pristine weight; the mask's scale is left pending."""
+    emit, x, geometry = tape.emit, node.inputs[0], Geometry.of(node, layer)
+    if geometry.strides == (1, 1) and _flippable(geometry):
+        flipped = emit.external(f"{layer.name}.flipped", layer.weight_shape)
+        spread = emit("Conv", dz, flipped, group=layer.groups, **_flipped(geometry))
     else:
-        scale = f"{layer.name}.scale" if form == "channel" else None
-        spread = transposed_conv(tape, dz, weight, x, node.output, geometry.kernel, geometry.strides, geometry.pads,
-                                 geometry.dilations, layer.groups)  # fmt: skip
-        tape.add(x, spread, scale=scale)
+        spread = _spread(tape, node, layer, f"{layer.name}.weight", dz)
+    accumulate(tape, f"{layer.name}.product", layer.weight_shape[:1], emit.sum(emit("Mul", x, spread), OVER_IMAGES))
+    tape.add(x, spread, scale=f"{layer.name}.scale")
 
 
-def _pointwise_input_gradient(tape: Tape, x: str, y: str, layer: Layer, dz: str) -> str:
+def _spread(tape: Tape, node: Node, layer: Layer, weight: str, dz: str) -> str:
+    """The transposed conv of dz, shaped like the conv's input."""
+    g, x = Geometry.of(node, layer), node.inputs[0]
+    return transposed_conv(
+        tape, dz, weight, x, node.output, g.kernel, g.strides, g.pads, g.dilations, layer.groups
+    )
+
+
+def _pointwise_input_gradient(tape: Tape, node: Node, layer: Layer, dz: str, *, trained: bool) -> str:
     """V^T dz without a transposed copy of V."""
-    emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, tape.shapes[y]
-    matrix = emit.reshape(f"{layer.name}.weight", (O, I))
+    emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, tape.shapes[node.output]
+    # V a second time, as a matrix: ONNX Runtime copies a graph input that is reshaped.
+    matrix = f"{layer.name}.matrix"
+    matrix = emit.input(matrix, (O, I)) if trained else emit.reshape(f"{layer.name}.weight", (O, I))
     columns = emit("FusedMatMul", matrix, emit.reshape(dz, (n, O, h * w)), domain=CONTRIB, transA=1)
-    return emit.reshape(columns, tape.shapes[x])
+    return emit.reshape(columns, tape.shapes[node.inputs[0]])
 
 
 def _flippable(geometry: Geometry) -> bool:

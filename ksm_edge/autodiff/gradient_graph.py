@@ -14,21 +14,10 @@ import onnx
 from ksm_edge.autodiff import conv, loss, norm
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
 from ksm_edge.autodiff.rules import RULES
+from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.autodiff.tape import Tape, gradient_wanted
 from ksm_edge.bundle.layers import Layer
 from ksm_edge.errors import UnsupportedError
-
-
-@dataclass(frozen=True)
-class GradientSpec:
-    """What one gradient graph is for."""
-
-    micro_batch: int  # images per run, n
-    size: int  # pixels, the image being (n, 3, size, size)
-    classes: int
-    trained: frozenset[str]  # names of the layers that learn; none: only the head does
-    statistics: str = "frozen"  # or "batch": normalise with the micro-batch's own
-    per_weight: bool = False  # products of every single weight, also in depthwise layers
 
 
 @dataclass(frozen=True)
@@ -48,7 +37,7 @@ def build(backbone: onnx.ModelProto, layers: Sequence[Layer], spec: GradientSpec
     """Turn a frozen backbone (image -> features) into its gradient graph.
 
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head.weight` (C, F), `head.bias` (C,), and of each trained layer
-    `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. The weights of layers
+    `LAYER.weight` and `LAYER.bias` (1x1: also `LAYER.matrix`, the same weight as (O, I)), or `LAYER.scale` and `LAYER.bias` where the form is `channel`. The weights of layers
     that are not trained, pristine ones of the channel form and `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc.NAME`: `LAYER.product` (or `LAYER.product.K` per
     tap), `LAYER.dbias`, `head.dweight`, `head.dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and the

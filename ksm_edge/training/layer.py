@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ksm_edge.autodiff.conv import product_shape
+from ksm_edge.autodiff.spec import product_shape
 from ksm_edge.bundle.layers import Layer, LayerWeights
 from ksm_edge.fuse import fused_bias, fused_weight, norm_factor
 from ksm_edge.mask import INITIAL_SCORE, SoftMask, expand, keep_gradient, reduce_kernels, score_shape, soft_mask
@@ -50,6 +50,8 @@ class TrainedLayer:
         name = self.layer.name
         arrays = {f"{name}.bias": self.bias, f"{name}.dbias": self.dbias, f"{name}.product": self.product}
         arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
+        if self.form == "pointwise":
+            arrays[f"{name}.matrix"] = self.weight[:, :, 0, 0]
         if self.form == "taps":
             arrays |= {f"{name}.product.{k}": tap for k, tap in enumerate(self.product)}
         if self.batch_norm:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 
-from ksm_edge.autodiff.gradient_graph import GradientGraph, GradientSpec, build
+from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import UsageError
-from ksm_edge.fuse import fuse_layer
+from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
@@ -31,9 +30,10 @@ class Trainer:
     """Scores, batch-norm and head of one task in training, on one backbone that is never written to."""
 
     def __init__(
-        self, bundle: Bundle, classes: int, settings: Settings, *, micro_batch: int = 1, steps: int, threads: int = 1
+        self, bundle: Bundle, graph: CompiledGraph, settings: Settings, *, steps: int, threads: int = 1
     ) -> None:
-        """`steps`: optimizer steps of the whole run, which the schedule of the rates spans."""
+        """`graph`: compiled from `gradient_spec`; `steps`: of the whole run, which the schedule of the rates spans."""
+        micro_batch, classes = graph.spec.micro_batch, graph.spec.classes
         if settings.statistics == "batch" and micro_batch != settings.batch:
             raise UsageError(
                 f"batch statistics need the whole batch in one micro-batch: batch {settings.batch}, "
@@ -41,7 +41,6 @@ class Trainer:
             )
         self.bundle, self.settings, self.steps, self.micro_batch = bundle, settings, steps, micro_batch
         self.count = 0  # optimizer steps done
-        graph = gradient_graph(bundle, classes, settings, micro_batch)
         self.layers = {
             layer.name: TrainedLayer(layer, bundle.weights[layer.name], graph.forms[layer.name], settings)
             for layer in bundle.layers
@@ -59,7 +58,7 @@ class Trainer:
             arrays |= layer.bound()
         arrays = {name: arrays[name] for name in {n.removeprefix("acc.") for n in graph.inputs} & arrays.keys()}
         self._pixels = graph.pixels
-        self._session = GradientSession(graph, externals(bundle, graph), arrays, threads)
+        self._session = GradientSession(graph, arrays, threads)
 
     def step(self, images: np.ndarray, targets: np.ndarray) -> StepResult:
         """One optimizer step on images (n, 3, S, S) with weighted target distributions (n, C), see `autodiff.loss`.
@@ -125,21 +124,8 @@ class Trainer:
             layer.fuse()
 
 
-def gradient_graph(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientGraph:
+def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientSpec:
     """The gradient graph that these settings need."""
     trained = frozenset() if settings.method == "head" else frozenset(layer.name for layer in bundle.layers)
     per_weight = settings.method == "ksm" and settings.granularity == "element"
-    spec = GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight)
-    return build(onnx.load(bundle.graph_path, load_external_data=False), bundle.layers, spec)
-
-
-def externals(bundle: Bundle, graph: GradientGraph) -> dict[str, np.ndarray]:
-    """The graph's constants: pristine depthwise weights (and flipped), fused weights of layers that do not learn."""
-    arrays: dict[str, np.ndarray] = {}
-    for layer in bundle.layers:
-        weights = bundle.weights[layer.name]
-        arrays[f"{layer.name}.flipped"] = weights.weight[:, :, ::-1, ::-1]
-        arrays[f"{layer.name}.weight"] = weights.weight
-        if layer.name not in graph.spec.trained:
-            arrays[f"{layer.name}.weight"], arrays[f"{layer.name}.bias"] = fuse_layer(layer, weights, None)
-    return {name: np.ascontiguousarray(arrays[name]) for name in graph.externals}
+    return GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight)

@@ -1,0 +1,24 @@
+"""What an adaptation tells whoever watches it; this one stays silent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ksm_edge.training.checkpoint import Progress
+from ksm_edge.training.planner import Plan
+
+
+class Observer:
+    """Override what you want to hear of."""
+
+    def reading(self, done: int, total: int) -> None:
+        """Images read and checked so far."""
+
+    def plan(self, plan: Plan, train: int, held_out: int, skipped: list[tuple[str, str]], steps: int) -> None:
+        """What is about to happen."""
+
+    def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
+        """After an optimizer step: the mean loss of the last 50 and the epoch's accuracy so far."""
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        """After an epoch: its number, loss, train_accuracy and, with a split, validation_accuracy."""

@@ -1,0 +1,61 @@
+"""How much memory the tensors of a gradient graph take at the worst moment, when each is freed after its last use."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+# Their output is the same memory as their input.
+VIEWS = frozenset({"Reshape", "Unsqueeze", "Flatten"})
+# ONNX Runtime runs these as part of the conv in front of them.
+FUSED_BEHIND_CONV = frozenset({"Relu", "Clip", "HardSigmoid", "Sigmoid"})
+
+
+def peak_bytes(model: onnx.ModelProto) -> int:
+    """Largest sum of the tensors alive at once, in the order of the nodes; inputs, outputs and constants not counted."""
+    nodes = list(model.graph.node)
+    sizes = _sizes(model)
+    owner = _owners(nodes)
+    given = {x.name for x in (*model.graph.input, *model.graph.initializer, *model.graph.output)}
+    last = {owner.get(name, name): i for i, node in enumerate(nodes) for name in node.input}
+    freed: list[list[str]] = [[] for _ in nodes]
+    for name, i in last.items():
+        freed[i].append(name)
+    alive = peak = 0
+    held: dict[str, int] = {}
+    for i, node in enumerate(nodes):
+        for name in node.output:
+            if owner.get(name, name) == name and name not in given:
+                held[name] = sizes.get(name, 0)
+                alive += held[name]
+        peak = max(peak, alive)
+        for name in freed[i]:
+            alive -= held.pop(name, 0)
+    return peak
+
+
+def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
+    """Tensors that are other names of the same memory: views, and a conv's output in front of its activation."""
+    uses: dict[str, int] = {}
+    for node in nodes:
+        for name in node.input:
+            uses[name] = uses.get(name, 0) + 1
+    producer = {name: node.op_type for node in nodes for name in node.output}
+    owner: dict[str, str] = {}
+    for node in nodes:
+        x = node.input[0] if node.input else ""
+        fused = node.op_type in FUSED_BEHIND_CONV and producer.get(x) == "Conv" and uses[x] == 1
+        if node.op_type in VIEWS or fused:
+            owner[node.output[0]] = owner.get(x, x)
+    return owner
+
+
+def _sizes(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    sizes = {}
+    for info in (*inferred.value_info, *inferred.output):
+        tensor = info.type.tensor_type
+        if tensor.elem_type:
+            item = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+            sizes[info.name] = item * int(np.prod([d.dim_value for d in tensor.shape.dim]))
+    return sizes

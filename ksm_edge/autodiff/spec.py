@@ -1,0 +1,27 @@
+"""What a gradient graph is asked for and what it gives, apart from its builder: training need not import onnx."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ksm_edge.bundle.layers import Layer
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GradientSpec:
+    """What one gradient graph is for."""
+
+    micro_batch: int  # images per run, n
+    size: int  # pixels, the image being (n, 3, size, size)
+    classes: int
+    trained: frozenset[str]  # names of the layers that learn; none: only the head does
+    statistics: str = "frozen"  # or "batch": normalise with the micro-batch's own
+    per_weight: bool = False  # products of every single weight, also in depthwise layers
+
+
+def product_shape(form: str, layer: Layer) -> Shape:
+    """The accumulator's shape: (O, I), (K, O, I) or (O,)."""
+    O, I, kh, kw = layer.weight_shape
+    return {"pointwise": (O, I), "taps": (kh * kw, O, I), "channel": (O,)}[form]

@@ -1,0 +1,192 @@
+"""`ksm-edge adapt`: learn a task from a folder of images and write its pack."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ksm_edge.cli.arguments import add_bundle, add_device, add_json, add_threads, byte_size, positive
+
+if TYPE_CHECKING:
+    from ksm_edge.adapt.journey import Adapted
+    from ksm_edge.bundle.layers import Bundle
+    from ksm_edge.data.image_set import ImageSet
+    from ksm_edge.device import Device
+    from ksm_edge.training.settings import Settings
+
+HELP = "learn a task from a folder or zip of images, on this device, and write its task pack"
+INTERRUPTED = 130
+DEMO_EPOCHS = 6
+# Settings that may be given, with what they mean; defaults are those of `ksm_edge.training.settings`.
+NUMBERS = {
+    "score_rate": "learning rate of the scores",
+    "norm_rate": "learning rate of batch-norm",
+    "head_rate": "learning rate of the head",
+    "label_smoothing": "label smoothing",
+    "validation": "share of the training images held out for choosing",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="folder or zip with train/<class>/ (and test/<class>/), or just <class>/ (default: handwritten digits)",
+    )
+    parser.add_argument("--out", type=Path, metavar="NAME.ksm", help="pack to write (default: the data's name, here)")
+    add_bundle(parser)
+    add_device(parser)
+    add_threads(parser)
+    parser.add_argument("--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the images")
+    parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
+    parser.add_argument("--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)")
+    parser.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
+    parser.add_argument("--binary", action="store_true", help="masks of 0 and 1 only")
+    parser.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
+    parser.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
+    parser.add_argument("--balanced", action="store_true", help="weigh rare classes more")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the split, the order and the augmentation (default: 0)")
+    for name, meaning in NUMBERS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ksm_edge.adapt.journey import Interrupted, adapt
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.cli.progress import ProgressBar
+    from ksm_edge.device import Device
+
+    began = time.perf_counter()
+    device, bundle = Device.load(args.device), load_bundle(args.bundle)
+    threads = args.threads or available_threads(device)
+    budget = args.memory_budget or device.memory_budget_bytes
+    images = _images(args.data)
+    settings = _settings(args, device)
+    out = args.out or Path(f"{images.name}.ksm")
+    _say_defaults(args, device, bundle, images, threads, budget)
+    try:
+        with ProgressBar() as observer:
+            result = adapt(
+                bundle,
+                images,
+                out,
+                settings,
+                threads=threads,
+                budget_bytes=budget,
+                resume=args.resume,
+                observer=observer,
+                provenance={"device": device.name, "emulated": device.is_emulated},
+            )
+    except Interrupted as stop:
+        print(f"\nInterrupted. Everything is in {stop.checkpoint}; go on with:\n  {_resume_command()}", file=sys.stderr)
+        return INTERRUPTED
+    report = _report(device, bundle, images, result, time.perf_counter() - began)
+    print(json.dumps(report) if args.json else _as_text(report, args, result))
+    return 0
+
+
+def available_threads(device: Device) -> int:
+    """The device's threads, as far as this process has cores for them."""
+    import os
+
+    return min(device.threads, len(os.sched_getaffinity(0)))
+
+
+def _images(data: str | None) -> ImageSet:
+    from ksm_edge.data.digits import digits
+    from ksm_edge.data.image_set import open_image_set
+
+    images = digits() if data is None else open_image_set(data)
+    for remark in images.remarks:
+        print(remark, file=sys.stderr)
+    return images
+
+
+def _settings(args: argparse.Namespace, device: Device) -> Settings:
+    from ksm_edge.errors import UsageError
+    from ksm_edge.training.settings import Settings
+
+    names = ("epochs", "batch", "method", "granularity", "statistics", "seed", *NUMBERS)
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given.get("seed", 0) < 0:
+        raise UsageError(f"--seed {args.seed}: must not be negative")
+    defaults: dict[str, Any] = {"batch": device.batch}
+    if args.data is None:
+        defaults["epochs"] = DEMO_EPOCHS
+    return Settings(**{**defaults, **given}, soft=not args.binary, flip=args.flip, balanced=args.balanced)
+
+
+def _say_defaults(
+    args: argparse.Namespace, device: Device, bundle: Bundle, images: ImageSet, threads: int, budget: int
+) -> None:
+    """The first lines: what runs, and which of it nobody asked for."""
+    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    if args.data is None or args.bundle == "embedded":
+        what = [f"task {images.name!r} (scikit-learn's handwritten digits)"] if args.data is None else []
+        what += [f"backbone {bundle.recipe!r}"] if args.bundle == "embedded" else []
+        say(f"Embedded default: {' and '.join(what)}, as none was given.")
+    where = "EMULATED on this machine: its threads and memory budget, not its speed" if device.is_emulated else "this machine"
+    say(f"Device    {device.title} ({where}); threads {threads}, memory budget {budget >> 20} MiB")
+    say(f"Backbone  {bundle.recipe}, {len(bundle.layers)} layers, input {bundle.input.size}x{bundle.input.size}")
+
+
+def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, wall_seconds: float) -> dict[str, Any]:
+    from ksm_edge.resident import peak_rss_bytes
+
+    ordered = sorted(result.step_ms)
+    return {
+        "device": device.name,
+        "emulated": device.is_emulated,
+        "backbone": bundle.recipe,
+        "backbone_digest": bundle.digest,
+        "task": images.name,
+        "classes": list(images.classes),
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "best_epoch": result.best_epoch,
+        "validation_accuracy": result.validation_accuracy,
+        "pack_path": str(result.pack_path),
+        "pack_bytes": result.pack_bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "step_ms_p50": ordered[len(ordered) // 2] if ordered else None,
+        "data_wait_ms_p50": sorted(result.wait_ms)[len(result.wait_ms) // 2] if result.wait_ms else None,
+        "images_per_second": result.images / (sum(result.step_ms) / 1e3) if result.step_ms else None,
+        "wall_seconds": wall_seconds,
+        "skipped": [{"image": source, "reason": reason} for source, reason in result.skipped],
+        "history": result.history,
+    }
+
+
+def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) -> str:
+    accuracy = report["validation_accuracy"]
+    chosen = "no validation split" if accuracy is None else f"{accuracy:.2%} on held-out images (epoch {result.best_epoch})"
+    bundle = "" if args.bundle == "embedded" else f" --bundle {args.bundle}"
+    board = f"{report['device']} (emulated)" if report["emulated"] else report["device"]
+    following = f"ksm-edge inspect {report['pack_path']}"
+    if args.data is not None:
+        following = f"ksm-edge eval {report['pack_path']} {args.data}{bundle}"
+    return "\n".join(
+        [
+            f"Task pack  {report['pack_path']}, {report['pack_bytes'] / 1e3:.1f} kB, {len(report['classes'])} classes",
+            f"Accuracy   {chosen}",
+            f"Training   {report['steps']} steps, {report['step_ms_p50'] or 0:.0f} ms each (median), "
+            f"{report['images_per_second'] or 0:.0f} images/s, {report['wall_seconds']:.0f} s in all",
+            f"Memory     {report['peak_rss_bytes'] / 2**20:.0f} MiB peak RSS, device profile {board}",
+            f"Next       {following}",
+        ]
+    )
+
+
+def _resume_command() -> str:
+    import shlex
+
+    given = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join(["ksm-edge", *given, "--resume"])

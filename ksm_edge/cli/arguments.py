@@ -1,0 +1,51 @@
+"""Options that several verbs share, so that they read and mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bundle", default="embedded", metavar="BUNDLE", help="folder of an exported backbone (default: the embedded one)"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="host",
+        metavar="NAME|PATH",
+        help="board profile to take threads, batch and memory budget from; see `ksm-edge devices` (default: host)",
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive, default=None, metavar="N", help="threads (default: the device's)")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def byte_size(text: str) -> int:
+    """A number of bytes with an optional unit.
+
+    >>> byte_size("256MiB")
+    268435456
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 256MiB or 1GB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -1,0 +1,64 @@
+"""The command line: the verbs, and the one place where errors become exit codes.
+
+    0 fine · 1 failure · 2 usage · 3 wrong backbone, bad signature or damaged file · 4 unsupported operator or runtime
+    5 over budget · 130 interrupted, resumable
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from ksm_edge import __version__
+from ksm_edge.cli import adapt, devices, eval, export, inspect, predict
+from ksm_edge.errors import KsmEdgeError
+
+VERBS: dict[str, ModuleType] = {
+    "export": export,
+    "adapt": adapt,
+    "eval": eval,
+    "predict": predict,
+    "inspect": inspect,
+    "devices": devices,
+}
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ksm-edge",
+        description="Teach one frozen vision backbone new tasks on the device itself, each kept as a small task pack.",
+        epilog="First try: ksm-edge adapt --device jetson",
+    )
+    parser.add_argument("--version", action="version", version=f"ksm-edge {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in VERBS.items():
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP[0].upper() + module.HELP[1:] + ".")
+        module.add_arguments(verb)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(VERBS[args.verb].run(args))
+    except KsmEdgeError as error:
+        print(f"ksm-edge {args.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nksm-edge {args.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our stdout left: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"ksm-edge {args.verb}: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def entry() -> None:
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The progress of an adaptation on stderr: the plan, a bar with what matters, a line per epoch."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from ksm_edge.adapt.observer import Observer
+from ksm_edge.resident import peak_rss_bytes
+from ksm_edge.training.checkpoint import Progress
+from ksm_edge.training.planner import Plan
+
+SHOWN_SKIPS = 10
+
+
+class ProgressBar(Observer):
+    """Draws with tqdm: images/s and time left come from it."""
+
+    def __init__(self) -> None:
+        self._reading: tqdm[None] | None = None
+        self._bar: tqdm[None] | None = None
+        self._batch = 0
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for bar in (self._reading, self._bar):
+            if bar is not None:
+                bar.close()
+
+    def reading(self, done: int, total: int) -> None:
+        if self._reading is None:
+            self._reading = tqdm(total=total, desc="Reading images", unit="img", leave=False, file=sys.stderr)
+        self._reading.update(done - self._reading.n)
+
+    def plan(self, plan: Plan, train: int, held_out: int, skipped: list[tuple[str, str]], steps: int) -> None:
+        if self._reading is not None:
+            self._reading.close()
+        say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        if skipped:
+            say(f"{len(skipped)} image(s) left out, as they cannot be read:")
+            for source, reason in skipped[:SHOWN_SKIPS]:
+                say(f"  {source}: {reason}")
+            if len(skipped) > SHOWN_SKIPS:
+                say(f"  and {len(skipped) - SHOWN_SKIPS} more")
+        spec = plan.graph.spec
+        say(f"Images    {train} to learn from, {held_out} held out for choosing, {spec.classes} classes")
+        say(
+            f"Plan      {steps} steps of {plan.batch} images, {plan.micro_batch} at a time; "
+            f"expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
+        )
+        self._batch = plan.batch
+        self._bar = tqdm(total=steps * plan.batch, desc="Learning", unit="img", file=sys.stderr, smoothing=0.05)
+
+    def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
+        assert self._bar is not None  # noqa: S101 - a plan comes before any step
+        rss = peak_rss_bytes() / 2**20
+        self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, peak {rss:.0f} MiB", refresh=False)
+        self._bar.update(progress.steps_done * self._batch - self._bar.n)
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        held_out = record.get("validation_accuracy")
+        judged = "" if held_out is None else f", {held_out:.2%} on held-out images"
+        tqdm.write(
+            f"Epoch {record['epoch']}/{epochs}: loss {record['loss']:.3f}, "
+            f"accuracy {record['train_accuracy']:.1%}{judged}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,66 @@
+"""Checkpoints: the whole state of a training, written atomically, so that a power cut costs minutes and not the task.
+
+A safetensors file: every changing array, the best pack so far as bytes, and one JSON record of where training stood.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ksm_edge.atomic import atomic_write
+from ksm_edge.errors import DamagedFileError, UsageError
+
+VERSION = 1
+BEST = "best_pack"
+
+
+@dataclass
+class Progress:
+    """Where a training stands: between two optimizer steps."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    steps_done: int = 0  # in all
+    best_accuracy: float = -1.0  # on the validation split; below 0: none yet
+    best_epoch: int = -1
+    history: list[dict[str, float]] = field(default_factory=list)  # one record per finished epoch
+
+
+def save_checkpoint(
+    path: Path, state: Mapping[str, np.ndarray], progress: Progress, best_pack: bytes | None, identity: Mapping[str, Any]
+) -> None:
+    """`identity`: what must be equal for the training to go on from here: data, backbone, settings."""
+    arrays = dict(state)
+    if best_pack is not None:
+        arrays[BEST] = np.frombuffer(best_pack, np.uint8)
+    record = json.dumps({"version": VERSION, "progress": asdict(progress), "identity": dict(identity)}, sort_keys=True)
+    with atomic_write(path) as file:
+        file.write(safetensors.numpy.save(arrays, {"ksm_edge_checkpoint": record}))
+
+
+def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Progress, bytes | None]:
+    """Raises UsageError where there is none or it belongs to another training, DamagedFileError where it is broken."""
+    if not path.exists():
+        raise UsageError(f"there is no checkpoint {path} to resume from; leave out --resume to start anew")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            record = json.loads((file.metadata() or {})["ksm_edge_checkpoint"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        raise DamagedFileError(f"{path} is no readable checkpoint ({error}); delete it and start anew") from error
+    for name, value in identity.items():
+        if record["identity"].get(name) != json.loads(json.dumps(value)):
+            raise UsageError(
+                f"{path} belongs to another training: its {name} is {record['identity'].get(name)!r}, now {value!r}. "
+                "Resume with what it was started with, or delete it and start anew."
+            )
+    best = state.pop(BEST, None)
+    return state, Progress(**record["progress"]), None if best is None else best.tobytes()

@@ -1,0 +1,56 @@
+"""A trainer's state as a task pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ksm_edge.bundle.golden import golden_images
+from ksm_edge.fuse import fuse, fused_digest
+from ksm_edge.pack.reader import quantized
+from ksm_edge.pack.record import LayerState, Pack
+from ksm_edge.runtimes.onnxruntime import Session
+from ksm_edge.training.layer import TrainedLayer
+from ksm_edge.training.trainer import Trainer
+
+
+def to_pack(trainer: Trainer, task: str, classes: tuple[str, ...]) -> Pack:
+    """The task as it would be loaded again, every number as the pack's bits hold it; no record, digest or golden yet."""
+    bundle, settings = trainer.bundle, trainer.settings
+    return quantized(
+        Pack(
+            task=task,
+            classes=classes,
+            backbone=bundle.digest,
+            recipe=bundle.recipe,
+            granularity=settings.granularity,
+            soft=settings.soft,
+            statistics=settings.statistics,
+            input=bundle.input,
+            layers={name: _layer_state(layer) for name, layer in trainer.layers.items()},
+            weight_shapes={name: layer.layer.weight_shape for name, layer in trainer.layers.items()},
+            head_weight=trainer.head_weight.copy(),
+            head_bias=trainer.head_bias.copy(),
+            record={},
+            fused_digest="",
+            golden_logits=np.zeros((0, len(classes)), np.float32),
+        )
+    )
+
+
+def _layer_state(layer: TrainedLayer) -> LayerState:
+    gamma, beta = layer.gamma - layer.pristine.gamma, layer.beta - layer.pristine.beta
+    mask = layer.mask() if "score" in layer.learning else None
+    own = (layer.mean.copy(), layer.var.copy()) if layer.batch_norm else (None, None)
+    return LayerState(mask if mask is not None and not mask.keep.all() else None, gamma, beta, *own)
+
+
+def finished(pack: Pack, trainer: Trainer, record: Mapping[str, Any], threads: int) -> Pack:
+    """The pack with its training record, the digest of its fused weights and its outputs for the golden inputs."""
+    fused = fuse(trainer.bundle, pack)
+    features = Session(trainer.bundle.graph_path, fused, threads).run(golden_images(trainer.bundle.input))
+    golden = features @ pack.head_weight.T + pack.head_bias
+    return replace(pack, record=dict(record), fused_digest=fused_digest(fused), golden_logits=golden)
