@@ -1,0 +1,76 @@
+"""Batches in an order, and with an augmentation, that follow from seed, epoch and image alone.
+
+So a training that was interrupted goes on with exactly the batches it would have had, and needs no stored random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ksm_edge.bundle.layers import InputContract
+from ksm_edge.data.augment import Augmentation, augment
+from ksm_edge.data.cache import ImageCache
+from ksm_edge.data.image import to_input
+from ksm_edge.data.image_set import Item
+
+# A seed's first number tells the uses apart: numpy pads seeds with zeros, so (seed, epoch) alone would equal
+# (seed, epoch, image 0).
+_ORDER, _AUGMENT = 1, 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as the backbone wants them, what they show, and which of the items they are."""
+
+    images: np.ndarray  # float32 (n, 3, S, S)
+    labels: np.ndarray  # int64 (n,)
+    indices: np.ndarray  # int64 (n,), into the items
+
+
+def training_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `count` images in an epoch (from 0), int64 (count,)."""
+    return np.random.default_rng([_ORDER, seed, epoch]).permutation(count)
+
+
+def training_batches(
+    cache: ImageCache,
+    items: Sequence[Item],
+    contract: InputContract,
+    *,
+    batch: int,
+    seed: int,
+    epoch: int,
+    augmentation: Augmentation,
+    first_step: int = 0,
+) -> Iterator[Batch]:
+    """An epoch's ceil(len(items) / batch) batches, shuffled and augmented, from step `first_step` on.
+
+    The last one may be smaller. Raises DataError for an image that can no longer be read.
+    """
+    order = training_order(len(items), seed, epoch)
+
+    def view(index: int) -> np.ndarray:
+        rng = np.random.default_rng([_AUGMENT, seed, epoch, index])
+        return augment(cache.image(items[index]), contract, augmentation, rng)
+
+    for start in range(first_step * batch, len(items), batch):
+        indices = order[start : start + batch]
+        yield _batch(items, indices, [view(int(index)) for index in indices])
+
+
+def evaluation_batches(
+    cache: ImageCache, items: Sequence[Item], contract: InputContract, *, batch: int
+) -> Iterator[Batch]:
+    """All items in their order, as evaluation sees them. Raises DataError for an image that can no longer be read."""
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        indices = np.arange(start, start + len(part), dtype=np.int64)
+        yield _batch(items, indices, [to_input(cache.image(item), contract) for item in part])
+
+
+def _batch(items: Sequence[Item], indices: np.ndarray, images: list[np.ndarray]) -> Batch:
+    labels = np.array([items[index].label for index in indices], np.int64)
+    return Batch(np.stack(images), labels, indices)
