@@ -123,7 +123,12 @@ def _spec_table(spec: GradientSpec) -> dict[str, object]:
 
 def _compile_in_child(bundle: Bundle, spec: GradientSpec, folder: Path) -> None:
     command = [sys.executable, "-m", "ksm_edge.runtimes.compile", str(bundle.path), str(folder)]
-    child = subprocess.run(command, input=json.dumps(_spec_table(spec)), text=True, capture_output=True, check=False)
+    # The child must find this very package, also where it is not installed.
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    child = subprocess.run(
+        command, input=json.dumps(_spec_table(spec)), env=environment, text=True, capture_output=True, check=False
+    )
     if child.returncode == UnsupportedError.exit_code:
         raise UnsupportedError(child.stderr.strip())
     if child.returncode:

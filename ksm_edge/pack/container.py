@@ -1,0 +1,85 @@
+"""The outside of a pack: a safetensors file of a few named streams and one metadata text.
+
+Any safetensors library reads it. This reader is its own because a pack may come from anywhere: every length is checked
+before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from ksm_edge.errors import DamagedFileError
+
+MAX_FILE_BYTES = 256 << 20
+MAX_HEADER_BYTES = 1 << 20
+METADATA_KEY = "ksm_edge"  # the only one: with several, their order in the file would be left to chance
+DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4")}
+
+
+def write_container(metadata: str, streams: Mapping[str, np.ndarray]) -> bytes:
+    """`streams` are uint8 or float32 arrays; equal input gives equal bytes."""
+    return save(dict(streams), {METADATA_KEY: metadata})
+
+
+def read_container(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
+    """The metadata text and the streams, as read-only views of `data`; DamagedFileError for whatever does not hold."""
+    header, body = _split(data)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(METADATA_KEY), str):
+        raise DamagedFileError(
+            f"this safetensors file is no task pack: it has no {METADATA_KEY!r} in its metadata. "
+            "Packs are written by `ksm-edge adapt`"
+        )
+    streams, used = {}, 0
+    for name, entry in header.items():
+        streams[name] = _stream(name, entry, body)
+        used += streams[name].nbytes
+    if used != len(body):
+        raise DamagedFileError(f"the streams hold {used} bytes, the file {len(body)} behind its header")
+    return metadata[METADATA_KEY], streams
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header, parsed, and the bytes behind it."""
+    if not 8 <= len(data) <= MAX_FILE_BYTES:
+        raise DamagedFileError(f"{len(data)} bytes are no task pack: 8 to {MAX_FILE_BYTES} are possible")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise DamagedFileError(
+            f"the header claims {length} bytes: at most {MAX_HEADER_BYTES} are possible and {len(data) - 8} are there. "
+            "This is no task pack, or it is cut short"
+        )
+    try:
+        header = json.loads(data[8 : 8 + length].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"the header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise DamagedFileError("the header is not an object of streams")
+    return header, memoryview(data)[8 + length :]
+
+
+def _stream(name: str, entry: Any, body: memoryview) -> np.ndarray:
+    """One stream as an array."""
+    try:
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        fits = (
+            all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            and len(shape) <= 2
+            and start <= end
+            and math.prod(shape) * dtype.itemsize == end - start
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"stream {name!r}: its entry cannot be read: {entry!r:.200}") from error
+    if not fits or end > len(body):
+        raise DamagedFileError(
+            f"stream {name!r}: {entry!r:.200} does not fit the {len(body)} bytes that are there. "
+            "The file is cut short or damaged"
+        )
+    return np.frombuffer(body[start:end], dtype).reshape(shape)

@@ -1,0 +1,123 @@
+"""A pack as bytes, the writing side: quantize, code, and put into few streams.
+
+    stream   dtype         holds
+    bits     U8, coded     keep bits of all layers, in the order of the layer table
+    ranges   F32 (n, 2)    least and greatest cut score of the n layers that have any kernel cut
+    scales   U8, coded     a code for every cut kernel of those layers; none where scales are all 0 (binary masks)
+    norm     U8, coded     int8 codes: differences of gamma, then of beta, layer by layer; none where a step is 0
+    steps    F32 (2 L + C) what those codes count in: gamma and beta of each of L layers, then each row of the head
+    head     U8, coded     int8 codes of the head's weight (C, F)
+    bias     F32 (C,)      the head's bias
+    own      F32           mean and var of the layers that have their own
+    golden   F32 (n, C)    logits for the bundle's n golden inputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ksm_edge.bitcode import BYTES, deflate, encode_keep
+from ksm_edge.errors import UsageError
+from ksm_edge.mask import score_shape
+from ksm_edge.pack.container import write_container
+from ksm_edge.pack.metadata import Metadata, checksum, write_metadata
+from ksm_edge.pack.quantize import quantize_difference, quantize_scale
+from ksm_edge.pack.record import LayerState, Pack
+
+# Measured to be harmless: see the accuracy table of the documentation.
+SCALE_BITS, NORM_BITS, HEAD_BITS = 4, 8, 8
+
+
+def encode(
+    pack: Pack, *, scale_bits: int = SCALE_BITS, norm_bits: int = NORM_BITS, head_bits: int = HEAD_BITS
+) -> bytes:
+    """The file's bytes; the same for the same pack, and for what `decode` makes of them.
+
+    Raises UsageError for bits out of range (scales 1 to 8, others 2 to 8), values that are not finite, or shapes that
+    do not fit each other.
+    """
+    bits = {"scale": scale_bits, "norm": norm_bits, "head": head_bits}
+    if not all((1 if name == "scale" else 2) <= given <= 8 for name, given in bits.items()):
+        raise UsageError(f"bits {bits}: expected 1 to 8 for scale, 2 to 8 for norm and head")
+    _check_shapes(pack)
+    states = list(pack.layers.values())
+    codec, keep_bits = encode_keep([_keep(pack, name) for name in pack.layers])
+    cut = [state.mask for state in states if state.mask is not None and not state.mask.keep.all()]
+    norm = [quantize_difference(part, norm_bits) for s in states for part in (s.gamma_delta, s.beta_delta)]
+    head = [quantize_difference(row, head_bits) for row in pack.head_weight]
+    scales = [quantize_scale(mask.scale[~mask.keep], scale_bits) for mask in cut] if pack.soft else []
+    own = [part for state in states for part in (state.mean, state.var) if part is not None]
+    coded = {
+        "bits": keep_bits,
+        "scales": deflate(_joined(scales, np.uint8).tobytes()),
+        "norm": deflate(_joined((codes for codes, step in norm if step), np.int8).tobytes()),
+        "head": deflate(_joined((codes for codes, _ in head), np.int8).tobytes()),
+    }
+    streams = {name: np.frombuffer(data, np.uint8) for name, data in coded.items()} | {
+        "ranges": np.array([(mask.low, mask.high) for mask in cut], "<f4").reshape(-1, 2),
+        "steps": np.array([step for _, step in norm + head], "<f4"),
+        "bias": pack.head_bias.astype("<f4"),
+        "own": _joined(own, np.float32).astype("<f4"),
+        "golden": pack.golden_logits.astype("<f4"),
+    }
+    metadata = Metadata(
+        task=pack.task,
+        classes=pack.classes,
+        backbone=pack.backbone,
+        recipe=pack.recipe,
+        granularity=pack.granularity,
+        soft=pack.soft,
+        statistics=pack.statistics,
+        input=pack.input,
+        layers=tuple((name, *pack.weight_shapes[name]) for name in pack.layers),
+        own_statistics=tuple(i for i, state in enumerate(states) if state.mean is not None),
+        features=pack.head_weight.shape[1],
+        bits=bits,
+        codecs=dict.fromkeys(coded, BYTES) | {"bits": codec},
+        checksums={name: checksum(stream.tobytes()) for name, stream in streams.items()},
+        fused_digest=pack.fused_digest,
+        record=dict(pack.record),
+    )
+    return write_container(write_metadata(metadata), streams)
+
+
+def _joined(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(part.ravel() for part in parts)])
+
+
+def _keep(pack: Pack, name: str) -> np.ndarray:
+    mask = pack.layers[name].mask
+    return np.ones(score_shape(pack.weight_shapes[name], pack.granularity), bool) if mask is None else mask.keep
+
+
+def _check_shapes(pack: Pack) -> None:
+    """UsageError naming the array that is off: what is written must be readable."""
+    C, F = len(pack.classes), pack.head_weight.shape[-1]
+    _check("head_weight", pack.head_weight, (C, F))
+    _check("head_bias", pack.head_bias, (C,))
+    _check("golden_logits", pack.golden_logits, (len(pack.golden_logits), C))
+    if pack.layers.keys() != pack.weight_shapes.keys():
+        raise UsageError("a pack's layers and weight_shapes must name the same layers")
+    for name, state in pack.layers.items():
+        _check_layer(name, state, pack.weight_shapes[name], pack.granularity)
+
+
+def _check_layer(name: str, state: LayerState, shape: tuple[int, int, int, int], granularity: str) -> None:
+    O = shape[0]
+    for part in ("gamma_delta", "beta_delta", "mean", "var"):
+        if (values := getattr(state, part)) is not None:
+            _check(f"{name}: {part}", values, (O,))
+    if (state.mean is None) != (state.var is None):
+        raise UsageError(f"{name}: mean and var come together")
+    if state.mask is not None:
+        for part in ("keep", "scale"):
+            _check(f"{name}: mask {part}", getattr(state.mask, part), score_shape(shape, granularity))
+        _check(f"{name}: mask range", np.array([state.mask.low, state.mask.high], np.float32), (2,))
+
+
+def _check(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape or not np.isfinite(values).all():
+        fault = f"shape {values.shape}" if values.shape != shape else "values that are not finite"
+        raise UsageError(f"{name} has {fault}; a pack needs finite values of shape {shape}")

@@ -1,0 +1,143 @@
+"""The metadata of a pack file: one JSON text that begins with its own checksum.
+
+    {"checksum":"0123456789abcdef","backbone":...}
+
+The checksum is the 8-byte blake2b, in hex, of all the text behind it. So every byte of the text is covered, and a
+reader in any language checks it without writing JSON the way Python does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ksm_edge.bundle.layers import InputContract
+from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
+from ksm_edge.mask import score_shape
+from ksm_edge.pack.record import BATCH, STATISTICS
+
+FORMAT = 1
+MAX_VALUES = 1 << 25  # of all layers and the head: ResNet-50 with a score for every weight has 23.5 M
+MAX_PIXELS = 4096  # of an input's side
+OPENING = '{"checksum":"'
+CHECKSUM_DIGITS = 16
+COVERED_FROM = len(OPENING) + CHECKSUM_DIGITS
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything in a pack file that is no stream, by the names it has there."""
+
+    task: str
+    classes: tuple[str, ...]
+    backbone: str
+    recipe: str
+    granularity: str
+    soft: bool
+    statistics: str
+    input: InputContract
+    layers: tuple[tuple[str, int, int, int, int], ...]  # name, O, I, kh, kw
+    own_statistics: tuple[int, ...]  # which of `layers` have a mean and var in the pack
+    features: int  # F
+    bits: Mapping[str, int]  # of each quantized value: scale, norm, head
+    codecs: Mapping[str, str]  # of each coded stream
+    checksums: Mapping[str, str]  # of each stream
+    fused_digest: str
+    record: Mapping[str, Any]
+
+    @property
+    def score_shapes(self) -> list[tuple[int, ...]]:
+        return [score_shape((O, I, kh, kw), self.granularity) for _, O, I, kh, kw in self.layers]
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """16 hex digits that change with any bit of `data`."""
+    return hashlib.blake2b(data, digest_size=CHECKSUM_DIGITS // 2).hexdigest()
+
+
+def write_metadata(metadata: Metadata) -> str:
+    """The JSON text; UsageError for what could not be read back, such as a training record that JSON cannot say."""
+    values = {"format": FORMAT, **asdict(metadata)}
+    try:
+        _check(metadata)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        covered = '",' + text[1:]
+        return OPENING + checksum(covered.encode()) + covered
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the pack cannot be written: {error}") from error
+
+
+def read_metadata(text: str) -> Metadata:
+    """Check and parse; DamagedFileError for what does not hold, UnsupportedVersionError for another format version."""
+    found = text[len(OPENING) : COVERED_FROM]
+    if not text.startswith(OPENING) or checksum(text[COVERED_FROM:].encode()) != found:
+        raise DamagedFileError("the pack's metadata is not what was written: its checksum does not hold. Copy it again")
+    try:
+        values = json.loads(text)
+        version = values["format"]
+    except (KeyError, ValueError, RecursionError) as error:
+        raise DamagedFileError(f"the pack's metadata cannot be read: {error}") from error
+    if version != FORMAT:
+        raise UnsupportedVersionError(
+            f"the pack has format version {version}; this release reads {FORMAT}. Install a newer ksm-edge to read it"
+        )
+    try:
+        metadata = _parse(values)
+        _check(metadata)
+    except (KeyError, TypeError, ValueError, KsmEdgeError) as error:
+        raise DamagedFileError(f"the pack's metadata does not make sense: {error!r}") from error
+    return metadata
+
+
+def _parse(values: Mapping[str, Any]) -> Metadata:
+    given = values["input"]
+    return Metadata(
+        **{name: str(values[name]) for name in ("task", "backbone", "recipe", "granularity", "statistics")},
+        fused_digest=str(values["fused_digest"]),
+        classes=tuple(str(name) for name in values["classes"]),
+        soft=bool(values["soft"]),
+        input=InputContract(
+            int(given["size"]), int(given["resize"]), _three(given["mean"]), _three(given["std"])
+        ),
+        layers=tuple((str(name), int(O), int(I), int(kh), int(kw)) for name, O, I, kh, kw in values["layers"]),
+        own_statistics=tuple(int(index) for index in values["own_statistics"]),
+        features=int(values["features"]),
+        bits={name: int(values["bits"][name]) for name in ("scale", "norm", "head")},
+        codecs={str(name): str(codec) for name, codec in values["codecs"].items()},
+        checksums={str(name): str(digits) for name, digits in values["checksums"].items()},
+        record=dict(values["record"]),
+    )
+
+
+def _check(metadata: Metadata) -> None:
+    """ValueError for what no writer of this format would write."""
+    names = [name for name, *_ in metadata.layers]
+    _hold(len(set(names)) == len(names), "two layers have one name")
+    _hold(all(size > 0 for _, *shape in metadata.layers for size in shape), "a layer has an empty dimension")
+    _hold(metadata.features > 0 and len(metadata.classes) > 0, "there are no features or no classes")
+    _hold(metadata.statistics in STATISTICS, f"statistics are {metadata.statistics!r}")
+    _hold(all(2 <= b <= 8 for b in metadata.bits.values()) or metadata.bits["scale"] == 1, f"bits {metadata.bits}")
+    image = metadata.input
+    _hold(0 < image.size <= MAX_PIXELS and 0 < image.resize <= MAX_PIXELS, f"images of {image.size} pixels")
+    _hold(all(map(math.isfinite, image.mean + image.std)) and min(image.std) > 0, f"mean {image.mean}, std {image.std}")
+    own = metadata.own_statistics
+    _hold(all(0 <= index < len(names) for index in own) and len(set(own)) == len(own), "own_statistics is off")
+    _hold(not own or metadata.statistics == BATCH, "frozen statistics, and yet some of its own")
+    # Scores, and the filters that batch-norm has whatever the granularity, are what a reader makes room for.
+    scores = sum(math.prod(shape) for shape in metadata.score_shapes)
+    room = scores + sum(O for _, O, *_ in metadata.layers) + len(metadata.classes) * metadata.features
+    _hold(room <= MAX_VALUES, f"{room} values in all; at most {MAX_VALUES} are possible")
+
+
+def _hold(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    first, second, third = values
+    return float(first), float(second), float(third)

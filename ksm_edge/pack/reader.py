@@ -1,0 +1,156 @@
+"""A pack from bytes: every check of a pack file is here or below, none behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from ksm_edge.bitcode import BYTES, decode_keep, inflate
+from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
+from ksm_edge.mask import SoftMask
+from ksm_edge.pack.container import read_container
+from ksm_edge.pack.format import encode
+from ksm_edge.pack.metadata import Metadata, checksum, read_metadata
+from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale
+from ksm_edge.pack.record import LayerState, Pack
+
+STREAMS = {"bits": "u1", "scales": "u1", "norm": "u1", "head": "u1"} | dict.fromkeys(
+    ("ranges", "steps", "bias", "own", "golden"), "f4"
+)
+
+
+def decode(data: bytes) -> Pack:
+    """The pack in a file's bytes.
+
+    Raises DamagedFileError where the bytes are not what was written, UnsupportedVersionError for a format version or
+    codec that this release does not know.
+    """
+    text, streams = read_container(data)
+    metadata = read_metadata(text)
+    _check_streams(metadata, streams)
+    head, bias = _read_head(metadata, streams)
+    masks = _read_masks(metadata, streams)
+    norm = _read_norm(metadata, streams)
+    own = _read_own(metadata, streams)
+    names = [name for name, *_ in metadata.layers]
+    states = [LayerState(masks[i], *norm[i], *own.get(i, (None, None))) for i in range(len(names))]
+    golden = streams["golden"]
+    if golden.ndim != 2 or golden.shape[1] != len(bias):
+        raise DamagedFileError(f"stream 'golden' has shape {golden.shape}; needed (n, {len(bias)})")
+    return Pack(
+        task=metadata.task,
+        classes=metadata.classes,
+        backbone=metadata.backbone,
+        recipe=metadata.recipe,
+        granularity=metadata.granularity,
+        soft=metadata.soft,
+        statistics=metadata.statistics,
+        input=metadata.input,
+        layers=dict(zip(names, states, strict=True)),
+        weight_shapes={name: (O, I, kh, kw) for name, O, I, kh, kw in metadata.layers},
+        head_weight=head,
+        head_bias=bias,
+        record=metadata.record,
+        fused_digest=metadata.fused_digest,
+        golden_logits=golden,
+    )
+
+
+def quantized(pack: Pack, **bits: int) -> Pack:
+    """The pack as it will be read back: `bits` as for `ksm_edge.pack.format.encode`."""
+    return decode(encode(pack, **bits))
+
+
+def _check_streams(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> None:
+    """All streams there, none other, each with its checksum, and no codec that is not known."""
+    if streams.keys() != STREAMS.keys() or metadata.checksums.keys() != STREAMS.keys():
+        odd = sorted(streams.keys() ^ STREAMS.keys() | metadata.checksums.keys() ^ STREAMS.keys())
+        raise DamagedFileError(f"the pack's streams are not those of its format: {', '.join(odd)}")
+    for name, stream in streams.items():
+        if stream.dtype != STREAMS[name]:
+            raise DamagedFileError(f"stream {name!r} holds {stream.dtype}; needed {STREAMS[name]}")
+        if checksum(stream.tobytes()) != metadata.checksums[name]:
+            raise DamagedFileError(f"stream {name!r} is not what was written: its checksum does not hold")
+        if stream.dtype == np.float32 and not np.isfinite(stream).all():
+            raise DamagedFileError(f"stream {name!r} holds values that are not finite")
+    for name in ("scales", "norm", "head"):
+        if metadata.codecs.get(name) != BYTES:
+            raise UnsupportedVersionError(
+                f"stream {name!r} is coded as {metadata.codecs.get(name)!r}; this release knows {BYTES}"
+            )
+
+
+def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[SoftMask | None]:
+    shapes = metadata.score_shapes
+    codec = metadata.codecs.get("bits", "nothing")
+    keeps = decode_keep(codec, streams["bits"].tobytes(), [math.prod(shape) for shape in shapes])
+    counts = [0 if keep is None else int(keep.size - np.count_nonzero(keep)) for keep in keeps]
+    ranges = _shaped(streams, "ranges", (sum(count > 0 for count in counts), 2))
+    codes = inflate(streams["scales"].tobytes(), exactly=sum(counts) if metadata.soft else 0)
+    scales = dequantize_scale(np.frombuffer(codes, np.uint8), metadata.bits["scale"])
+    if scales.size and scales.max() > 0.5:
+        raise DamagedFileError("stream 'scales' holds a code over its bits")
+    masks: list[SoftMask | None] = []
+    row = first = 0
+    for keep, count, shape in zip(keeps, counts, shapes, strict=True):
+        if keep is None:
+            masks.append(None)
+            continue
+        scale = np.zeros(keep.size, np.float32)
+        if metadata.soft:
+            scale[~keep] = scales[first : first + count]
+        low, high = ranges[row].tolist()
+        masks.append(SoftMask(keep.reshape(shape), scale.reshape(shape), low, high))
+        row, first = row + 1, first + count
+    return masks
+
+
+def _read_norm(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Differences of gamma and beta of each layer."""
+    steps = streams["steps"][: 2 * len(metadata.layers)].reshape(-1, 2)
+    filters = [O for _, O, *_ in metadata.layers]
+    size = sum(O * int(np.count_nonzero(pair)) for O, pair in zip(filters, steps, strict=True))
+    codes = np.frombuffer(inflate(streams["norm"].tobytes(), exactly=size), np.int8)
+    position, pairs = 0, []
+    for O, pair in zip(filters, steps, strict=True):
+        parts = []
+        for step in pair:
+            if step == 0:
+                parts.append(np.zeros(O, np.float32))
+            else:
+                parts.append(dequantize_difference(codes[position : position + O], step))
+                position += O
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _read_head(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The head's weight (C, F) and bias (C,); here the steps are checked for the norm as well."""
+    C, F, L = len(metadata.classes), metadata.features, len(metadata.layers)
+    steps = _shaped(streams, "steps", (2 * L + C,))
+    if (steps < 0).any():
+        raise DamagedFileError("stream 'steps' holds a step below 0")
+    codes = np.frombuffer(inflate(streams["head"].tobytes(), exactly=C * F), np.int8).reshape(C, F)
+    return dequantize_difference(codes, steps[2 * L :, None]), _shaped(streams, "bias", (C,))
+
+
+def _read_own(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Mean and var by the index of the layers that have their own."""
+    filters = [metadata.layers[index][1] for index in metadata.own_statistics]
+    values = _shaped(streams, "own", (2 * sum(filters),))
+    own, position = {}, 0
+    for index, O in zip(metadata.own_statistics, filters, strict=True):
+        mean, var = values[position : position + O], values[position + O : position + 2 * O]
+        if (var < 0).any():
+            raise DamagedFileError(f"layer {metadata.layers[index][0]}: a variance is below 0")
+        own[index] = (mean, var)
+        position += 2 * O
+    return own
+
+
+def _shaped(streams: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if streams[name].shape != shape:
+        raise DamagedFileError(f"stream {name!r} has shape {streams[name].shape}; needed {shape}")
+    return streams[name]

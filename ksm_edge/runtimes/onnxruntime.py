@@ -1,0 +1,58 @@
+"""ONNX Runtime, the device's default: fused weights are given at session creation, the model file stays as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksm_edge.errors import UnsupportedError
+
+
+def available() -> str | None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "the package onnxruntime is not installed: pip install onnxruntime"
+    return None
+
+
+def session_options(threads: int) -> Any:
+    """`onnxruntime.SessionOptions` for a small board that does other things too: `threads` and no spinning."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors only: warnings would land between a command's own lines
+    # Threads that spin between two runs burn the battery for a few microseconds.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+class Session:
+    """A backbone graph in ONNX Runtime with one task's weights, on the CPU."""
+
+    def __init__(self, graph: Path | bytes, weights: Mapping[str, np.ndarray], threads: int = 1) -> None:
+        """`graph`: an ONNX file or its bytes; `weights`: every external initializer by name, float32."""
+        import onnxruntime
+
+        options = session_options(threads)
+        # Copied when the session is made, so that neither these nor `weights` need outlive this call.
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(w)) for w in weights.values()]
+        options.add_external_initializers(list(weights), values)
+        source = graph if isinstance(graph, bytes) else str(graph)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own exceptions share no other base
+            where = "the given bytes" if isinstance(graph, bytes) else graph
+            raise UnsupportedError(
+                f"ONNX Runtime {onnxruntime.__version__} does not load {where} with {len(weights)} weights: {error}"
+            ) from error
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images (N, 3, H, W) float32 -> features (N, F) float32."""
+        (features,) = self._session.run(["features"], {"image": images})
+        return features

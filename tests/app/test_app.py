@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import FEATURES, tiny_bundle, tiny_pack
+
+from ksm_edge.app.app import App
+from ksm_edge.data.image import open_rgb, to_input
+from ksm_edge.errors import DataError, UsageError, WrongBackboneError
+from ksm_edge.fuse import fuse
+from ksm_edge.pack.files import save_pack
+from ksm_edge.runtimes.reference import Session as Reference
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> App:
+    with App(tiny_bundle(tmp_path / "bundle"), threads=1, limit=2) as app:
+        for seed, name in enumerate("abc", start=1):
+            app.load(tiny_pack(seed=seed, cut=0.3, changes={"task": name}))
+        yield app
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_a_prediction_is_the_softmax_of_the_oracles_logits(app: App, photo: Path) -> None:
+    pack = tiny_pack(seed=2, cut=0.3)
+    features = Reference(app.bundle.graph_path, fuse(app.bundle, pack)).run(to_input(open_rgb(photo), pack.input)[None])
+    logits = (features @ pack.head_weight.T + pack.head_bias)[0].astype(np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum()
+    (prediction,) = app.predict([photo], task="b")
+    assert prediction.label == f"class {expected.argmax()}"
+    assert prediction.probability == pytest.approx(expected.max(), rel=1e-4)
+    assert prediction.top[0] == (prediction.label, prediction.probability)
+    assert [label for label, _ in prediction.top] == [f"class {c}" for c in np.argsort(-expected)]
+    assert sum(share for _, share in prediction.top) == pytest.approx(1)
+
+
+def test_paths_images_and_arrays_give_the_same(app: App, photo: Path) -> None:
+    image = Image.open(photo)
+    several = app.predict([photo, str(photo), image, np.asarray(image)])
+    assert len(set(several)) == 1
+    assert app.predict(photo)[0].probability == pytest.approx(several[0].probability, rel=1e-5)
+
+
+def test_top_limits_the_classes_named(app: App, photo: Path) -> None:
+    assert [len(app.predict(photo, top=n)[0].top) for n in (1, 2, 3, 99)] == [1, 2, 3, 3]
+
+
+def test_many_images_are_predicted_in_order(app: App) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (18, 18, 3), np.uint8) for _ in range(19)]
+    together = app.predict(images)
+    assert [p.label for p in together] == [app.predict(image)[0].label for image in images]
+
+
+def test_the_first_task_is_current_until_another_is(app: App, photo: Path) -> None:
+    assert app.tasks == ("a", "b", "c")
+    a, b = app.predict(photo, task="a"), app.predict(photo, task="b")
+    assert a != b
+    assert app.predict(photo) == a
+    app.switch("b")
+    assert app.predict(photo) == b
+    app.unload("b")
+    with pytest.raises(UsageError, match="no task is current: switch to one of a, c"):
+        app.predict(photo)
+
+
+def test_tasks_beyond_the_limit_come_back_the_same(app: App, photo: Path) -> None:
+    before = {name: app.predict(photo, task=name) for name in app.tasks}
+    assert len(app._sessions) == 2
+    for name in reversed(app.tasks):
+        assert app.predict(photo, task=name) == before[name]
+    assert list(app._sessions) == ["b", "a"]
+
+
+def test_threads_may_predict_different_tasks_at_once(app: App, photo: Path) -> None:
+    expected = {name: app.predict(photo, task=name) for name in app.tasks}
+    wrong: list[str] = []
+
+    def work(name: str) -> None:
+        for _ in range(10):
+            if app.predict(photo, task=name) != expected[name]:
+                wrong.append(name)
+
+    workers = [threading.Thread(target=work, args=(name,)) for name in app.tasks * 2]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_pack_is_loaded_from_its_file_under_a_name_of_choice(app: App, tmp_path: Path) -> None:
+    save_pack(tiny_pack(), tmp_path / "x.ksm")
+    assert app.load(tmp_path / "x.ksm") == "tiny kernel"
+    assert app.load(str(tmp_path / "x.ksm"), name="mine") == "mine"
+    with pytest.raises(UsageError, match="'mine' is loaded already"):
+        app.load(tmp_path / "x.ksm", name="mine")
+
+
+def test_a_pack_of_another_backbone_is_refused(app: App) -> None:
+    with pytest.raises(WrongBackboneError):
+        app.load(tiny_pack(changes={"backbone": "f" * 64}), name="other")
+    assert "other" not in app.tasks
+
+
+@pytest.mark.parametrize("verb", ["switch", "unload"])
+def test_a_task_that_is_not_loaded_is_named_with_those_that_are(app: App, verb: str) -> None:
+    with pytest.raises(UsageError, match="no task 'd' is loaded; loaded are: a, b, c"):
+        getattr(app, verb)("d")
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), 7, None]
+)
+def test_what_is_no_image_is_refused(app: App, image: object) -> None:
+    with pytest.raises(DataError, match="is no image"):
+        app.predict([image])
+
+
+def test_an_image_that_is_not_there_is_named(app: App) -> None:
+    with pytest.raises(DataError, match=r"absent\.png"):
+        app.predict(["absent.png"])
+
+
+def test_no_images_give_no_predictions(app: App) -> None:
+    assert app.predict([]) == []
+
+
+def test_logits_are_the_heads(app: App) -> None:
+    logits, classes = app.logits(np.zeros((2, 3, 16, 16), np.float32))
+    assert logits.shape == (2, 3)
+    assert logits.dtype == np.float32
+    assert classes == ("class 0", "class 1", "class 2")
+    assert app.bundle.features == FEATURES
+
+
+def test_a_closed_app_holds_no_task(tmp_path: Path) -> None:
+    with App(tiny_bundle(tmp_path), threads=1) as app:
+        app.load(tiny_pack())
+    assert app.tasks == ()

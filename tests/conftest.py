@@ -1,0 +1,26 @@
+"""Fixtures for all tests, and the folder of the tests' own modules (`tiny`, `torch_oracle`) on the path."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real datasets and pretrained weights, which a clone of the project does not have."""
+    folder = Path(os.environ.get("KSM_EDGE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set KSM_EDGE_DATA to a folder that has it")
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled graphs go into the run's own folder, so that no test sees an older run's."""
+    os.environ["KSM_EDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
