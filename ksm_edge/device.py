@@ -1,0 +1,170 @@
+"""Board profiles: what a board is declared to have, and how much of it a process of ours may use.
+
+A profile is a TOML file in `devices/`, or a user's own with the same fields; every number in it names its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ksm_edge.errors import UsageError
+from ksm_edge.resources import data_folder
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HOST = "host"
+# Written by the kernel of boards that boot with a device tree, which PCs do not.
+MODEL_FILE = Path("/proc/device-tree/model")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A board as its profile declares it."""
+
+    name: str
+    title: str
+    cores: int
+    threads: int  # to use
+    clock_mhz: int  # 0: unknown
+    ram_bytes: int
+    free_ram_bytes: int  # what the system leaves
+    memory_budget_bytes: int  # of one process, unless the user says otherwise
+    batch: int  # images in an optimizer step
+    aliases: tuple[str, ...] = ()
+    model_strings: tuple[str, ...] = ()  # beginnings of the text in MODEL_FILE
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)  # of every number, by field
+
+    @staticmethod
+    def load(name_or_path: str | Path) -> Device:
+        """The profile of that name, alias or TOML file; raises UsageError for an unknown name or an invalid file.
+
+        >>> Device.load("jetson").name
+        'jetson-orin-nano'
+        """
+        name = str(name_or_path)
+        if name.endswith(".toml") or os.sep in name:
+            return _read(Path(name))
+        known = _profiles()
+        for profile in known.values():
+            if name == profile["name"] or name in profile.get("aliases", ()):
+                return _host() if profile["name"] == HOST else _from_table(profile, profile["name"])
+        raise UsageError(_unknown(name, known))
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether this profile is of another machine than the one at hand."""
+        return self.name != HOST and not _matches(self.model_strings, machine_model())
+
+
+_KIND_NAMES = {str: "text", int: "whole number", list: "list", dict: "table"}
+NUMBERS = tuple(f.name for f in fields(Device) if f.type == "int")
+
+
+def device_names() -> tuple[str, ...]:
+    """Names of the built-in profiles, sorted."""
+    return tuple(_profiles())
+
+
+def this_machine() -> Device:
+    """The machine at hand: a known board with its memory as it is now, else the host profile filled in."""
+    host = _host()
+    for profile in _profiles().values():
+        if _matches(profile.get("model_strings", ()), machine_model()):
+            board = _from_table(profile, profile["name"])
+            return replace(board, cores=host.cores, ram_bytes=host.ram_bytes, free_ram_bytes=host.free_ram_bytes)
+    return host
+
+
+def machine_model() -> str:
+    """What this board calls itself, such as "Raspberry Pi 4 Model B Rev 1.4"; empty where there is no device tree."""
+    try:
+        return MODEL_FILE.read_bytes().rstrip(b"\0").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _matches(model_strings: tuple[str, ...] | list[str], model: str) -> bool:
+    # Compared with a blank added, so that "Raspberry Pi 5 " is neither a 500 nor in need of a revision.
+    return any(f"{model} ".startswith(beginning) for beginning in model_strings)
+
+
+def _profiles() -> dict[str, dict[str, Any]]:
+    """Tables of the built-in profiles by name, sorted; the files are our own, so nothing is checked."""
+    tables = [tomllib.loads(path.read_text()) for path in data_folder("ksm_edge.devices").glob("*.toml")]
+    return {table["name"]: table for table in sorted(tables, key=lambda table: str(table["name"]))}
+
+
+def _unknown(name: str, known: Mapping[str, dict[str, Any]]) -> str:
+    every = [word for profile in known.values() for word in (profile["name"], *profile.get("aliases", ()))]
+    close = difflib.get_close_matches(name.lower(), every, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    return f"device {name!r} is not known{hint} Known: {', '.join(known)}. Or give the path of a TOML profile."
+
+
+def _read(path: Path) -> Device:
+    """A user's profile, checked."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"there is no device profile {path}. Known names: {', '.join(device_names())}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as a TOML device profile: {error}") from error
+    return _from_table(table, str(path))
+
+
+def _from_table(table: Mapping[str, Any], origin: str) -> Device:
+    """The record of a TOML table; raises UsageError that names the field which is unknown, missing or off."""
+    kinds: dict[str, type] = {"name": str, "title": str, "sources": dict, **dict.fromkeys(NUMBERS, int)}
+    for name in table:
+        kind = kinds.get(name, list)
+        if name not in {f.name for f in fields(Device)}:
+            raise UsageError(f"{origin}: {name} is no field of a device profile; fields: {', '.join(_field_names())}")
+        if not isinstance(table[name], kind) or isinstance(table[name], bool):
+            raise UsageError(f"{origin}: {name} must be a {_KIND_NAMES[kind]}, not {table[name]!r}")
+        if kind is int and table[name] < (0 if name == "clock_mhz" else 1):
+            raise UsageError(f"{origin}: {name} must be positive, not {table[name]}")
+    missing = [name for name in ("name", "title", *NUMBERS) if name not in table]
+    if missing:
+        raise UsageError(f"{origin}: a device profile needs {', '.join(missing)} as well")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+    return Device(**values)
+
+
+def _field_names() -> list[str]:
+    return [f.name for f in fields(Device)]
+
+
+def _host() -> Device:
+    """The host profile, its missing numbers asked of this machine."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0))
+    measured = {
+        "cores": cores,
+        "threads": cores,
+        "clock_mhz": _clock_mhz(),
+        "ram_bytes": memory.total,
+        "free_ram_bytes": memory.available,
+        "memory_budget_bytes": max(memory.available // 2, 1),
+    }
+    table = {**measured, **_profiles()[HOST]}
+    sources = {**dict.fromkeys(measured, "measured on this machine"), **table["sources"]}
+    return _from_table({**table, "sources": sources}, HOST)
+
+
+def _clock_mhz() -> int:
+    import psutil
+
+    frequency = psutil.cpu_freq()  # None in some containers
+    return round(frequency.max or frequency.current) if frequency else 0
