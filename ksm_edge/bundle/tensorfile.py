@@ -1,0 +1,73 @@
+"""A safetensors file whose tensors can be memory-mapped: written with an aligned header, read with every check.
+
+Format: 8 bytes little-endian header length, a JSON header padded with spaces, the tensors' bytes without gaps.
+https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ksm_edge.errors import DamagedFileError
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+_LENGTH = 8
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write float32 tensors in the given order; their bytes begin at a multiple of 64."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH + len(text)) % ALIGNMENT)
+    file.write(len(text).to_bytes(_LENGTH, "little") + text)
+    for tensor in tensors.values():
+        file.write(np.ascontiguousarray(tensor, "<f4").tobytes())
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The float32 tensors of a file, read-only and memory-mapped: a page is read when it is first looked at.
+
+    Raises DamagedFileError where header and length do not agree.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(_LENGTH), "little")
+        start = _LENGTH + header_size
+        if start > size or size < _LENGTH:
+            raise DamagedFileError(f"{path}: its header should take {header_size} bytes, the file has {size}")
+        header = _read_header(path, file.read(header_size))
+    whole = np.memmap(path, np.uint8, "r", offset=0) if size > start else np.zeros(0, np.uint8)
+    return {name: _view(path, name, entry, whole[start:]) for name, entry in header.items()}
+
+
+def _read_header(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DamagedFileError(f"{path}: its header is not the JSON object of a safetensors file ({error})") from error
+    return header
+
+
+def _view(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        fits = dtype == "F32" and 0 <= begin <= end <= data.size and end - begin == 4 * math.prod(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{path}: the header's entry for {name!r} is malformed ({error})") from error
+    if not fits:
+        raise DamagedFileError(
+            f"{path}: tensor {name!r} is said to be {dtype} {shape} at bytes {begin} to {end} of {data.size}; "
+            "float32 of that length inside the file is needed"
+        )
+    return np.asarray(data[begin:end]).view("<f4").reshape(shape)

@@ -1,0 +1,219 @@
+"""Bundles on disk: whole or absent, the same again, and refused when a byte is not what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from incoming_nets import graph, weights
+from safetensors.numpy import load_file
+
+from ksm_edge.bundle import manifest
+from ksm_edge.bundle.digest import backbone_digest
+from ksm_edge.bundle.freeze import freeze
+from ksm_edge.bundle.layers import Bundle, InputContract
+from ksm_edge.bundle.load import load_bundle
+from ksm_edge.bundle.make import save_bundle
+from ksm_edge.bundle.plain import plain_weights
+from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
+from ksm_edge.fuse import fuse
+
+CONTRACT = InputContract(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def save(path: Path, *, seed: int = 0, **more: Any) -> Bundle:
+    return save_bundle(freeze(graph(tensors=weights(seed)), {}), path, recipe="small", input_contract=CONTRACT, **more)
+
+
+def test_what_is_loaded_is_what_was_frozen(tmp_path: Path) -> None:
+    frozen = freeze(graph(), {})
+    bundle = save(tmp_path / "b", licence="MIT")
+    assert (bundle.recipe, bundle.licence, bundle.features, bundle.input) == ("small", "MIT", 6, CONTRACT)
+    assert bundle.layers == frozen.layers
+    for name, held in frozen.weights.items():
+        for kind in ("weight", "bias", "gamma", "beta", "mean", "var"):
+            assert np.array_equal(getattr(bundle.weights[name], kind), getattr(held, kind)), (name, kind)
+
+
+def test_loaded_weights_are_aligned_and_cannot_be_written(tmp_path: Path) -> None:
+    held = save(tmp_path / "b").weights["conv1"]
+    assert held.weight.ctypes.data % 64 == 0
+    for tensor in (held.weight, held.bias, held.gamma):
+        with pytest.raises(ValueError, match="read-only"):
+            tensor[0] = 1
+
+
+def test_the_weights_are_a_plain_safetensors_file_without_what_does_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "b")
+    names = set(load_file(tmp_path / "b" / "weights.safetensors"))
+    norm = {f"conv1.{kind}" for kind in ("weight", "gamma", "beta", "mean", "var")}
+    assert names == norm | {"conv2.weight", "conv2.beta"}
+
+
+def test_exporting_again_gives_the_same_bytes_and_digest(tmp_path: Path) -> None:
+    a, b = save(tmp_path / "a"), save(tmp_path / "b")
+    assert a.digest == b.digest
+    for name in ("backbone.onnx", "weights.safetensors", "manifest.json"):
+        assert (a.path / name).read_bytes() == (b.path / name).read_bytes()
+
+
+def test_other_weights_have_another_digest(tmp_path: Path) -> None:
+    assert save(tmp_path / "a").digest != save(tmp_path / "b", seed=1).digest
+
+
+def test_the_digest_sees_names_shapes_and_values_and_no_order() -> None:
+    a, b = np.arange(6, dtype=np.float32), np.ones(2, np.float32)
+    digests = [
+        backbone_digest(tensors)
+        for tensors in ({"a": a, "b": b}, {"a": a.reshape(2, 3), "b": b}, {"a": a, "c": b}, {"a": a + 1, "b": b})
+    ]
+    assert len(set(digests)) == 4
+    assert backbone_digest({"b": b, "a": a}) == digests[0]
+
+
+def test_the_plain_weights_are_those_fused_from_no_pack_bit_for_bit(tmp_path: Path) -> None:
+    bundle = save(tmp_path / "b")
+    plain, fused = plain_weights(bundle.layers, bundle.weights), fuse(bundle, None)
+    assert plain.keys() == fused.keys()
+    assert all(plain[name].tobytes() == fused[name].tobytes() for name in fused)
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "golden_features", "_sync", "_replace"])
+def test_a_failure_at_any_step_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"ksm_edge.bundle.write.{step}", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_replacement_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = save(tmp_path / "b").digest
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "b" and Path(source).name != "old":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        save(tmp_path / "b", seed=1, overwrite=True)
+    assert load_bundle(tmp_path / "b").digest == old
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    save(tmp_path / "b")
+    with pytest.raises(UsageError, match=r"b exists; choose another --out, or give --overwrite"):
+        save(tmp_path / "b", seed=1)
+    new = save(tmp_path / "b", seed=1, overwrite=True).digest
+    assert load_bundle(tmp_path / "b").digest == new
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(UsageError, match="is not a bundle"):
+        save(tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_a_backbone_whose_features_are_not_finite_is_not_written(tmp_path: Path) -> None:
+    tensors = weights() | {"bn1.running_var": np.full(4, -1, np.float32)}
+    with (
+        pytest.raises(KsmEdgeError, match="features are not finite"),
+        np.errstate(invalid="ignore"),
+    ):
+        save_bundle(freeze(graph(tensors=tensors), {}), tmp_path / "b", recipe="", input_contract=CONTRACT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a manifest and put its checksum right again, so that the check behind it is met."""
+    content = json.loads((folder / manifest.NAME).read_text())
+    del content["manifest_sha256"]
+    change(content)
+    (folder / manifest.NAME).write_text(manifest.manifest_text(content))
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], type[KsmEdgeError], str]] = {
+    "a bit of the weights": (lambda b: flip(b / "weights.safetensors", -5), DamagedFileError, "sha256.* manifest says"),
+    "a bit of the graph": (lambda b: flip(b / "backbone.onnx", 100), DamagedFileError, r"backbone\.onnx: sha256"),
+    "weights cut off": (lambda b: os.truncate(b / "weights.safetensors", 300), DamagedFileError, "sha256"),
+    "no weights": (lambda b: (b / "weights.safetensors").unlink(), DamagedFileError, "is missing; copy"),
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), UsageError, "no bundle there .* ksm-edge export"),
+    "no folder": (shutil.rmtree, UsageError, "no bundle there"),
+    "half a manifest": (lambda b: os.truncate(b / "manifest.json", 400), DamagedFileError, "not a bundle's manifest"),
+    "another eps": (
+        lambda b: (b / "manifest.json").write_text((b / "manifest.json").read_text().replace("0.001", "0.002")),
+        DamagedFileError, "does not match its own checksum",
+    ),
+    "a newer format": (
+        lambda b: rewrite(b, lambda c: c.update(format_version=2)), UnsupportedVersionError,
+        r"format version 2, this release reads 1; install a newer",
+    ),
+    "no layers": (lambda b: rewrite(b, lambda c: c.pop("layers")), DamagedFileError, "missing or malformed"),
+    "a layer the weights lack": (
+        lambda b: rewrite(b, lambda c: c["layers"][0].update(name="x")), DamagedFileError, r"x\.weight is missing",
+    ),
+    "a layer of another shape": (
+        lambda b: rewrite(b, lambda c: c["layers"][0].update(weight_shape=[4, 3, 1, 1])), DamagedFileError,
+        r"conv1\.weight has the shape \(4, 3, 3, 3\), it should be \(4, 3, 1, 1\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_bundle_is_refused_and_says_what_is_wrong(tmp_path: Path, damage: str) -> None:
+    save(tmp_path / "b")
+    inflict, error, match = DAMAGES[damage]
+    inflict(tmp_path / "b")
+    with pytest.raises(error, match=match):
+        load_bundle(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,12]}}', "'a' is said to be F32"),
+        (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[8,24]}}', "'a' is said to be F32"),
+        (b'{"a":{"dtype":"I64","shape":[2],"data_offsets":[0,16]}}', "'a' is said to be I64"),
+        (b'{"a":{"dtype":"F32","shape":[4]}}', "entry for 'a' is malformed"),
+        (b'{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}', "'a' is said to be"),
+        (b"[]", "not the JSON object"),
+        (b"{", "not the JSON object"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(tmp_path: Path, header: bytes, match: str) -> None:
+    from ksm_edge.bundle.tensorfile import map_tensors
+
+    (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(DamagedFileError, match=match):
+        map_tensors(tmp_path / "t")
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", (1 << 60).to_bytes(8, "little") + b"{}"])
+def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    from ksm_edge.bundle.tensorfile import map_tensors
+
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(DamagedFileError, match="its header should take"):
+        map_tensors(tmp_path / "t")

@@ -1,0 +1,189 @@
+"""What goes into a frozen graph, what it is rewritten to, and that it computes what the net it came from does."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from incoming_nets import CLASSIFIER, CONV1, CONV2, FLAT, LINEAR, NORM1, POOL, RELU1, graph, node, run, weights
+
+from ksm_edge.bundle.freeze import Frozen, freeze
+from ksm_edge.bundle.plain import plain_features, plain_weights
+from ksm_edge.errors import UsageError
+
+IMAGE = np.random.default_rng(1).standard_normal((2, 3, 12, 10)).astype(np.float32)
+INT = np.int64
+
+
+def features_of(frozen: Frozen, image: np.ndarray = IMAGE) -> np.ndarray:
+    return plain_features(frozen.model.SerializeToString(), plain_weights(frozen.layers, frozen.weights), image)
+
+
+def ops(frozen: Frozen) -> list[str]:
+    return [node.op_type for node in frozen.model.graph.node]
+
+
+def test_the_backbone_ends_at_what_the_first_linear_layer_takes() -> None:
+    model = graph()
+    frozen = freeze(model, {})
+    assert ops(frozen) == ["Conv", "Relu", "Conv", "GlobalAveragePool", "Flatten"]
+    assert frozen.features == 6
+    np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+def test_a_weightless_graph_and_a_state_dict_give_the_same_as_a_graph_with_its_weights() -> None:
+    a, b = freeze(graph(), {}), freeze(graph(weightless=True), weights())
+    assert a.model == b.model
+    assert a.layers == b.layers
+    assert all(np.array_equal(a.weights[n].weight, b.weights[n].weight) for n in ("conv1", "conv2"))
+
+
+def test_the_layer_table_names_convs_by_the_state_dict_and_takes_up_their_batch_norm() -> None:
+    first, second = freeze(graph(), {}).layers
+    assert (first.name, first.weight_shape, first.eps, first.has_norm) == ("conv1", (4, 3, 3, 3), 1e-3, True)
+    assert (second.name, second.weight_shape, second.eps, second.has_norm) == ("conv2", (6, 4, 1, 1), 0.0, False)
+
+
+def test_a_conv_without_batch_norm_has_one_that_does_nothing() -> None:
+    held = freeze(graph(), {}).weights["conv2"]
+    assert np.array_equal(held.beta, weights()["conv2.bias"])
+    assert held.gamma.tolist() == held.var.tolist() == [1] * 6
+    assert held.mean.tolist() == held.bias.tolist() == [0] * 6
+
+
+def test_conv_weights_are_declared_outside_and_nothing_else_is() -> None:
+    model = freeze(graph(), {}).model
+    outside = {t.name: tuple(t.dims) for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    weights_outside = {"conv1.weight": (4, 3, 3, 3), "conv2.weight": (6, 4, 1, 1)}
+    assert outside == weights_outside | {"conv1.bias": (4,), "conv2.bias": (6,)}
+    assert len(model.SerializeToString()) < 2000
+    assert [entry.version for entry in model.opset_import] == [17]
+
+
+def test_a_foreign_file_with_folded_batch_norm_is_a_net_of_convs_with_plain_unique_names() -> None:
+    tensors = {"onnx::Conv_1": weights()["conv1.weight"], "b1": weights()["bn1.bias"], "w 2": weights()["conv2.weight"]}
+    nodes = (
+        onnx.helper.make_node("Conv", ["image", "onnx::Conv_1", "b1"], ["n1"], name="/stem/Conv", pads=[1, 1, 1, 1]),
+        RELU1,
+        onnx.helper.make_node("Conv", ["r1", "w 2"], ["c2"]),
+        POOL, FLAT, LINEAR,
+    )  # fmt: skip
+    model = graph(nodes, tensors | {n: weights()[n] for n in ("fc.weight", "fc.bias")})
+    frozen = freeze(model, {})
+    assert [(layer.name, layer.has_norm) for layer in frozen.layers] == [("stem", False), ("w_2", False)]
+    np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+MIDDLES = {
+    "Identity": [node("Identity", "r1", "x")],
+    "Dropout": [node("Dropout", "r1", "x")],
+    "Clip": [node("Clip", "r1 zero six", "x")],
+    "Clip below": [node("Clip", "r1 - six", "x")],
+    "Clip at 0": [node("Clip", "r1 zero", "x")],
+    "HardSwish": [node("HardSwish", "r1", "x")],
+    "HardSigmoid": [node("HardSigmoid", "r1", "x", alpha=0.25)],
+    "SiLU": [node("Sigmoid", "r1", "s"), node("Mul", "r1 s", "x")],
+    "squeeze": [node("ReduceMean", "r1", "s", axes=[-1, -2]), node("Sigmoid", "s", "t"), node("Mul", "t r1", "x")],
+    "MaxPool": [node("MaxPool", "r1", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])],
+    "AveragePool": [node("AveragePool", "r1", "x", kernel_shape=[2, 2], ceil_mode=1, pads=[0, 0, 1, 1])],
+    "Concat": [
+        node("Slice", "r1 i0 i2 i1", "s"), node("Slice", "r1 i2 i9 i1 i1", "t"), node("Concat", "t s", "x", axis=1),
+    ],
+    "Slice": [node("Slice", "r1 i0 i9 i2 i2", "s"), node("Slice", "s i1 i9 i3", "x")],
+    "Pad": [node("Pad", "r1 pads", "x")],
+    "Sum": [node("Sum", "r1 n1", "x")],
+    "MaxPool without strides": [node("MaxPool", "r1", "x", kernel_shape=[2, 2])],
+}  # fmt: skip
+CONSTANTS = {
+    "zero": np.float32(0), "six": np.float32(0.6), "i0": np.array([0], INT), "i1": np.array([1], INT),
+    "i2": np.array([2], INT), "i3": np.array([3], INT), "i9": np.array([999], INT),
+    "pads": np.array([0, 0, 1, 2, 0, 0, 0, 1], INT),
+}  # fmt: skip
+CONSTANTS = {name: np.asarray(value) for name, value in CONSTANTS.items()}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_every_supported_operator_computes_what_it_did(name: str) -> None:
+    conv2 = node("Conv", "x conv2.weight conv2.bias", "c2")
+    model = graph([CONV1, NORM1, RELU1, *MIDDLES[name], conv2, POOL, FLAT, LINEAR], constants=CONSTANTS)
+    np.testing.assert_allclose(features_of(freeze(model, {})), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_auto_pad_becomes_explicit(auto_pad: str) -> None:
+    tensors = weights() | {"conv1.weight": np.random.default_rng(0).standard_normal((4, 3, 4, 2)).astype(np.float32)}
+    conv1 = node("Conv", "image conv1.weight", "c1", auto_pad=auto_pad)
+    model = graph([conv1, *CLASSIFIER[1:]], tensors)
+    frozen = freeze(model, {})
+    assert not any(a.name == "auto_pad" for n in frozen.model.graph.node for a in n.attribute)
+    np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+ENDS = {
+    "Reshape": [POOL, node("Reshape", "p shape", "f"), LINEAR],
+    "ReduceMean": [node("ReduceMean", "c2", "f", axes=[2, 3], keepdims=0), LINEAR],
+    "Squeeze": [POOL, node("Squeeze", "p axes", "f"), LINEAR],
+    "MatMul": [POOL, FLAT, node("Transpose", "fc.weight", "w", perm=[1, 0]), node("MatMul", "f w", "logits")],
+    "size-dependent shape": [
+        POOL, node("Shape", "p", "s"), node("Slice", "s i0 i1", "n"), node("Concat", "n minus", "shape2", axis=0),
+        node("Reshape", "p shape2", "f"), LINEAR,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weightless", [False, True])
+@pytest.mark.parametrize("name", ENDS)
+def test_every_way_to_the_linear_layer_is_understood(name: str, weightless: bool) -> None:
+    more = {"shape": np.array([0, -1], INT), "axes": np.array([2, 3], INT), "minus": np.array([-1], INT)}
+    nodes = [*CLASSIFIER[:4], *ENDS[name]]
+    frozen = freeze(graph(nodes, weightless=weightless, constants=CONSTANTS | more), weights() if weightless else {})
+    assert ops(frozen)[-2:] == ["GlobalAveragePool", "Flatten"]
+    expected = run(graph(nodes, constants=CONSTANTS | more), "f", IMAGE)
+    np.testing.assert_allclose(features_of(frozen), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_map_that_was_one_pixel_when_exported_is_pooled() -> None:
+    window = node("AveragePool", "c2", "p", kernel_shape=[12, 10])
+    model = graph([*CLASSIFIER[:4], window, FLAT, LINEAR])
+    np.testing.assert_allclose(features_of(freeze(model, {})), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("features", ["/r1", "r1"])
+def test_a_named_node_or_tensor_is_the_end_and_a_map_is_pooled(features: str) -> None:
+    model = graph()
+    frozen = freeze(model, {}, features)
+    assert (frozen.features, [layer.name for layer in frozen.layers]) == (4, ["conv1"])
+    np.testing.assert_allclose(features_of(frozen), run(model, "r1", IMAGE).mean((2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_what_lies_behind_the_end_needs_no_weights() -> None:
+    state = {name: tensor for name, tensor in weights().items() if not name.startswith("fc")}
+    assert freeze(graph(weightless=True), state).features == 6
+
+
+def test_constants_of_older_opsets_are_read() -> None:
+    clip = node("Clip", "n1", "r1", min=0.0, max=0.5)
+    model = graph([CONV1, NORM1, clip, CONV2, POOL, FLAT, LINEAR], opset=9)
+    np.testing.assert_allclose(features_of(freeze(model, {})), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+def test_missing_tensors_are_counted_and_the_first_few_named() -> None:
+    with pytest.raises(UsageError, match=r"lack 6 of the 7 tensors needed: conv1.weight, bn1.weight, .*, \.\.\.$"):
+        freeze(graph(weightless=True), {"conv2.weight": weights()["conv2.weight"]})
+
+
+def test_tensors_of_another_network_are_refused_with_both_shapes() -> None:
+    state = weights() | {"conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}
+    with pytest.raises(UsageError, match=r"wrong shape: conv1.weight \(8, 3, 3, 3\) instead of \(4, 3, 3, 3\)"):
+        freeze(graph(weightless=True), state)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    state = weights() | {"bn1.bias": np.array([0, np.nan, 0, 0], np.float32)}
+    with pytest.raises(UsageError, match=r"not finite: bn1\.bias"):
+        freeze(graph(weightless=True), state)
+
+
+def test_an_unknown_end_is_answered_with_the_last_nodes() -> None:
+    with pytest.raises(UsageError, match=r"--features nowhere: .* its last nodes are .*/f, /logits"):
+        freeze(graph(), {}, "nowhere")
