@@ -74,16 +74,17 @@ def soft_mask(score: np.ndarray, *, soft: bool = True) -> SoftMask:
 
     The range is taken over the WHOLE layer of score * (1 - keep), so the zeros of kept kernels take part.
     """
-    one = score.dtype.type
-    keep = score >= one(THRESHOLD)
-    cut = np.where(keep, one(0), score)
+    number = score.dtype.type
+    keep = score >= number(THRESHOLD)
+    is_cut = ~keep
+    cut = score[is_cut]  # few: work on these alone
+    scale = np.zeros_like(score)
     low, high = (float(cut.min()), float(cut.max())) if cut.size else (0.0, 0.0)
+    if cut.size < score.size:
+        low, high = min(low, 0.0), max(high, 0.0)
     if soft and high - low > SMALLEST_RANGE:
-        scale = (cut - one(low)) * one(SCALE_LIMIT / (high - low))
-        np.clip(scale, 0, SCALE_LIMIT, out=scale)  # rounding may pass the ends by an ulp
-        scale *= ~keep
-    else:
-        scale = np.zeros_like(score)
+        # Rounding may pass the ends by an ulp.
+        scale[is_cut] = np.clip((cut - number(low)) * number(SCALE_LIMIT / (high - low)), 0, SCALE_LIMIT)
     return SoftMask(keep, scale, low, high)
 
 
@@ -121,8 +122,8 @@ def reduce_kernels(product: np.ndarray, granularity: str) -> np.ndarray:
 
 def keep_gradient(score: np.ndarray) -> np.ndarray:
     """d keep / d score, score-shaped, soft where keep is hard: 12 g (1 - g), g = sigmoid(12 (score - threshold))."""
-    g = 1 / (1 + np.exp(-SHARPNESS * (score - score.dtype.type(THRESHOLD))))
-    return SHARPNESS * g * (1 - g)
+    e = np.exp(score.dtype.type(SHARPNESS * THRESHOLD) - score.dtype.type(SHARPNESS) * score)  # g = 1 / (1 + e)
+    return score.dtype.type(SHARPNESS) * e / np.square(1 + e)
 
 
 def score_gradient(score: np.ndarray, product: np.ndarray, granularity: str = "kernel") -> np.ndarray:

@@ -1,19 +1,23 @@
-"""The same networks and the same method in torch with autograd, written as the paper says: what gradients are held to."""
+"""The same networks and method in torch with autograd, written as the paper says: what gradients are held to."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - torch's own custom
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.mask import SHARPNESS, THRESHOLD, expand, soft_mask
 
 
-def run(backbone: onnx.ModelProto, weights: dict[str, torch.Tensor], image: torch.Tensor, after_conv=None) -> torch.Tensor:
+def run(
+    backbone: onnx.ModelProto, weights: dict[str, torch.Tensor], image: torch.Tensor, after_conv=None
+) -> torch.Tensor:
     """Features of a canonical backbone; `after_conv(layer, z)` may stand between a conv and what follows."""
-    values: dict = {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in backbone.graph.initializer if not t.external_data}
+    values: dict = {
+        t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in backbone.graph.initializer if not t.external_data
+    }
     values |= {"image": image, **weights}
     for node in backbone.graph.node:
         a = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}

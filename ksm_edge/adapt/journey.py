@@ -83,7 +83,9 @@ class _Job:
     saved_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.per_epoch = len(self.train) // self.plan.batch if self._drops_last() else -(-len(self.train) // self.plan.batch)
+        self.per_epoch = (
+            len(self.train) // self.plan.batch if self._drops_last() else -(-len(self.train) // self.plan.batch)
+        )
         if not self.per_epoch:
             raise DataError(
                 f"{len(self.train)} training images are fewer than one batch of {self.plan.batch}, which batch "
@@ -148,7 +150,9 @@ class _Job:
                 asked = time.perf_counter()
                 batch = next(batches)
                 started = time.perf_counter()
-                targets = target_rows(batch.labels, len(self.images.classes), settings.label_smoothing, self.class_weights)
+                targets = target_rows(
+                    batch.labels, len(self.images.classes), settings.label_smoothing, self.class_weights
+                )
                 result = self.trainer.step(batch.images, targets)
                 ended = time.perf_counter()
                 self.wait_ms.append((started - asked) * 1e3)
@@ -199,7 +203,7 @@ def adapt(
 ) -> Adapted:
     """Learn the task that `images` shows and write its pack to `out`.
 
-    `budget_bytes` bounds the expected resident memory of the process. `provenance` goes into the pack's training record.
+    `budget_bytes` bounds the expected resident memory of the process. `provenance` goes into the pack's record.
     Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit.
     Raises DataError, BudgetError, UnsupportedError.
     """
@@ -227,7 +231,7 @@ def adapt(
 
 def _finish(job: _Job, seconds: float, provenance: Mapping[str, Any]) -> Adapted:
     progress = job.progress
-    assert job.best is not None  # noqa: S101 - every finished epoch leaves one
+    assert job.best is not None
     accuracy = progress.best_accuracy if job.held_out else None
     record = {
         "data_digest": job.images.digest(),
@@ -243,8 +247,8 @@ def _finish(job: _Job, seconds: float, provenance: Mapping[str, Any]) -> Adapted
     size = save_pack(pack, job.out)
     job.checkpoint_path.unlink(missing_ok=True)
     return Adapted(
-        job.out, size, accuracy, progress.best_epoch, progress.steps_done, job.settings.epochs, job.step_ms, job.wait_ms,
-        job.seen, seconds, job.skipped, progress.history,
+        job.out, size, accuracy, progress.best_epoch, progress.steps_done, job.settings.epochs,
+        job.step_ms, job.wait_ms, job.seen, seconds, job.skipped, progress.history,
     )  # fmt: skip
 
 

@@ -105,9 +105,7 @@ class App:
             self._session(name)
             self._current = name
 
-    def predict(
-        self, images: AnyImage | Sequence[AnyImage], task: str | None = None, top: int = 5
-    ) -> list[Prediction]:
+    def predict(self, images: AnyImage | Sequence[AnyImage], task: str | None = None, top: int = 5) -> list[Prediction]:
         """One prediction an image, by `task` or the current one; paths, PIL images or uint8 arrays (H, W, 3) or (H, W).
 
         Raises DataError for an image that cannot be read, UsageError for a task that is not loaded.

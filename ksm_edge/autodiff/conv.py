@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
 from ksm_edge.autodiff.rules import SPATIAL, transposed_conv
-from ksm_edge.autodiff.tape import Gradient, Tape
+from ksm_edge.autodiff.tape import Tape
 from ksm_edge.bundle.layers import Layer
 
 OVER_IMAGES = (0, *SPATIAL)
@@ -43,7 +44,7 @@ class Geometry:
         return cls(tuple(strides), tuple(get("pads", [0] * 4)), tuple(dilations), layer.weight_shape[2:])
 
     @property
-    def attributes(self) -> dict[str, list[int]]:
+    def attributes(self) -> dict[str, Any]:
         return {
             "strides": list(self.strides),
             "pads": list(self.pads),
@@ -145,7 +146,7 @@ def _taps(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
 
 def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shape: Shape) -> None:
     """Accumulate dz x_k^T over images and pixels, (O, I), for one tap's window (n, C, h, w)."""
-    emit, (O, I, _, _), (n, C, h, w) = tape.emit, layer.weight_shape, shape
+    emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, shape
     if layer.groups == 1:
         _accumulate_gemm(tape, name, layer, _by_channel(tape, dz, (n, O, h, w)), _by_channel(tape, window, shape))
     elif layer.is_depthwise:
@@ -159,7 +160,7 @@ def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shap
 
 
 def _channel(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
-    """Product and input gradient from one transposed conv with the pristine weight; the mask's scale is left pending."""
+    """Product and input gradient from one transposed conv with the pristine weight; the mask's scale stays pending."""
     emit, x, geometry = tape.emit, node.inputs[0], Geometry.of(node, layer)
     if geometry.strides == (1, 1) and _flippable(geometry):
         flipped = emit.external(f"{layer.name}.flipped", layer.weight_shape)
@@ -173,9 +174,7 @@ def _channel(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
 def _spread(tape: Tape, node: Node, layer: Layer, weight: str, dz: str) -> str:
     """The transposed conv of dz, shaped like the conv's input."""
     g, x = Geometry.of(node, layer), node.inputs[0]
-    return transposed_conv(
-        tape, dz, weight, x, node.output, g.kernel, g.strides, g.pads, g.dilations, layer.groups
-    )
+    return transposed_conv(tape, dz, weight, x, node.output, g.kernel, g.strides, g.pads, g.dilations, layer.groups)
 
 
 def _pointwise_input_gradient(tape: Tape, node: Node, layer: Layer, dz: str, *, trained: bool) -> str:
@@ -192,7 +191,7 @@ def _flippable(geometry: Geometry) -> bool:
     return all(p >= 0 for p in _flipped(geometry)["pads"])
 
 
-def _flipped(geometry: Geometry) -> dict[str, list[int]]:
+def _flipped(geometry: Geometry) -> dict[str, Any]:
     """A stride-1 conv's transpose is a conv with the flipped kernel: pads d (k - 1) - p."""
     full = [d * (k - 1) for d, k in zip(geometry.dilations, geometry.kernel, strict=True)]
     pads = [full[a % 2] - p for a, p in enumerate(geometry.pads)]

@@ -33,14 +33,17 @@ class GradientGraph:
     pixels: dict[str, int]  # h w of each layer's output
 
 
-def build(backbone: onnx.ModelProto, layers: Sequence[Layer], spec: GradientSpec, dtype: type = np.float32) -> GradientGraph:
+def build(
+    backbone: onnx.ModelProto, layers: Sequence[Layer], spec: GradientSpec, dtype: type = np.float32
+) -> GradientGraph:
     """Turn a frozen backbone (image -> features) into its gradient graph.
 
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head.weight` (C, F), `head.bias` (C,), and of each trained layer
-    `LAYER.weight` and `LAYER.bias` (1x1: also `LAYER.matrix`, the same weight as (O, I)), or `LAYER.scale` and `LAYER.bias` where the form is `channel`. The weights of layers
-    that are not trained, pristine ones of the channel form and `LAYER.flipped` are external initializers.
-    Outputs: `loss`, `logits`, and accumulators, each with an input `acc.NAME`: `LAYER.product` (or `LAYER.product.K` per
-    tap), `LAYER.dbias`, `head.dweight`, `head.dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and the
+    `LAYER.weight` and `LAYER.bias` (1x1: also `LAYER.matrix`, the same weight as (O, I)), or `LAYER.scale` and
+    `LAYER.bias` where the form is `channel`. The weights of layers that are not trained, pristine ones of the channel
+    form and `LAYER.flipped` are external initializers.
+    Outputs: `loss`, `logits`, and accumulators, each with an input `acc.NAME`: `LAYER.product` (or `LAYER.product.K`
+    per tap), `LAYER.dbias`, `head.dweight`, `head.dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and the
     plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
 
     Raises UnsupportedError for an operator without a rule.
@@ -76,7 +79,8 @@ class _Builder:
             if node.op != "Conv" and node.op not in RULES:
                 raise UnsupportedError(
                     f"operator {node.op} (node {node.name}) has no gradient rule. Supported: "
-                    f"{', '.join(sorted([*RULES, 'Conv']))}. Export a network made of these, or add a rule to autodiff/rules.py."
+                    f"{', '.join(sorted([*RULES, 'Conv']))}. Export a network made of these, or add a rule to "
+                    "autodiff/rules.py."
                 )
         self.forms = {node.name: self._form(node) for node in self.nodes if node.op == "Conv"}
 

@@ -78,7 +78,7 @@ class Emitter:
         return name
 
     def external(self, name: str, shape: Shape) -> str:
-        """A constant whose values are given when a session is created, so that weights are never copied into a model."""
+        """A constant whose values are given when a session is created: weights are never copied into a model."""
         self.externals[name] = shape
         return name
 

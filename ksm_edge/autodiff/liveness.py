@@ -12,7 +12,7 @@ FUSED_BEHIND_CONV = frozenset({"Relu", "Clip", "HardSigmoid", "Sigmoid"})
 
 
 def peak_bytes(model: onnx.ModelProto) -> int:
-    """Largest sum of the tensors alive at once, in the order of the nodes; inputs, outputs and constants not counted."""
+    """Largest sum of tensors alive at once, in the order of the nodes; inputs, outputs and constants not counted."""
     nodes = list(model.graph.node)
     sizes = _sizes(model)
     owner = _owners(nodes)

@@ -8,6 +8,7 @@ anyway (an activation's output is the next conv's input) rather than inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from onnx import numpy_helper
@@ -159,7 +160,12 @@ def transposed_conv(
         - ((tape.shapes[y][2 + a] - 1) * strides[a] + dilations[a] * (kernel[a] - 1) + 1 - pads[a] - pads[a + 2])
         for a in (0, 1)
     ]
-    geometry = {"strides": list(strides), "pads": list(pads), "dilations": list(dilations), "kernel_shape": list(kernel)}
+    geometry: dict[str, Any] = {
+        "strides": list(strides),
+        "pads": list(pads),
+        "dilations": list(dilations),
+        "kernel_shape": list(kernel),
+    }
     return tape.emit("ConvTranspose", dy, weight, group=groups, output_padding=missing, **geometry)
 
 

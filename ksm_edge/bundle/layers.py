@@ -45,7 +45,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class InputContract:
-    """How an image becomes the backbone's input: short side to `resize`, centre crop to `size`, (x / 255 - mean) / std."""
+    """How an image becomes input: short side to `resize`, centre crop to `size`, then (x / 255 - mean) / std."""
 
     size: int  # pixels
     resize: int  # pixels

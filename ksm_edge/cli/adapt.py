@@ -42,16 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     add_device(parser)
     add_threads(parser)
-    parser.add_argument("--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)")
+    parser.add_argument(
+        "--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)"
+    )
     parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the images")
     parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
-    parser.add_argument("--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)")
+    parser.add_argument(
+        "--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)"
+    )
     parser.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
     parser.add_argument("--binary", action="store_true", help="masks of 0 and 1 only")
     parser.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
     parser.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     parser.add_argument("--balanced", action="store_true", help="weigh rare classes more")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the split, the order and the augmentation (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the split, the order and the augmentation (default: 0)"
+    )
     for name, meaning in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
@@ -133,7 +139,11 @@ def _say_defaults(
         what = [f"task {images.name!r} (scikit-learn's handwritten digits)"] if args.data is None else []
         what += [f"backbone {bundle.recipe!r}"] if args.bundle == "embedded" else []
         say(f"Embedded default: {' and '.join(what)}, as none was given.")
-    where = "EMULATED on this machine: its threads and memory budget, not its speed" if device.is_emulated else "this machine"
+    where = (
+        "EMULATED on this machine: its threads and memory budget, not its speed"
+        if device.is_emulated
+        else "this machine"
+    )
     say(f"Device    {device.title} ({where}); threads {threads}, memory budget {budget >> 20} MiB")
     say(f"Backbone  {bundle.recipe}, {len(bundle.layers)} layers, input {bundle.input.size}x{bundle.input.size}")
 
@@ -167,7 +177,9 @@ def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, w
 
 def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) -> str:
     accuracy = report["validation_accuracy"]
-    chosen = "no validation split" if accuracy is None else f"{accuracy:.2%} on held-out images (epoch {result.best_epoch})"
+    chosen = (
+        "no validation split" if accuracy is None else f"{accuracy:.2%} on held-out images (epoch {result.best_epoch})"
+    )
     bundle = "" if args.bundle == "embedded" else f" --bundle {args.bundle}"
     board = f"{report['device']} (emulated)" if report["emulated"] else report["device"]
     following = f"ksm-edge inspect {report['pack_path']}"

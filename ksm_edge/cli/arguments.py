@@ -10,7 +10,10 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bundle", default="embedded", metavar="BUNDLE", help="folder of an exported backbone (default: the embedded one)"
+        "--bundle",
+        default="embedded",
+        metavar="BUNDLE",
+        help="folder of an exported backbone (default: the embedded one)",
     )
 
 

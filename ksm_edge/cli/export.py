@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, metavar="BUNDLE", help="folder to write")
     add("--features", metavar="NODE", help="node or tensor to end at (default: what the first Linear layer takes)")
     add("--size", type=int, metavar="PX", help="side of the input (default: the recipe's; 224 for --onnx)")
+    add("--resize", type=int, metavar="PX", help="short side before the centre crop (default: in proportion)")
     add("--mean", type=float, nargs=3, metavar="X", help="of R, G, B in 0..1 (default: the recipe's, or ImageNet's)")
     add("--std", type=float, nargs=3, metavar="X", help="likewise")
     add("--licence", metavar="TEXT", help="licence of the weights, kept in the bundle")
@@ -97,7 +98,8 @@ def _contract(args: argparse.Namespace, default: InputContract) -> InputContract
     from ksm_edge.bundle.recipe import at_size, input_contract
 
     sized = default if args.size is None else at_size(default, args.size)
-    return input_contract(sized.size, sized.resize, args.mean or sized.mean, args.std or sized.std)
+    resize = sized.resize if args.resize is None else args.resize
+    return input_contract(sized.size, resize, args.mean or sized.mean, args.std or sized.std)
 
 
 def _download(recipe: Recipe) -> Path:

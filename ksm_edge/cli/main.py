@@ -1,7 +1,7 @@
 """The command line: the verbs, and the one place where errors become exit codes.
 
-    0 fine · 1 failure · 2 usage · 3 wrong backbone, bad signature or damaged file · 4 unsupported operator or runtime
-    5 over budget · 130 interrupted, resumable
+0 fine · 1 failure · 2 usage · 3 wrong backbone, bad signature or damaged file · 4 unsupported operator or runtime
+5 over budget · 130 interrupted, resumable
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class ProgressBar(Observer):
     """Draws with tqdm: images/s and time left come from it."""
 
     def __init__(self) -> None:
-        self._reading: tqdm[None] | None = None
-        self._bar: tqdm[None] | None = None
+        self._reading: tqdm[Any] | None = None
+        self._bar: tqdm[Any] | None = None
         self._batch = 0
 
     def __enter__(self) -> ProgressBar:
@@ -36,7 +36,7 @@ class ProgressBar(Observer):
 
     def reading(self, done: int, total: int) -> None:
         if self._reading is None:
-            self._reading = tqdm(total=total, desc="Reading images", unit="img", leave=False, file=sys.stderr)
+            self._reading = _bar(total, "Reading images", leave=False)
         self._reading.update(done - self._reading.n)
 
     def plan(self, plan: Plan, train: int, held_out: int, skipped: list[tuple[str, str]], steps: int) -> None:
@@ -56,10 +56,10 @@ class ProgressBar(Observer):
             f"expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
         )
         self._batch = plan.batch
-        self._bar = tqdm(total=steps * plan.batch, desc="Learning", unit="img", file=sys.stderr, smoothing=0.05)
+        self._bar = _bar(steps * plan.batch, "Learning")
 
     def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
-        assert self._bar is not None  # noqa: S101 - a plan comes before any step
+        assert self._bar is not None
         rss = peak_rss_bytes() / 2**20
         self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, peak {rss:.0f} MiB", refresh=False)
         self._bar.update(progress.steps_done * self._batch - self._bar.n)
@@ -72,3 +72,12 @@ class ProgressBar(Observer):
             f"accuracy {record['train_accuracy']:.1%}{judged}",
             file=sys.stderr,
         )
+
+
+def _bar(total: int, what: str, *, leave: bool = True) -> tqdm[Any]:
+    # Into a file or a journal, where lines pile up, four times a minute will do.
+    interval = 0.1 if sys.stderr.isatty() else 15.0
+    return tqdm(
+        total=total, desc=what, unit="img", leave=leave, file=sys.stderr, smoothing=0.05,
+        mininterval=interval, maxinterval=max(10.0, interval),
+    )  # fmt: skip

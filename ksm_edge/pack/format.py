@@ -1,15 +1,15 @@
 """A pack as bytes, the writing side: quantize, code, and put into few streams.
 
-    stream   dtype         holds
-    bits     U8, coded     keep bits of all layers, in the order of the layer table
-    ranges   F32 (n, 2)    least and greatest cut score of the n layers that have any kernel cut
-    scales   U8, coded     a code for every cut kernel of those layers; none where scales are all 0 (binary masks)
-    norm     U8, coded     int8 codes: differences of gamma, then of beta, layer by layer; none where a step is 0
-    steps    F32 (2 L + C) what those codes count in: gamma and beta of each of L layers, then each row of the head
-    head     U8, coded     int8 codes of the head's weight (C, F)
-    bias     F32 (C,)      the head's bias
-    own      F32           mean and var of the layers that have their own
-    golden   F32 (n, C)    logits for the bundle's n golden inputs
+stream   dtype         holds
+bits     U8, coded     keep bits of all layers, in the order of the layer table
+ranges   F32 (n, 2)    least and greatest cut score of the n layers that have any kernel cut
+scales   U8, coded     a code for every cut kernel of those layers; none where scales are all 0 (binary masks)
+norm     U8, coded     int8 codes: differences of gamma, then of beta, layer by layer; none where a step is 0
+steps    F32 (2 L + C) what those codes count in: gamma and beta of each of L layers, then each row of the head
+head     U8, coded     int8 codes of the head's weight (C, F)
+bias     F32 (C,)      the head's bias
+own      F32           mean and var of the layers that have their own
+golden   F32 (n, C)    logits for the bundle's n golden inputs
 """
 
 from __future__ import annotations

@@ -100,9 +100,7 @@ def _parse(values: Mapping[str, Any]) -> Metadata:
         fused_digest=str(values["fused_digest"]),
         classes=tuple(str(name) for name in values["classes"]),
         soft=bool(values["soft"]),
-        input=InputContract(
-            int(given["size"]), int(given["resize"]), _three(given["mean"]), _three(given["std"])
-        ),
+        input=InputContract(int(given["size"]), int(given["resize"]), _three(given["mean"]), _three(given["std"])),
         layers=tuple((str(name), int(O), int(I), int(kh), int(kw)) for name, O, I, kh, kw in values["layers"]),
         own_statistics=tuple(int(index) for index in values["own_statistics"]),
         features=int(values["features"]),

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import KsmEdgeError, UnsupportedError
 from ksm_edge.fuse import fuse_layer
-from ksm_edge.autodiff.spec import GradientSpec
 
 Shape = tuple[int, ...]
 

@@ -1,6 +1,6 @@
 """The oracle: ONNX's own reference evaluator in numpy, for tests and for explaining a runtime's numbers.
 
-It knows the operators of ONNX itself and, for training graphs, the few of ONNX Runtime's own that those use. Weights
+It knows the operators of ONNX itself and, for training graphs, the few that those use and it lacks. Weights
 given as float64 make it a float64 oracle.
 """
 
@@ -39,7 +39,33 @@ class FusedMatMul(OpRun):
         return (left @ right * A.dtype.type(alpha),)
 
 
-NEW_OPS = [FusedMatMul]
+class DequantizeLinear(OpRun):
+    """x * scale without a zero point, the scale a scalar or along `axis`; ONNX's own knows only opset 19 and later."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, scale: np.ndarray, axis: int = 1) -> tuple[np.ndarray]:
+        column = scale.reshape(-1, *[1] * (x.ndim - 1 - axis)) if scale.ndim else scale
+        return (x.astype(scale.dtype) * column,)
+
+
+class Pad(OpRun):
+    """Constant padding; a negative pad crops, which ONNX's own does not do."""
+
+    op_domain = ""
+
+    def _run(
+        self, x: np.ndarray, pads: np.ndarray, value: np.ndarray | None = None, mode: str = "constant"
+    ) -> tuple[np.ndarray]:
+        if mode != "constant":
+            raise UnsupportedError(f"Pad with mode {mode!r} is not known to the reference runtime, only 'constant'")
+        before, behind = np.split(pads, 2)
+        grown = np.pad(x, np.maximum([before, behind], 0).T, constant_values=0 if value is None else value)
+        kept = [slice(max(0, -b), n - max(0, -e)) for b, e, n in zip(before, behind, grown.shape, strict=True)]
+        return (grown[tuple(kept)],)
+
+
+NEW_OPS = [FusedMatMul, DequantizeLinear, Pad]
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 MOMENTUM, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
-BLOCK = 32_768  # elements: five float32 blocks fit the 1 MiB of a small core's L2
+BLOCK = 16_384  # elements: seven float32 blocks fit the 512 KiB of a small core's L2
 
 
 class Adam:
@@ -27,24 +27,25 @@ class Adam:
         chain: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """One update; `count` is 1 for the first. `chain` gives d y / d parameter where `gradient` is that of y."""
-        size = rate / (1 - MOMENTUM**count)
-        correction = 1 / math.sqrt(1 - SQUARE_DECAY**count)
+        # rate m' / (sqrt(v') + epsilon), m' and v' without their start at zero, as size m / (sqrt(v) + floor).
+        unbias = math.sqrt(1 - SQUARE_DECAY**count)
+        size = np.float32(rate * unbias / (1 - MOMENTUM**count))
+        floor = np.float32(EPSILON * unbias)
         arrays = (self.parameter, gradient, self.mean, self.square)
         for p, g, m, v in _blocks(*(a.reshape(-1) for a in arrays)):
             if chain is not None:
                 g = g * chain(p)
             m *= np.float32(MOMENTUM)
-            m += np.float32(1 - MOMENTUM) * g
+            m += (scratch := np.float32(1 - MOMENTUM) * g)
+            np.multiply(g, g, out=scratch)
+            scratch *= np.float32(1 - SQUARE_DECAY)
             v *= np.float32(SQUARE_DECAY)
-            np.multiply(g, g, out=(square := np.empty_like(g)))
-            square *= np.float32(1 - SQUARE_DECAY)
-            v += square
-            np.sqrt(v, out=square)
-            square *= np.float32(correction)
-            square += np.float32(EPSILON)
-            np.divide(m, square, out=square)
-            square *= np.float32(size)
-            p -= square
+            v += scratch
+            np.sqrt(v, out=scratch)
+            scratch += floor
+            np.divide(m, scratch, out=scratch)
+            scratch *= size
+            p -= scratch
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

@@ -35,7 +35,11 @@ class Progress:
 
 
 def save_checkpoint(
-    path: Path, state: Mapping[str, np.ndarray], progress: Progress, best_pack: bytes | None, identity: Mapping[str, Any]
+    path: Path,
+    state: Mapping[str, np.ndarray],
+    progress: Progress,
+    best_pack: bytes | None,
+    identity: Mapping[str, Any],
 ) -> None:
     """`identity`: what must be equal for the training to go on from here: data, backbone, settings."""
     arrays = dict(state)

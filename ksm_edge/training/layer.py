@@ -74,15 +74,14 @@ class TrainedLayer:
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Gradients of beta and gamma (O,), and under `score` that of the soft mask, score-shaped."""
-        product, factor = self._products(), self._factor()
-        rows = (-1, *[1] * (product.ndim - 1))
+        factor = self._factor()
         result = {"beta": self.dbeta, "gamma": self.dgamma} if self.batch_norm else {"beta": self.dbias}
         if not self.batch_norm:
-            masked = product if "score" not in self.learning else product * self._mask_over(product)
-            df = masked.reshape(len(factor), -1).sum(axis=1) + (self.pristine.bias - self.mean) * self.dbias
+            df = self._masked_sum(factor) + (self.pristine.bias - self.mean) * self.dbias
             result["gamma"] = df / np.sqrt(self.var + np.float32(self.layer.eps))
         if "score" in self.learning:
-            product *= factor.reshape(rows)
+            product = self._products()
+            product *= factor.reshape(-1, *[1] * (product.ndim - 1))
             result["score"] = product if product.ndim == 4 else reduce_kernels(product, self.settings.granularity)
         return result
 
@@ -98,11 +97,26 @@ class TrainedLayer:
             return W * taps.transpose(1, 2, 0).reshape(O, I, kh, kw)
         if self.form == "pointwise":
             return W[:, :, 0, 0] * product
-        return sum(W[:, :, k // kw, k % kw] * tap for k, tap in enumerate(product))  # type: ignore[return-value]
+        return np.einsum("oik,koi->oi", W.reshape(O, I, kh * kw), product)
 
-    def _mask_over(self, product: np.ndarray) -> np.ndarray:
-        mask = expand(self.mask().values, self.layer.weight_shape, self.settings.granularity)
-        return mask if product.ndim == 4 else mask[:, :, 0, 0]
+    def _masked_sum(self, factor: np.ndarray) -> np.ndarray:
+        """sum_i M S, (O,), from the weight that ran, W M f, by dividing by f; where f is 0, from W and M themselves."""
+        total = self._sum_with_product(self.weight)
+        dead = factor == 0
+        if dead.any():
+            plain = np.empty_like(self.weight)
+            self._fuse_into(plain, np.ones_like(factor))
+            total[dead] = self._sum_with_product(plain)[dead]
+        return total / np.where(dead, 1, factor)
+
+    def _sum_with_product(self, weight: np.ndarray) -> np.ndarray:
+        """Per filter, the sum of a weight, shaped like the graph's, times the product: (O,)."""
+        if self.form == "channel":
+            return weight * self.product
+        if self.form == "pointwise":
+            return np.einsum("oi,oi->o", weight[:, :, 0, 0], self.product)
+        O, I, kh, kw = weight.shape
+        return np.einsum("oik,koi->o", weight.reshape(O, I, kh * kw), self.product)
 
     def mask(self) -> SoftMask:
         """The layer's soft mask, from its scores as they are now."""
@@ -116,18 +130,28 @@ class TrainedLayer:
 
     def fuse(self) -> None:
         """Make the weight and bias that the graph reads, in place."""
-        shape, factor = self.layer.weight_shape, self._factor()
-        mask = None
-        if "score" in self.learning:
-            mask = expand(self.mask().values, shape, self.settings.granularity)
-        if self.form == "channel":
-            self.weight[:] = factor if mask is None else mask[:, 0, 0, 0] * factor
-        else:
-            self.weight[:] = fused_weight(self.pristine.weight, mask, factor)
+        factor = self._factor()
+        self._fuse_into(self.weight, factor)
         if self.batch_norm:
             self.bias[:] = self.pristine.bias
         else:
             self.bias[:] = fused_bias(self.beta, self.pristine.bias, self.mean, factor)
+
+    def _fuse_into(self, out: np.ndarray, factor: np.ndarray) -> None:
+        """W M f as `fuse.fused_weight` makes it, or M f in the channel form."""
+        mask = self.mask() if "score" in self.learning else None
+        if self.form == "channel":
+            out[:] = factor if mask is None else mask.values[:, 0].reshape(-1) * factor
+        elif mask is None or self.settings.granularity != "kernel":
+            values = None if mask is None else expand(mask.values, out.shape, self.settings.granularity)
+            out[:] = fused_weight(self.pristine.weight, values, factor)
+        else:
+            # Few kernels are cut: fuse as if none were, then those again. The same bits, as W 1 is W.
+            np.multiply(self.pristine.weight, factor[:, None, None, None], out=out)
+            cut = np.flatnonzero(~mask.keep)  # of the kernels, row by row: filter cut // I
+            kernels = self.pristine.weight.reshape(mask.keep.size, -1)[cut]
+            masked = kernels * mask.scale.reshape(-1, 1)[cut]
+            out.reshape(mask.keep.size, -1)[cut] = masked * factor[cut // mask.keep.shape[1], None]
 
     def observe(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
         """Move the running statistics towards a batch's, `var` being biased, over `count` values a channel."""

@@ -18,7 +18,7 @@ from ksm_edge.training.trainer import Trainer
 
 
 def to_pack(trainer: Trainer, task: str, classes: tuple[str, ...]) -> Pack:
-    """The task as it would be loaded again, every number as the pack's bits hold it; no record, digest or golden yet."""
+    """The task as it would be loaded again, in the pack's bits; no record, digest or golden outputs yet."""
     bundle, settings = trainer.bundle, trainer.settings
     return quantized(
         Pack(

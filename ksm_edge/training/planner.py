@@ -37,7 +37,9 @@ def make_plan(bundle: Bundle, classes: int, settings: Settings, *, threads: int,
 
     Raises BudgetError, naming the smallest budget that would do, before anything is started.
     """
-    single = compiled(bundle, gradient_spec(bundle, classes, settings, 1 if settings.statistics == "frozen" else settings.batch))
+    single = compiled(
+        bundle, gradient_spec(bundle, classes, settings, 1 if settings.statistics == "frozen" else settings.batch)
+    )
     fixed = PROCESS_BYTES + parameter_bytes(bundle, classes, settings)
     need = fixed + _activation_bytes(single)
     if budget_bytes is not None and need > budget_bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def target_rows(labels: np.ndarray, classes: int, smoothing: float, class_weights: np.ndarray | None = None) -> np.ndarray:
+def target_rows(
+    labels: np.ndarray, classes: int, smoothing: float, class_weights: np.ndarray | None = None
+) -> np.ndarray:
     """Rows (n, C) float32 for a whole optimizer step; their sum is 1, so that the step's loss is a weighted mean.
 
     The weights' sum is that of the whole step: taken per micro-batch the mean would be wrong.

@@ -107,7 +107,7 @@ class Trainer:
         """Everything that changes, by name; the arrays themselves, not copies."""
         optimizers = {f"{layer}:{n}": a for layer, x in self.layers.items() for n, a in x.learning.items()}
         optimizers |= {f"head:{name}": adam for name, adam in self.head_learning.items()}
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, adam in optimizers.items():
             arrays |= {name: adam.parameter, f"{name}:mean": adam.mean, f"{name}:square": adam.square}
         for name, layer in self.layers.items():
