@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,6 +15,12 @@ def peak_rss_bytes() -> int:
 def rss_bytes() -> int:
     """What is resident now."""
     return _field("VmRSS")
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can; glibc would keep it for later."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _field(name: str) -> int:

@@ -1,12 +1,12 @@
 """A backbone of five convs, small enough to read, with each kind of layer the project must cope with.
 
-    image (N, 3, H, W)
-    stem     conv 3x3 stride 2 + batch-norm, ReLU        3 -> 8
-    dw       depthwise 3x3     + batch-norm, ReLU6       8
-    project  conv 1x1          + batch-norm              8 -> 8, added to the stem's output
-    grouped  conv 3x3 groups 2, conv bias + batch-norm   8 -> 6
-    plain    conv 3x3, bias, no batch-norm, ReLU         6 -> 10
-    features (N, 10): pooled and flattened
+image (N, 3, H, W)
+stem     conv 3x3 stride 2 + batch-norm, ReLU        3 -> 8
+dw       depthwise 3x3     + batch-norm, ReLU6       8
+project  conv 1x1          + batch-norm              8 -> 8, added to the stem's output
+grouped  conv 3x3 groups 2, conv bias + batch-norm   8 -> 6
+plain    conv 3x3, bias, no batch-norm, ReLU         6 -> 10
+features (N, 10): pooled and flattened
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from ksm_edge.errors import DataError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.reader import decode
+from ksm_edge.resident import give_back
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ksm_edge.training.packing import finished, to_pack
 from ksm_edge.training.planner import Plan, make_plan
@@ -142,7 +143,8 @@ class _Job:
             training_batches(
                 self.cache, self.train, self.bundle.input, batch=self.plan.batch, seed=settings.seed,
                 epoch=progress.epoch, augmentation=Augmentation(flip=settings.flip), first_step=progress.step,
-            )
+            ),
+            depth=1,  # a step takes longer than its images, and two batches more would be two batches of memory
         )  # fmt: skip
         losses, correct, count = [], 0, 0
         try:
@@ -153,7 +155,9 @@ class _Job:
                 targets = target_rows(
                     batch.labels, len(self.images.classes), settings.label_smoothing, self.class_weights
                 )
-                result = self.trainer.step(batch.images, targets)
+                # Validation comes behind the last step, and must not add to the peak.
+                release = progress.step + 1 == self.per_epoch
+                result = self.trainer.step(batch.images, targets, release=release)
                 ended = time.perf_counter()
                 self.wait_ms.append((started - asked) * 1e3)
                 self.step_ms.append((ended - started) * 1e3)
@@ -172,6 +176,7 @@ class _Job:
     def _finish_epoch(self, loss: float, accuracy: float) -> None:
         """Judge the pack as it would be written, on the validation split; the best one is kept."""
         progress = self.progress
+        give_back()
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
         validation = accuracy_of(self.bundle, pack, self.cache, self.held_out, self.plan) if self.held_out else None
         progress.epoch, progress.step = progress.epoch + 1, 0
@@ -181,6 +186,7 @@ class _Job:
         if validation is None or validation >= progress.best_accuracy:
             progress.best_accuracy = -1.0 if validation is None else validation
             progress.best_epoch, self.best = progress.epoch, encode(pack)
+        give_back()
         self.observer.epoch(progress.history[-1], self.settings.epochs)
 
 

@@ -17,7 +17,8 @@ def peak_bytes(model: onnx.ModelProto) -> int:
     sizes = _sizes(model)
     owner = _owners(nodes)
     given = {x.name for x in (*model.graph.input, *model.graph.initializer, *model.graph.output)}
-    last = {owner.get(name, name): i for i, node in enumerate(nodes) for name in node.input}
+    # What nobody reads is free behind the node that made it.
+    last = {owner.get(name, name): i for i, node in enumerate(nodes) for name in (*node.output, *node.input)}
     freed: list[list[str]] = [[] for _ in nodes]
     for name, i in last.items():
         freed[i].append(name)

@@ -182,9 +182,7 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
     )
     bundle = "" if args.bundle == "embedded" else f" --bundle {args.bundle}"
     board = f"{report['device']} (emulated)" if report["emulated"] else report["device"]
-    following = f"ksm-edge inspect {report['pack_path']}"
-    if args.data is not None:
-        following = f"ksm-edge eval {report['pack_path']} {args.data}{bundle}"
+    following = f"ksm-edge eval {' '.join(filter(None, [str(report['pack_path']), args.data]))}{bundle}"
     return "\n".join(
         [
             f"Task pack  {report['pack_path']}, {report['pack_bytes'] / 1e3:.1f} kB, {len(report['classes'])} classes",
@@ -193,6 +191,11 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
             f"{report['images_per_second'] or 0:.0f} images/s, {report['wall_seconds']:.0f} s in all",
             f"Memory     {report['peak_rss_bytes'] / 2**20:.0f} MiB peak RSS, device profile {board}",
             f"Next       {following}",
+            *(
+                ["Yours      ksm-edge adapt PHOTOS/   (a folder with one folder of photos per class)"]
+                if not args.data
+                else []
+            ),
         ]
     )
 

@@ -23,7 +23,12 @@ BATCH = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pack", metavar="PACK", help="task pack (.ksm)")
-    parser.add_argument("data", metavar="DATA", help="folder or zip: its test/ if there is one, else all of its images")
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="folder or zip: its test/ if there is one, else all of its images (default: the handwritten digits)",
+    )
     add_bundle(parser)
     add_threads(parser)
     add_json(parser)
@@ -31,16 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ksm_edge.app.app import App
+    from ksm_edge.data.digits import digits
     from ksm_edge.data.image_set import open_image_set
 
     with App(args.bundle, args.threads) as app:
         task = app.load(args.pack)
-        images = open_image_set(args.data, least_classes=1)
+        images = digits() if args.data is None else open_image_set(args.data, least_classes=1)
         report = {"pack": args.pack, "task": task} | evaluate(app, images)
     if args.json:
         print(json.dumps(report))
     else:
-        print(_as_text(report, args.data))
+        print(_as_text(report, args.data or images.name))
     return 0
 
 

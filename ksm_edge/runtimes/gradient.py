@@ -40,15 +40,19 @@ class GradientSession:
             self._binding.bind_ortvalue_output(name, self._values[name])
         self._plain, self._shrinking = ort.RunOptions(), ort.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._runs = 0
+        self._pattern_known = False
 
     def output(self, name: str) -> np.ndarray:
         """The array that holds the output `name` after a run, to be read before the next."""
         return self._arrays[name]
 
-    def run(self) -> float:
-        """One micro-batch, from `image` and `target`: adds to the accumulators and returns its share of the loss."""
+    def run(self, *, release: bool = False) -> float:
+        """One micro-batch, from `image` and `target`: adds to the accumulators and returns its share of the loss.
+
+        `release` gives the activations' memory back behind this run, for who does something else next.
+        """
         # What the arena grew to before it knew the memory pattern is given back once: 20 to 60 MiB off the peak.
-        self._session.run_with_iobinding(self._binding, self._shrinking if self._runs == 0 else self._plain)
-        self._runs += 1
+        shrink = release or not self._pattern_known
+        self._session.run_with_iobinding(self._binding, self._shrinking if shrink else self._plain)
+        self._pattern_known = True
         return float(self._arrays["loss"])

@@ -1,71 +1,25 @@
 """The oracle: ONNX's own reference evaluator in numpy, for tests and for explaining a runtime's numbers.
 
-It knows the operators of ONNX itself and, for training graphs, the few that those use and it lacks. Weights
-given as float64 make it a float64 oracle.
+It knows the operators of ONNX itself and, for training graphs, those of `reference_operators`. Weights given as float64
+make it a float64 oracle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
 from ksm_edge.errors import UnsupportedError
+from ksm_edge.runtimes.reference_operators import NEW_OPS
 
 
 def available() -> str | None:
     return None  # onnx and numpy come with every install
-
-
-class FusedMatMul(OpRun):
-    """com.microsoft FusedMatMul: alpha * A B, each transposed in its last two dimensions if asked."""
-
-    op_domain = "com.microsoft"
-
-    def _run(
-        self, A: np.ndarray, B: np.ndarray, alpha: float = 1.0, transA: int = 0, transB: int = 0, **unused: Any
-    ) -> tuple[np.ndarray]:
-        for name, value in unused.items():  # transBatchA and transBatchB change the meaning: never guess
-            if value:
-                raise UnsupportedError(f"FusedMatMul with {name}={value} is not known to the reference runtime")
-        left = np.swapaxes(A, -1, -2) if transA else A
-        right = np.swapaxes(B, -1, -2) if transB else B
-        return (left @ right * A.dtype.type(alpha),)
-
-
-class DequantizeLinear(OpRun):
-    """x * scale without a zero point, the scale a scalar or along `axis`; ONNX's own knows only opset 19 and later."""
-
-    op_domain = ""
-
-    def _run(self, x: np.ndarray, scale: np.ndarray, axis: int = 1) -> tuple[np.ndarray]:
-        column = scale.reshape(-1, *[1] * (x.ndim - 1 - axis)) if scale.ndim else scale
-        return (x.astype(scale.dtype) * column,)
-
-
-class Pad(OpRun):
-    """Constant padding; a negative pad crops, which ONNX's own does not do."""
-
-    op_domain = ""
-
-    def _run(
-        self, x: np.ndarray, pads: np.ndarray, value: np.ndarray | None = None, mode: str = "constant"
-    ) -> tuple[np.ndarray]:
-        if mode != "constant":
-            raise UnsupportedError(f"Pad with mode {mode!r} is not known to the reference runtime, only 'constant'")
-        before, behind = np.split(pads, 2)
-        grown = np.pad(x, np.maximum([before, behind], 0).T, constant_values=0 if value is None else value)
-        kept = [slice(max(0, -b), n - max(0, -e)) for b, e, n in zip(before, behind, grown.shape, strict=True)]
-        return (grown[tuple(kept)],)
-
-
-NEW_OPS = [FusedMatMul, DequantizeLinear, Pad]
 
 
 def evaluate(

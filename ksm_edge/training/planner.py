@@ -11,10 +11,16 @@ from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import gradient_spec
 
-# Measured: Python with numpy, ONNX Runtime, Pillow and this package resident, before any image or weight.
-PROCESS_BYTES = 62 * 2**20
-# The arena rounds up and keeps what it had to split; images and batches wait in the queue.
+# Measured: Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
+PROCESS_BYTES = 84 * 2**20
+# The arena rounds up and keeps what it had to split.
 ACTIVATION_SHARE = 1.25
+# Batches of images alive at once: in use, waiting, in the making.
+BATCHES_ALIVE = 3
+# Validation fuses the weights once more and opens a session, which copies and packs them.
+VALIDATION_COPIES = 4.5
+# Packing looks at all masks at once: two scales in float32, two keep bits, and the coder's positions.
+PACKING_BYTES = 16  # a score
 # Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
 COMFORTABLE_BYTES = 16 * 2**20
 FLOAT_BYTES = 4
@@ -37,30 +43,36 @@ def make_plan(bundle: Bundle, classes: int, settings: Settings, *, threads: int,
 
     Raises BudgetError, naming the smallest budget that would do, before anything is started.
     """
-    single = compiled(
-        bundle, gradient_spec(bundle, classes, settings, 1 if settings.statistics == "frozen" else settings.batch)
-    )
-    fixed = PROCESS_BYTES + parameter_bytes(bundle, classes, settings)
-    need = fixed + _activation_bytes(single)
+    micro_batch = 1 if settings.statistics == "frozen" else settings.batch
+    graph = compiled(bundle, gradient_spec(bundle, classes, settings, micro_batch))
+    need = expected_peak_bytes(bundle, classes, settings, _activation_bytes(graph))
     if budget_bytes is not None and need > budget_bytes:
         raise BudgetError(
-            f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size} needs about {_mib(need)} MiB "
-            f"(parameters {_mib(need - PROCESS_BYTES - _activation_bytes(single))}, activations "
-            f"{_mib(_activation_bytes(single))}, the process itself {_mib(PROCESS_BYTES)}), the budget is "
-            f"{_mib(budget_bytes)} MiB. Give --memory-budget {_mib(need)}MiB or more, a smaller image size at export, "
-            "or --method head."
+            f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size}, {settings.batch} images a step, needs "
+            f"about {_mib(need)} MiB (activations of {micro_batch} image(s): {_mib(_activation_bytes(graph))} MiB), the "
+            f"budget is {_mib(budget_bytes)} MiB. Give --memory-budget {_mib(need)}MiB or more, a smaller --batch, a "
+            "smaller --size at export, or --method head."
         )
-    graph = single
-    micro_batch = 1
+    single = _activation_bytes(graph)
     while settings.statistics == "frozen" and micro_batch * 2 <= settings.batch:
-        following = _activation_bytes(single) * micro_batch * 2
-        if following > COMFORTABLE_BYTES or (budget_bytes is not None and fixed + following > budget_bytes):
+        following = single * micro_batch * 2
+        peak = expected_peak_bytes(bundle, classes, settings, following)
+        if following > COMFORTABLE_BYTES or (budget_bytes is not None and peak > budget_bytes):
             break
         micro_batch *= 2
-    if micro_batch > 1:
+    if micro_batch > graph.spec.micro_batch:
         graph = compiled(bundle, gradient_spec(bundle, classes, settings, micro_batch))
     activations = _activation_bytes(graph)
-    return Plan(settings.batch, graph.spec.micro_batch, threads, activations, fixed + activations, graph)
+    peak = expected_peak_bytes(bundle, classes, settings, activations)
+    return Plan(settings.batch, micro_batch, threads, activations, peak, graph)
+
+
+def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, activation_bytes: int) -> int:
+    """Resident bytes of the whole process at its worst moment: a training step, or the validation behind an epoch."""
+    weights, scores = _counts(bundle, settings)
+    stepping = activation_bytes + BATCHES_ALIVE * settings.batch * 3 * bundle.input.size**2 * FLOAT_BYTES
+    judging = int(VALIDATION_COPIES * weights * FLOAT_BYTES) + PACKING_BYTES * scores
+    return PROCESS_BYTES + parameter_bytes(bundle, classes, settings) + max(stepping, judging)
 
 
 def _activation_bytes(graph: CompiledGraph) -> int:
@@ -68,16 +80,20 @@ def _activation_bytes(graph: CompiledGraph) -> int:
 
 
 def parameter_bytes(bundle: Bundle, classes: int, settings: Settings) -> int:
-    """Weights as stored and as fused, their products, scores and Adam's moments, and the head with its own."""
-    weights = sum(w.weight.size for w in bundle.weights.values())
+    """Weights as stored, as fused and their products; scores with Adam's two moments; the head with its own."""
+    weights, scores = _counts(bundle, settings)
     head = classes * (bundle.features + 1) * 4  # parameter, gradient and two moments
     if settings.method == "head":
         return FLOAT_BYTES * (2 * weights + head)
-    shapes = {layer.name: layer.weight_shape for layer in bundle.layers}
-    scores = sum(_size(score_shape(shape, settings.granularity)) for shape in shapes.values())
-    moments = 3 * scores if settings.method == "ksm" else 0
-    # Validation fuses the weights a second time, and its session packs them once more.
-    return FLOAT_BYTES * (4 * weights + moments + head)
+    return FLOAT_BYTES * (3 * weights + 3 * scores + head)
+
+
+def _counts(bundle: Bundle, settings: Settings) -> tuple[int, int]:
+    """How many conv weights there are, and how many scores the settings give them."""
+    weights = sum(w.weight.size for w in bundle.weights.values())
+    if settings.method != "ksm":
+        return weights, 0
+    return weights, sum(_size(score_shape(layer.weight_shape, settings.granularity)) for layer in bundle.layers)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -19,7 +19,7 @@ class Settings:
     granularity: str = "kernel"  # kernel, group:N, channel, element
     soft: bool = True  # False: binary masks
     statistics: str = "frozen"  # or batch: normalise with the batch's own, and keep running ones in the pack
-    epochs: int = 10
+    epochs: int = 8
     batch: int = 16  # images per optimizer step
     score_rate: float = 2e-4
     norm_rate: float = 1e-3

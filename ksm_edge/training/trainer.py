@@ -52,18 +52,19 @@ class Trainer:
         self.head_bias = np.zeros(classes, np.float32)
         self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
         self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
-        arrays = {f"head.d{name}": array for name, array in self._head_gradients.items()}
-        arrays |= {"head.weight": self.head_weight, "head.bias": self.head_bias}
+        arrays = {f"head:d{name}": array for name, array in self._head_gradients.items()}
+        arrays |= {"head:weight": self.head_weight, "head:bias": self.head_bias}
         for layer in self.layers.values():
             arrays |= layer.bound()
         arrays = {name: arrays[name] for name in {n.removeprefix("acc.") for n in graph.inputs} & arrays.keys()}
         self._pixels = graph.pixels
         self._session = GradientSession(graph, arrays, threads)
 
-    def step(self, images: np.ndarray, targets: np.ndarray) -> StepResult:
+    def step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> StepResult:
         """One optimizer step on images (n, 3, S, S) with weighted target distributions (n, C), see `autodiff.loss`.
 
-        With frozen statistics the result is that of one batch, however it is cut into micro-batches.
+        With frozen statistics the result is that of one batch, however it is cut into micro-batches. `release` gives
+        the activations' memory back behind the step.
         """
         for layer in self.layers.values():
             layer.reset()
@@ -72,16 +73,17 @@ class Trainer:
         loss, correct = 0.0, 0
         for start in range(0, len(images), self.micro_batch):
             part = slice(start, start + self.micro_batch)
-            part_loss, part_correct = self._micro_step(images[part], targets[part])
+            last = start + self.micro_batch >= len(images)
+            part_loss, part_correct = self._micro_step(images[part], targets[part], release=release and last)
             loss, correct = loss + part_loss, correct + part_correct
         self._update()
         return StepResult(loss, correct, len(images))
 
-    def _micro_step(self, images: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    def _micro_step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> tuple[float, int]:
         session, n = self._session, len(images)
         session.image[:n], session.target[:n] = images, targets
         session.image[n:], session.target[n:] = 0, 0  # rows of zeros do not count
-        loss = session.run()
+        loss = session.run(release=release)
         answers = session.output("logits")[:n].argmax(axis=1)
         if self.settings.statistics == "batch":
             self._observe(n)

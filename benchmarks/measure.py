@@ -1,0 +1,277 @@
+"""How every benchmark here measures: on which machine, in which process, with which backbone, and written where."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))  # this checkout is measured, whatever else is installed
+
+FORMAT_VERSION = 1
+KSM_EDGE = (sys.executable, "-c", "from ksm_edge.cli.main import entry; entry()")  # as the command `ksm-edge` does
+PACKAGES = ("numpy", "onnx", "onnxruntime", "Pillow", "safetensors", "torch", "torchvision")
+POOLS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")  # libraries with threads of their own: each has X_NUM_THREADS
+WEIGHTS = "mobilenet_v2_imagenet.safetensors"
+IDLE_CORES = 0.3  # busier than this before a run counts as disturbed
+FULL_SHARE = 0.95  # of one core: a single-threaded loop that got less was kept waiting
+
+
+def data_folder() -> Path:
+    """Real data and weights: $KSM_EDGE_DATA, or `shared/data` beside this checkout."""
+    return Path(os.environ.get("KSM_EDGE_DATA") or ROOT.parent / "shared" / "data")
+
+
+# The machine
+
+
+def machine() -> dict[str, Any]:
+    """What does not change while a benchmark runs."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def condition() -> dict[str, Any]:
+    """What does: the time, the load average, and how many cores were busy in the second just gone by."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg(),
+        "busy_cores": round(_busy_cores(1.0), 2),
+    }
+
+
+def disturbance(condition: dict[str, Any]) -> list[str]:
+    """A sentence where something else was running."""
+    busy, load = condition["busy_cores"], condition["load_average"][0]
+    if busy <= IDLE_CORES:
+        return []
+    return [
+        f"{busy:.1f} of {os.cpu_count()} cores were busy with something else at {condition['time']} (load average "
+        f"{load:.1f}): times may be unstable; stop it and run this again"
+    ]
+
+
+def share_warning(name: str, shares: Sequence[float]) -> list[str]:
+    """A sentence where single-threaded loops did not get a whole core; `shares`: CPU time over wall time."""
+    if min(shares, default=1.0) >= FULL_SHARE:
+        return []
+    return [f"{name}: a timed loop got only {min(shares):.0%} of a core, so its times are too long; run it again"]
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(
+            r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """HEAD, with -dirty where tracked files other than results differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results", ":(exclude)README.md"]
+        return head.stdout.strip() + ("-dirty" if subprocess.run(changes, check=False).returncode else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _busy_cores(seconds: float) -> float:
+    """Cores that were not idle, on average over the next `seconds`."""
+
+    def idle() -> float:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")  # idle and iowait, of all cores
+
+    began, idle_before = time.perf_counter(), idle()
+    time.sleep(seconds)
+    return max(0.0, (os.cpu_count() or 1) - (idle() - idle_before) / (time.perf_counter() - began))
+
+
+# The process
+
+
+def fresh(command: Sequence[str], threads: int | None = 1, quiet: bool = True) -> tuple[str, float]:
+    """Run a command in a new process; its stdout and how many seconds it took.
+
+    `threads` bounds the thread pools of numerical libraries, None leaves them alone. With `quiet` its stderr shows only
+    if it fails, which ends the benchmark.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    if threads is not None:
+        environment |= {f"{pool}_NUM_THREADS": str(threads) for pool in POOLS}
+    if not sys.stderr.isatty():
+        environment.setdefault("TQDM_MININTERVAL", "60")  # in a log, every update of a progress bar is a line
+    began = time.perf_counter()
+    error = subprocess.PIPE if quiet else None
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=error, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"exit status {done.returncode} from {' '.join(command)}\n{done.stderr or ''}".rstrip())
+    return done.stdout, seconds
+
+
+def fresh_json(command: Sequence[str], threads: int | None = 1, quiet: bool = True) -> dict[str, Any]:
+    """The same for a command whose last line of stdout is one JSON object."""
+    return dict(json.loads(fresh(command, threads, quiet)[0].splitlines()[-1]))
+
+
+# The backbone
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, help="a MobileNetV2 bundle (default: one made for this run)")
+
+
+@contextmanager
+def backbone(given: Path | None, size: int, *, random: bool = True) -> Iterator[Path]:
+    """A MobileNetV2 bundle: the given one, or a new one that is gone afterwards.
+
+    Its weights are those of the data folder; without them seeded random ones if `random`, which times do not mind.
+    """
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="ksm-edge-bundle-") as folder:
+        weights, bundle = data_folder() / WEIGHTS, Path(folder, "mobilenet_v2")
+        if not weights.is_file():
+            if not random:
+                raise SystemExit(
+                    f"{weights}: no such file; set KSM_EDGE_DATA to a folder that has it, or give --bundle"
+                )
+            print(f"{weights} is not there: random weights", file=sys.stderr)
+            weights = _random_weights(Path(folder, "random.safetensors"))
+        export = ("export", "mobilenet_v2", "--weights", str(weights), "--size", str(size), "--out", str(bundle))
+        fresh([*KSM_EDGE, *export])
+        yield bundle
+
+
+def _random_weights(path: Path) -> Path:
+    """A state dict for the recipe's graph: convs in the manner of He et al. (2015), batch-norm that does nothing."""
+    import numpy as np
+    import onnx
+    from safetensors.numpy import save_file
+
+    from ksm_edge.bundle.recipe import load_recipe
+
+    rng, tensors = np.random.default_rng(0), {}
+    for value in onnx.load(load_recipe("mobilenet_v2").graph_path).graph.input[1:]:
+        shape = tuple(side.dim_value for side in value.type.tensor_type.shape.dim)
+        if len(shape) > 1:
+            tensor = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        else:
+            tensor = np.full(shape, 1.0 if value.name.endswith(("weight", "var")) else 0.0)
+        tensors[value.name] = tensor.astype(np.float32)
+    save_file(tensors, path)
+    return path
+
+
+# The record
+
+
+@dataclass
+class Record:
+    """A benchmark's raw values with the machine's state, and what they say in short."""
+
+    benchmark: str
+    question: str
+    settings: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=machine)
+    before: dict[str, Any] = field(default_factory=condition)
+    after: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.warn(disturbance(self.before))
+
+    def warn(self, sentences: Sequence[str]) -> None:
+        """Shown at once, and kept."""
+        self.warnings += sentences
+        for sentence in sentences:
+            print(f"WARNING {sentence}", file=sys.stderr)
+
+    def finish(self, out: Path | None) -> None:
+        """Look at the machine once more, and write the file if there is to be one."""
+        self.after = condition()
+        self.warn(disturbance(self.after))
+        if out is not None:
+            write(out, {"version": FORMAT_VERSION, **vars(self)})
+            print(f"\nraw values: {out}")
+        else:
+            print("\nnot written: --quick is for a look; give --out FILE to keep it")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="few repetitions: nothing is written without --out")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: benchmarks/results/NAME.json)")
+
+
+def output(options: argparse.Namespace, name: str) -> Path | None:
+    """Where this run's values go; nowhere for a quick look."""
+    if options.out is not None:
+        return Path(options.out)
+    return None if options.quick else RESULTS / f"{name}.json"
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """As JSON, whole or not at all; each list of numbers on one line."""
+    from ksm_edge.atomic import atomic_write
+
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of `write`; refuses one of another format version."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content.get("version") != FORMAT_VERSION:
+        raise SystemExit(
+            f"{path}: format version {content.get('version')}, this script knows {FORMAT_VERSION}; measure again"
+        )
+    return content
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns aligned, the first row above a line."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))

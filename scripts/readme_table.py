@@ -1,0 +1,156 @@
+"""Write the README's results table from what the benchmarks measured, between its two marker lines.
+
+    python scripts/readme_table.py            # write it
+    python scripts/readme_table.py --check    # exit status 1 where the README says something else
+
+Every number comes from benchmarks/results/*.json; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- results -->", "<!-- /results -->"
+BENCHMARKS = ("step", "accuracy", "latency", "demo", "startup")
+TASKS = ("flowers5", "trashnet", "pacs_sketch7", "gtsrb43")
+SEEDS = (0, 1, 2)
+FORMAT_VERSION = 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the table differs")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="(default: README.md)")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="(default: benchmarks/results)"
+    )
+    options = parser.parse_args()
+    text = options.readme.read_text()
+    wanted = with_table(text, table({name: load(options.results, name) for name in BENCHMARKS}), options.readme)
+    if wanted == text:
+        return 0
+    if options.check:
+        print(f"{options.readme}: its results are not those of {options.results}: run python scripts/readme_table.py")
+        return 1
+    options.readme.write_text(wanted)
+    return 0
+
+
+def load(results: Path, name: str) -> dict[str, Any]:
+    """One benchmark's file; where it cannot be used, which benchmark to run."""
+    path, run = results / f"{name}.json", f"run python benchmarks/{name}.py"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: {run}")
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content["version"] != FORMAT_VERSION:
+        raise SystemExit(f"{path} has the format version {content['version']}, not {FORMAT_VERSION}: {run}")
+    if name == "step" and not {"ksm_edge", "torch"} <= content["summary"]["rivals"].keys():
+        raise SystemExit(f"{path} lacks a rival: {run}")
+    if name == "accuracy":
+        for task in TASKS:
+            lacking = sorted(set(SEEDS) - set(content["summary"].get(task, {}).get("seeds", ())))
+            if lacking:
+                raise SystemExit(f"{path} lacks {task} with seed {', '.join(map(str, lacking))}: {run}")
+    return content
+
+
+def with_table(text: str, table: str, path: Path) -> str:
+    """The README's text with `table` between the markers; refuses one without exactly one pair of them."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end) or text.count(START) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{path}: needs the lines {START} and {END}, in this order and once each")
+    return f"{before}{START}\n{table}\n{END}{after}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown, from all files' summaries."""
+    summaries = {name: content["summary"] for name, content in results.items()}
+    rows = [
+        *_step_rows(summaries["step"], results["step"]["settings"]),
+        *_accuracy_rows(summaries["accuracy"]),
+        *_latency_rows(summaries["latency"]),
+        *_start_rows(summaries["startup"]),
+        *_demo_rows(summaries["demo"]),
+    ]
+    lines = ["| measured | ksm_edge | beside it |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, "", _origin(results)])
+
+
+Row = tuple[str, str, str]
+
+
+def _step_rows(step: dict[str, Any], settings: dict[str, Any]) -> list[Row]:
+    ours, torch = step["rivals"]["ksm_edge"], step["rivals"]["torch"]
+    what = f"MobileNetV2, {settings['size']} px, {settings['batch']} images a step, {settings['threads']} thread"
+    time, memory = (f"torch, full fine-tuning: not measured ({torch.get('absent')})",) * 2
+    if "absent" not in torch:
+        time = f"torch, full fine-tuning: {torch['step_ms']:.0f} ms (ratio {step['step_ms_ratio']:.2f})"
+        memory = f"torch: {_mib(torch)} MiB (ratio {step['peak_rss_bytes_ratio']:.2f})"
+    return [
+        (f"Training step, {what}", f"{ours['step_ms']:.0f} ms", time),
+        ("Peak RSS of that whole process", f"{_mib(ours)} MiB", memory),
+    ]
+
+
+def _accuracy_rows(accuracy: dict[str, Any]) -> list[Row]:
+    rows = []
+    for task in TASKS:
+        row = accuracy[task]
+        low, high = (f"{100 * end:.1f}" for end in row["test_accuracy_range"])
+        value = f"{100 * row['test_accuracy']:.1f} % ({low} to {high}, {len(row['seeds'])} seeds)"
+        rows.append((f"Test accuracy, {task}, 160 px", value, f"linear probe: {100 * row['linear_probe']:.1f} %"))
+    sizes = [accuracy[task]["pack_bytes"] / 1e3 for task in TASKS]
+    minutes = [accuracy[task]["wall_seconds"] / 60 for task in TASKS]
+    pack = (
+        f"{min(sizes):.0f} to {max(sizes):.0f} kB",
+        f"learned in {min(minutes):.0f} to {max(minutes):.0f} minutes each",
+    )
+    return [*rows, ("Task pack of those", *pack)]
+
+
+def _latency_rows(latency: dict[str, Any]) -> list[Row]:
+    fused, plain = latency["sessions"]["fused"], latency["sessions"]["plain"]
+    beside = f"plain backbone: {plain['p50_ms']:.1f} ms (ratio {fused['p50_ratio']:.2f})"
+    return [("Inference with a task fused, p50", f"{fused['p50_ms']:.1f} ms", beside)]
+
+
+def _start_rows(startup: dict[str, Any]) -> list[Row]:
+    commands = startup["commands"]
+    row = commands["ksm-edge --help"]
+    heavy = [name for name in ("torch", "onnxruntime") if name in row["heavy_imports"]]
+    imports = f"imports {' and '.join(heavy)}" if heavy else "no torch, no onnxruntime"
+    beside = f"Python alone: {commands['python alone']['seconds']:.2f} s; {imports}"
+    return [("`ksm-edge --help`", f"{row['seconds']:.2f} s", beside)]
+
+
+def _demo_rows(demo: dict[str, Any]) -> list[Row]:
+    value = f"{100 * demo['test_accuracy']:.1f} % of held-out digits in {demo['wall_seconds']:.0f} s"
+    beside = f"pack {demo['pack_bytes'] / 1e3:.0f} kB, peak RSS {_mib(demo)} MiB"
+    return [("`ksm-edge adapt --device jetson` (emulated)", value, beside)]
+
+
+def _mib(row: dict[str, Any]) -> str:
+    return f"{row['peak_rss_bytes'] / 2**20:.0f}"
+
+
+def _origin(results: dict[str, dict[str, Any]]) -> str:
+    """Where and when, and whether the machine was disturbed."""
+    machines = sorted({f"{c['machine']['cpu']}, {c['machine']['cores']} cores" for c in results.values()})
+    days = sorted({content["after"]["time"][:10] for content in results.values()})
+    disturbed = [name for name, content in results.items() if content["warnings"]]
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    busy = f" Something else ran on the machine during: {', '.join(disturbed)}." if disturbed else ""
+    return (
+        f"{'; '.join(machines)}; {when}.{busy} Written by `scripts/readme_table.py` from `benchmarks/results/`. "
+        "Linear probe: logistic regression on the same frozen features, as stated with the data, not measured here."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

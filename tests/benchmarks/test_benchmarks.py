@@ -1,0 +1,217 @@
+"""The benchmarks' own sums, files and command lines, and the README's table on canned results; nothing is timed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("accuracy", "demo", "latency", "startup", "step")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import a script that is no part of the package, by name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    yield importlib.import_module
+    for name in (*SCRIPTS, "measure", "readme_table"):
+        sys.modules.pop(name, None)
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_says_its_question_without_measuring(name: str) -> None:
+    done = run(ROOT / "benchmarks" / f"{name}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "?" in done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_benchmarks_need_neither_torch_nor_onnxruntime_to_start(load: Any, name: str) -> None:
+    heavy = {"torch", "onnxruntime"} - set(sys.modules)
+    load(name).arguments()
+    assert not heavy & set(sys.modules)
+
+
+def test_too_few_runs_for_a_p95_are_refused() -> None:
+    done = run(ROOT / "benchmarks" / "latency.py", "--runs", 99)
+    assert done.returncode == 2
+    assert "at least 100" in done.stderr
+
+
+def test_percentiles_are_measured_values(load: Any) -> None:
+    rows = load("latency").summary({"plain": [float(i) for i in range(1, 101)], "fused": [2.0] * 100})["sessions"]
+    assert (rows["plain"]["p50_ms"], rows["plain"]["p95_ms"]) == (50.0, 95.0)
+    assert rows["fused"]["p50_ratio"] == 2 / 50
+
+
+def test_a_quick_look_writes_nothing_unless_told_where(load: Any, tmp_path: Path) -> None:
+    step, measure = load("step"), load("measure")
+    parse = lambda *words: measure.output(step.arguments().parse_args(words), "step")  # noqa: E731
+    assert parse() == measure.RESULTS / "step.json"
+    assert parse("--quick") is None
+    assert parse("--quick", "--out", str(tmp_path / "x.json")) == tmp_path / "x.json"
+
+
+def step_run(rival: str, ms: float, losses: list[float]) -> dict[str, Any]:
+    return {"rival": rival, "step_ms": [ms, ms + 2, ms + 1], "peak_rss_bytes": 2**20, "losses": losses}
+
+
+def test_step_ratio_is_that_of_the_medians(load: Any) -> None:
+    runs = [step_run("ksm_edge", ms, [2.0, 1.0]) for ms in (29.0, 19.0, 99.0)] + [step_run("torch", 99.0, [2.0, 1.0])]
+    result = load("step").summary(runs)
+    assert result["rivals"]["ksm_edge"]["step_ms"] == 30.0
+    assert result["step_ms_ratio"] == 0.3
+
+
+@pytest.mark.parametrize("losses", [[1.0, 1.5], [1.0, float("nan")]])
+def test_a_loss_that_does_not_fall_is_a_wrong_answer(load: Any, losses: list[float]) -> None:
+    assert not load("step").summary([step_run("ksm_edge", 1.0, losses)])["rivals"]["ksm_edge"]["answer_ok"]
+
+
+def test_an_absent_rival_says_why_and_leaves_no_ratio(load: Any) -> None:
+    result = load("step").summary([step_run("ksm_edge", 1.0, [2.0, 1.0]), {"rival": "torch", "absent": "not here"}])
+    assert result["rivals"]["torch"] == {"absent": "not here"}
+    assert "step_ms_ratio" not in result
+
+
+def test_files_of_another_version_are_refused(load: Any, tmp_path: Path) -> None:
+    measure: ModuleType = load("measure")
+    measure.write(tmp_path / "x.json", {"version": 1, "runs": [[0.5, 1e-7], []]})
+    assert measure.read(tmp_path / "x.json")["runs"] == [[0.5, 1e-7], []]
+    measure.write(tmp_path / "x.json", {"version": 2})
+    with pytest.raises(SystemExit, match="format version 2"):
+        measure.read(tmp_path / "x.json")
+
+
+def test_a_busy_machine_is_told_of(load: Any) -> None:
+    measure = load("measure")
+    idle = {"time": "now", "load_average": [1.0, 1.0, 1.0], "busy_cores": 0.1}
+    assert measure.disturbance(idle) == []
+    assert "run this again" in measure.disturbance({**idle, "busy_cores": 1.5})[0]
+    assert measure.share_warning("x", [0.99]) == []
+    assert "50%" in measure.share_warning("x", [0.99, 0.5])[0]
+
+
+def accuracy_run(task: str, seed: int, test: float, epochs: int = 10, default: bool = True) -> dict[str, Any]:
+    return {
+        "identity": {"task": task, "seed": seed, "settings": {"epochs": epochs}},
+        "default_settings": default,
+        "test_accuracy": test,
+        "validation_accuracy": 0.5,
+        "pack_bytes": 50_000,
+        "wall_seconds": 600.0,
+        "peak_rss_bytes": 200 * 2**20,
+        "machine": MACHINE,
+        "after": AFTER,
+        "warnings": [],
+    }
+
+
+MACHINE = {"cpu": "Some CPU", "cores": 2}
+AFTER = {"time": "2026-01-02T03:04:05+00:00"}
+
+
+def test_a_run_done_again_takes_the_place_of_the_first(load: Any, tmp_path: Path) -> None:
+    accuracy = load("accuracy")
+    for seed, test in ((0, 0.5), (1, 0.7), (0, 0.9)):
+        accuracy._keep(tmp_path / "accuracy.json", accuracy_run("flowers5", seed, test))
+    content = json.loads((tmp_path / "accuracy.json").read_text())
+    assert [run["test_accuracy"] for run in content["runs"]] == [0.7, 0.9]
+    assert content["summary"]["flowers5"]["test_accuracy"] == pytest.approx(0.8)
+    assert content["machine"] == MACHINE
+
+
+def test_only_the_latest_default_settings_are_reported(load: Any) -> None:
+    runs = [
+        accuracy_run("flowers5", 0, 0.1, epochs=8),
+        accuracy_run("flowers5", 0, 0.9),
+        accuracy_run("flowers5", 0, 0.2, epochs=1, default=False),
+    ]
+    assert [run["test_accuracy"] for run in load("accuracy").reported(runs)] == [0.9]
+    assert load("accuracy").reported(runs[2:]) == []
+
+
+@pytest.fixture
+def results(load: Any, tmp_path: Path) -> Path:
+    """A folder with a small file of every benchmark."""
+    step, latency, startup, accuracy = (load(n) for n in ("step", "latency", "startup", "accuracy"))
+    common = {"version": 1, "machine": MACHINE, "after": AFTER, "warnings": []}
+    size = {"size": 224, "batch": 8, "threads": 1}
+    falling = [2.0, 1.0]
+    steps = step.summary([step_run("ksm_edge", 199.0, falling), step_run("torch", 799.0, falling)])
+    runs = [accuracy_run(task, seed, 0.9 + seed / 100) for task in accuracy.FLOOR for seed in (0, 1, 2)]
+    commands = [{"command": name, "seconds": [0.1], "heavy_imports": []} for name in startup.COMMANDS]
+    demo = {"test_accuracy": 0.96, "wall_seconds": 73.2, "pack_bytes": 29_800, "peak_rss_bytes": 157 * 2**20}
+    files = {
+        "step": {**common, "settings": size, "summary": steps},
+        "latency": {**common, "summary": latency.summary({"plain": [10.0] * 100, "fused": [11.0] * 100})},
+        "startup": {**common, "summary": startup.summary(commands), "warnings": ["busy"]},
+        "demo": {**common, "summary": demo},
+        "accuracy": {**common, "runs": runs, "summary": accuracy.summary(runs)},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def readme_table(results: Path, readme: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return run(ROOT / "scripts" / "readme_table.py", "--results", results, "--readme", readme, *more)
+
+
+def test_the_readme_says_what_the_results_say(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    assert readme_table(results, readme, "--check").returncode == 1
+    assert "old" in readme.read_text()
+    done = readme_table(results, readme)
+    assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results -->\n| measured |")
+    assert text.endswith("\n<!-- /results -->\nafter\n")
+    for words in (
+        "| 200 ms | torch, full fine-tuning: 800 ms (ratio 0.25) |",
+        "| 91.0 % (90.0 to 92.0, 3 seeds) | linear probe: 89.3 % |",
+        "| 11.0 ms | plain backbone: 10.0 ms (ratio 1.10) |",
+        "| 96.0 % of held-out digits in 73 s | pack 30 kB, peak RSS 157 MiB |",
+        "Some CPU, 2 cores; 2026-01-02. Something else ran on the machine during: startup.",
+    ):
+        assert words in text
+    assert readme_table(results, readme, "--check").returncode == 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_missing_result_names_the_benchmark_to_run(results: Path, tmp_path: Path, name: str) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results -->\n<!-- /results -->\n")
+    (results / f"{name}.json").unlink()
+    done = readme_table(results, readme)
+    assert done.returncode == 1
+    assert f"run python benchmarks/{name}.py" in done.stderr
+
+
+def test_a_grid_with_gaps_is_no_result(load: Any, results: Path) -> None:
+    accuracy = load("accuracy")
+    content = json.loads((results / "accuracy.json").read_text())
+    content["summary"] = accuracy.summary(content["runs"][:-1])
+    (results / "accuracy.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"lacks gtsrb43 with seed 2: run python benchmarks/accuracy\.py"):
+        load("readme_table").load(results, "accuracy")
+
+
+@pytest.mark.parametrize("text", ["nothing", "<!-- /results -->\n<!-- results -->", "<!-- results -->" * 2])
+def test_a_readme_without_the_markers_is_left_alone(load: Any, text: str) -> None:
+    with pytest.raises(SystemExit, match="needs the lines"):
+        load("readme_table").with_table(text, "table", Path("README.md"))

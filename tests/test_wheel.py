@@ -1,0 +1,43 @@
+"""What a stranger installs: one package, with the board profiles, the recipes and the embedded backbone inside."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    # A copy, because building leaves folders behind in the tree it is run in.
+    for name in ("ksm_edge", "export", "devices"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_the_only_top_level_name_is_ksm_edge(wheel: zipfile.ZipFile) -> None:
+    (path,) = (name for name in wheel.namelist() if name.endswith("top_level.txt"))
+    assert wheel.read(path).decode().split() == ["ksm_edge"]
+    assert {name.split("/")[0].partition("-")[0] for name in wheel.namelist()} == {"ksm_edge"}
+
+
+def test_it_brings_every_module_and_data_file_of_the_checkout(wheel: zipfile.ZipFile) -> None:
+    folders = {"ksm_edge": "ksm_edge", "export": "ksm_edge/recipes", "devices": "ksm_edge/devices"}
+    expected = {
+        f"{packaged}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, packaged in folders.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix in (".py", ".toml", ".onnx", ".safetensors", ".json", ".typed")
+    }
+    assert expected <= set(wheel.namelist())
