@@ -65,10 +65,27 @@ def fuse(bundle: Bundle, pack: Pack | None) -> dict[str, np.ndarray]:
     return fused
 
 
+def digest_of(bundle: Bundle, pack: Pack | None) -> str:
+    """The `fused_digest` of a pack, one tensor at a time, for where all fused weights at once are too many."""
+    layers = {layer.name: layer for layer in bundle.layers}
+    granularity = "kernel" if pack is None else pack.granularity
+    digest = hashlib.sha256()
+    for name in sorted(f"{layer}.{part}" for layer in layers for part in ("weight", "bias")):
+        layer, _, part = name.rpartition(".")
+        state = None if pack is None else pack.layers.get(layer)
+        weight, bias = fuse_layer(layers[layer], bundle.weights[layer], state, granularity)
+        _add(digest, name, weight if part == "weight" else bias)
+    return digest.hexdigest()
+
+
 def fused_digest(fused: Mapping[str, np.ndarray]) -> str:
     """sha256 (hex) over the names, sorted, each followed by a zero byte and its little-endian float32 bytes."""
     digest = hashlib.sha256()
     for name in sorted(fused):
-        digest.update(name.encode() + b"\0")
-        digest.update(np.ascontiguousarray(fused[name], "<f4").data)
+        _add(digest, name, fused[name])
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: np.ndarray) -> None:
+    digest.update(name.encode() + b"\0")
+    digest.update(np.ascontiguousarray(tensor, "<f4").data)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import LAYERS, tiny_bundle, tiny_pack, tiny_weights
 
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
-from ksm_edge.fuse import fuse, fused_digest
+from ksm_edge.fuse import digest_of, fuse, fused_digest
 from ksm_edge.pack.record import LayerState, Pack
 
 
@@ -92,3 +93,9 @@ def test_equal_tasks_fuse_to_equal_digests(bundle: Bundle) -> None:
     pack: Pack = tiny_pack(seed=4)
     again = replace(pack, task="another name")
     assert fused_digest(fuse(bundle, pack)) == fused_digest(fuse(bundle, again))
+
+
+def test_the_digest_taken_tensor_by_tensor_is_that_of_all_fused_weights(tmp_path: Path) -> None:
+    bundle, pack = tiny_bundle(tmp_path), tiny_pack()
+    assert digest_of(bundle, pack) == fused_digest(fuse(bundle, pack))
+    assert digest_of(bundle, None) == fused_digest(fuse(bundle, None))

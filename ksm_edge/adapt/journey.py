@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from ksm_edge.adapt.observer import Observer
-from ksm_edge.adapt.validation import accuracy_of
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.augment import Augmentation
-from ksm_edge.data.batches import training_batches
+from ksm_edge.data.batches import evaluation_batches, training_batches
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.prefetch import prefetch
@@ -23,8 +22,10 @@ from ksm_edge.errors import DataError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.reader import decode
+from ksm_edge.pack.record import Pack
 from ksm_edge.resident import give_back
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import finished, to_pack
 from ksm_edge.training.planner import Plan, make_plan
 from ksm_edge.training.settings import Settings
@@ -99,6 +100,7 @@ class _Job:
             steps=self.per_epoch * self.settings.epochs,
             threads=self.plan.threads,
         )
+        self.judge = Judge(self.trainer, self.plan.forward, self.plan.threads)
         labels = np.array([item.label for item in self.train])
         classes = len(self.images.classes)
         self.class_weights = balanced_weights(labels, classes) if self.settings.balanced else None
@@ -178,7 +180,7 @@ class _Job:
         progress = self.progress
         give_back()
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
-        validation = accuracy_of(self.bundle, pack, self.cache, self.held_out, self.plan) if self.held_out else None
+        validation = self._accuracy(pack) if self.held_out else None
         progress.epoch, progress.step = progress.epoch + 1, 0
         record = {"epoch": progress.epoch, "loss": loss, "train_accuracy": accuracy}
         progress.history.append(record | ({} if validation is None else {"validation_accuracy": validation}))
@@ -188,6 +190,11 @@ class _Job:
             progress.best_epoch, self.best = progress.epoch, encode(pack)
         give_back()
         self.observer.epoch(progress.history[-1], self.settings.epochs)
+
+    def _accuracy(self, pack: Pack) -> float:
+        size = self.plan.micro_batch
+        batches = prefetch(evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=size))
+        return self.judge.accuracy(pack, batches)
 
 
 def checkpoint_path(out: Path) -> Path:
@@ -249,7 +256,7 @@ def _finish(job: _Job, seconds: float, provenance: Mapping[str, Any]) -> Adapted
         "settings": asdict(job.settings),
         **provenance,
     }
-    pack = finished(decode(job.best), job.trainer, record, job.plan.threads)
+    pack = finished(decode(job.best), job.bundle, job.judge, record)
     size = save_pack(pack, job.out)
     job.checkpoint_path.unlink(missing_ok=True)
     return Adapted(

@@ -43,9 +43,10 @@ def build(
     `LAYER.bias` where the form is `channel`. The weights of layers that are not trained, pristine ones of the channel
     form and `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc.NAME`: `LAYER.product` (or `LAYER.product.K`
-    per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and the
-    plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
+    per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
+    the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
 
+    With `spec.backward` off the graph ends at its one output, the backbone's `features` (n, F).
     Raises UnsupportedError for an operator without a rule.
     """
     table = {layer.name: layer for layer in layers}
@@ -55,15 +56,23 @@ def build(
     emit.constants.update(_constants(backbone, dtype))
     emit.input("image", shapes["image"])
     builder = _Builder(emit, spec, table, nodes, shapes)
-    features = nodes[-1].output
     builder.forward()
-    loss.forward(emit, features, (shapes[features][0], shapes[features][1]), spec.classes)
-    tape = Tape(emit, builder.shapes, gradient_wanted(nodes, spec.trained))
-    loss.backward(tape, features, spec.classes)
-    builder.backward(tape)
+    if spec.backward:
+        _learn(builder, nodes[-1].output)
+    else:
+        emit.output(nodes[-1].output, shapes[nodes[-1].output])
     inputs, outputs = ({name: shape for name, (_, shape) in d.items()} for d in (emit.inputs, emit.outputs))
     pixels = {node.name: shapes[node.output][2] * shapes[node.output][3] for node in nodes if node.op == "Conv"}
     return GradientGraph(emit.model(), spec, builder.forms, inputs, outputs, dict(emit.externals), pixels)
+
+
+def _learn(builder: _Builder, features: str) -> None:
+    """Head, loss, and everything backwards from there."""
+    shapes, spec = builder.shapes, builder.spec
+    loss.forward(builder.emit, features, (shapes[features][0], shapes[features][1]), spec.classes)
+    tape = Tape(builder.emit, shapes, gradient_wanted(builder.nodes, spec.trained))
+    loss.backward(tape, features, spec.classes)
+    builder.backward(tape)
 
 
 @dataclass

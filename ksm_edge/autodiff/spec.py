@@ -19,6 +19,7 @@ class GradientSpec:
     trained: frozenset[str]  # names of the layers that learn; none: only the head does
     statistics: str = "frozen"  # or "batch": normalise with the micro-batch's own
     per_weight: bool = False  # products of every single weight, also in depthwise layers
+    backward: bool = True  # False: image -> features, with the same parameter inputs
 
 
 def product_shape(form: str, layer: Layer) -> Shape:

@@ -102,7 +102,10 @@ def _externals(bundle: Bundle, names: Mapping[str, Shape], spec: GradientSpec) -
 
 def _key(bundle: Bundle, spec: GradientSpec) -> str:
     """One key per backbone, spec, processor, runtime and state of our own code."""
-    parts = [bundle.digest, json.dumps(_spec_table(spec)), version("onnxruntime"), platform.machine(), _processor()]
+    # The digest is over weights alone: the same ones may end at other features, or stand in another graph.
+    backbone = [bundle.digest, hashlib.sha256(bundle.graph_path.read_bytes()).hexdigest(), repr(bundle.layers)]
+    machine = [version("onnxruntime"), platform.machine(), _processor()]
+    parts = [*backbone, json.dumps(_spec_table(spec)), *machine]
     package = Path(__file__).parents[1]
     sources = [*sorted((package / "autodiff").glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256("\0".join([*parts, *(s.read_text() for s in sources)]).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""The gradient graph in ONNX Runtime: run in our own order, with parameters and accumulators bound in place."""
+"""A compiled graph in ONNX Runtime: run in our own order, with parameters and accumulators bound in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ksm_edge.runtimes.onnxruntime import session_options
 
 
 class GradientSession:
-    """One gradient graph with its parameters and accumulators bound to the caller's own arrays."""
+    """One gradient graph, or its forward part alone, with everything bound to the caller's own arrays."""
 
     def __init__(self, graph: CompiledGraph, bound: Mapping[str, np.ndarray], threads: int = 1) -> None:
         """`bound`: a float32 array for every input but image and target: parameters by input name, accumulators by
@@ -46,8 +46,8 @@ class GradientSession:
         """The array that holds the output `name` after a run, to be read before the next."""
         return self._arrays[name]
 
-    def run(self, *, release: bool = False) -> float:
-        """One micro-batch, from `image` and `target`: adds to the accumulators and returns its share of the loss.
+    def run(self, *, release: bool = False) -> None:
+        """One micro-batch, from `image` and `target`, into the outputs: accumulators are added to.
 
         `release` gives the activations' memory back behind this run, for who does something else next.
         """
@@ -55,4 +55,3 @@ class GradientSession:
         shrink = release or not self._pattern_known
         self._session.run_with_iobinding(self._binding, self._shrinking if shrink else self._plain)
         self._pattern_known = True
-        return float(self._arrays["loss"])

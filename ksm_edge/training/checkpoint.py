@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from ksm_edge.atomic import atomic_write
-from ksm_edge.errors import DamagedFileError, UsageError
+from ksm_edge.errors import DamagedFileError, UnsupportedVersionError, UsageError
 
 VERSION = 1
 BEST = "best_pack"
@@ -51,20 +51,26 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Progress, bytes | None]:
-    """Raises UsageError where there is none or it belongs to another training, DamagedFileError where it is broken."""
+    """Raises UsageError where there is none or it belongs to another training, FileError where it cannot be read."""
     if not path.exists():
         raise UsageError(f"there is no checkpoint {path} to resume from; leave out --resume to start anew")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             record = json.loads((file.metadata() or {})["ksm_edge_checkpoint"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        if record["version"] != VERSION:
+            raise UnsupportedVersionError(
+                f"{path} is a checkpoint of version {record['version']}, this release reads {VERSION}: "
+                "resume with the release that wrote it, or delete it and start anew"
+            )
+        progress, own = Progress(**record["progress"]), dict(record["identity"])
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise DamagedFileError(f"{path} is no readable checkpoint ({error}); delete it and start anew") from error
     for name, value in identity.items():
-        if record["identity"].get(name) != json.loads(json.dumps(value)):
+        if own.get(name) != json.loads(json.dumps(value)):
             raise UsageError(
-                f"{path} belongs to another training: its {name} is {record['identity'].get(name)!r}, now {value!r}. "
+                f"{path} belongs to another training: its {name} is {own.get(name)!r}, now {value!r}. "
                 "Resume with what it was started with, or delete it and start anew."
             )
     best = state.pop(BEST, None)
-    return state, Progress(**record["progress"]), None if best is None else best.tobytes()
+    return state, progress, None if best is None else best.tobytes()

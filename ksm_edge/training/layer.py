@@ -15,8 +15,9 @@ import numpy as np
 
 from ksm_edge.autodiff.spec import product_shape
 from ksm_edge.bundle.layers import Layer, LayerWeights
-from ksm_edge.fuse import fused_bias, fused_weight, norm_factor
+from ksm_edge.fuse import fuse_layer, fused_bias, fused_weight, norm_factor
 from ksm_edge.mask import INITIAL_SCORE, SoftMask, expand, keep_gradient, reduce_kernels, score_shape, soft_mask
+from ksm_edge.pack.record import LayerState
 from ksm_edge.training.adam import Adam
 from ksm_edge.training.settings import Settings
 
@@ -136,6 +137,16 @@ class TrainedLayer:
             self.bias[:] = self.pristine.bias
         else:
             self.bias[:] = fused_bias(self.beta, self.pristine.bias, self.mean, factor)
+
+    def show(self, state: LayerState) -> None:
+        """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""
+        weight, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity)
+        if self.form != "channel":
+            self.weight[:] = weight
+            return
+        var = self.pristine.var if state.var is None else state.var
+        factor = norm_factor(self.pristine.gamma + state.gamma_delta, var, self.layer.eps)
+        self.weight[:] = factor if state.mask is None else state.mask.values[:, 0].reshape(-1) * factor
 
     def _fuse_into(self, out: np.ndarray, factor: np.ndarray) -> None:
         """W M f as `fuse.fused_weight` makes it, or M f in the channel form."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from ksm_edge.bundle.golden import golden_images
-from ksm_edge.fuse import fuse, fused_digest
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.fuse import digest_of
 from ksm_edge.pack.reader import quantized
 from ksm_edge.pack.record import LayerState, Pack
-from ksm_edge.runtimes.onnxruntime import Session
+from ksm_edge.training.judge import Judge
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.trainer import Trainer
 
@@ -48,9 +49,7 @@ def _layer_state(layer: TrainedLayer) -> LayerState:
     return LayerState(mask if mask is not None and not mask.keep.all() else None, gamma, beta, *own)
 
 
-def finished(pack: Pack, trainer: Trainer, record: Mapping[str, Any], threads: int) -> Pack:
+def finished(pack: Pack, bundle: Bundle, judge: Judge, record: Mapping[str, Any]) -> Pack:
     """The pack with its training record, the digest of its fused weights and its outputs for the golden inputs."""
-    fused = fuse(trainer.bundle, pack)
-    features = Session(trainer.bundle.graph_path, fused, threads).run(golden_images(trainer.bundle.input))
-    golden = features @ pack.head_weight.T + pack.head_bias
-    return replace(pack, record=dict(record), fused_digest=fused_digest(fused), golden_logits=golden)
+    golden = judge.logits(pack, golden_images(bundle.input))
+    return replace(pack, record=dict(record), fused_digest=digest_of(bundle, pack), golden_logits=golden)

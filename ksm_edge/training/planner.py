@@ -9,18 +9,16 @@ from ksm_edge.errors import BudgetError
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.trainer import gradient_spec
+from ksm_edge.training.trainer import forward_spec, gradient_spec
 
 # Measured: Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
-PROCESS_BYTES = 84 * 2**20
+PROCESS_BYTES = 90 * 2**20
 # The arena rounds up and keeps what it had to split.
 ACTIVATION_SHARE = 1.25
 # Batches of images alive at once: in use, waiting, in the making.
 BATCHES_ALIVE = 3
-# Validation fuses the weights once more and opens a session, which copies and packs them.
-VALIDATION_COPIES = 4.5
 # Packing looks at all masks at once: two scales in float32, two keep bits, and the coder's positions.
-PACKING_BYTES = 16  # a score
+PACKING_BYTES = 28  # a score
 # Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
 COMFORTABLE_BYTES = 16 * 2**20
 FLOAT_BYTES = 4
@@ -36,6 +34,7 @@ class Plan:
     activation_bytes: int
     expected_peak_bytes: int  # resident, of the whole process
     graph: CompiledGraph
+    forward: CompiledGraph  # its forward pass, for validation
 
 
 def make_plan(bundle: Bundle, classes: int, settings: Settings, *, threads: int, budget_bytes: int | None) -> Plan:
@@ -48,10 +47,10 @@ def make_plan(bundle: Bundle, classes: int, settings: Settings, *, threads: int,
     need = expected_peak_bytes(bundle, classes, settings, _activation_bytes(graph))
     if budget_bytes is not None and need > budget_bytes:
         raise BudgetError(
-            f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size}, {settings.batch} images a step, needs "
-            f"about {_mib(need)} MiB (activations of {micro_batch} image(s): {_mib(_activation_bytes(graph))} MiB), the "
-            f"budget is {_mib(budget_bytes)} MiB. Give --memory-budget {_mib(need)}MiB or more, a smaller --batch, a "
-            "smaller --size at export, or --method head."
+            f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size} px in steps of {settings.batch} "
+            f"images needs about {_mib(need)} MiB ({_mib(_activation_bytes(graph))} of it for the activations of "
+            f"{micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget {_mib(need)}MiB or more, "
+            "a smaller --batch, a smaller --size at export, or --method head."
         )
     single = _activation_bytes(graph)
     while settings.statistics == "frozen" and micro_batch * 2 <= settings.batch:
@@ -60,19 +59,28 @@ def make_plan(bundle: Bundle, classes: int, settings: Settings, *, threads: int,
         if following > COMFORTABLE_BYTES or (budget_bytes is not None and peak > budget_bytes):
             break
         micro_batch *= 2
-    if micro_batch > graph.spec.micro_batch:
-        graph = compiled(bundle, gradient_spec(bundle, classes, settings, micro_batch))
+    while micro_batch > graph.spec.micro_batch:
+        larger = compiled(bundle, gradient_spec(bundle, classes, settings, micro_batch))
+        # Several images are transposed for their products, one is not: they may take more than their number says.
+        if (
+            budget_bytes is None
+            or expected_peak_bytes(bundle, classes, settings, _activation_bytes(larger)) <= budget_bytes
+        ):
+            graph = larger
+        else:
+            micro_batch //= 2
     activations = _activation_bytes(graph)
     peak = expected_peak_bytes(bundle, classes, settings, activations)
-    return Plan(settings.batch, micro_batch, threads, activations, peak, graph)
+    forward = compiled(bundle, forward_spec(graph.spec))
+    return Plan(settings.batch, micro_batch, threads, activations, peak, graph, forward)
 
 
 def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, activation_bytes: int) -> int:
-    """Resident bytes of the whole process at its worst moment: a training step, or the validation behind an epoch."""
-    weights, scores = _counts(bundle, settings)
+    """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch."""
+    _, scores = _counts(bundle, settings)
     stepping = activation_bytes + BATCHES_ALIVE * settings.batch * 3 * bundle.input.size**2 * FLOAT_BYTES
-    judging = int(VALIDATION_COPIES * weights * FLOAT_BYTES) + PACKING_BYTES * scores
-    return PROCESS_BYTES + parameter_bytes(bundle, classes, settings) + max(stepping, judging)
+    packing = PACKING_BYTES * scores
+    return PROCESS_BYTES + parameter_bytes(bundle, classes, settings) + max(stepping, packing)
 
 
 def _activation_bytes(graph: CompiledGraph) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,13 +52,17 @@ class Trainer:
         self.head_bias = np.zeros(classes, np.float32)
         self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
         self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
+        self._pixels = graph.pixels
+        self._session = GradientSession(graph, self.bound(graph), threads)
+
+    def bound(self, graph: CompiledGraph) -> dict[str, np.ndarray]:
+        """The arrays that a session of `graph` is to be bound to."""
         arrays = {f"head:d{name}": array for name, array in self._head_gradients.items()}
         arrays |= {"head:weight": self.head_weight, "head:bias": self.head_bias}
         for layer in self.layers.values():
             arrays |= layer.bound()
-        arrays = {name: arrays[name] for name in {n.removeprefix("acc.") for n in graph.inputs} & arrays.keys()}
-        self._pixels = graph.pixels
-        self._session = GradientSession(graph, arrays, threads)
+        wanted = {name.removeprefix("acc.") for name in graph.inputs}
+        return {name: array for name, array in arrays.items() if name in wanted}
 
     def step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> StepResult:
         """One optimizer step on images (n, 3, S, S) with weighted target distributions (n, C), see `autodiff.loss`.
@@ -83,7 +87,8 @@ class Trainer:
         session, n = self._session, len(images)
         session.image[:n], session.target[:n] = images, targets
         session.image[n:], session.target[n:] = 0, 0  # rows of zeros do not count
-        loss = session.run(release=release)
+        session.run(release=release)
+        loss = float(session.output("loss"))
         answers = session.output("logits")[:n].argmax(axis=1)
         if self.settings.statistics == "batch":
             self._observe(n)
@@ -131,3 +136,8 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
     trained = frozenset() if settings.method == "head" else frozenset(layer.name for layer in bundle.layers)
     per_weight = settings.method == "ksm" and settings.granularity == "element"
     return GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight)
+
+
+def forward_spec(spec: GradientSpec) -> GradientSpec:
+    """Its forward pass with the statistics that a pack brings along, reading the same parameters."""
+    return replace(spec, backward=False, statistics="frozen")

@@ -111,7 +111,7 @@ def test_layers_that_do_not_learn_have_no_accumulators_and_take_fused_weights_fr
     spec = GradientSpec(1, 16, CLASSES, frozenset({"project", "plain"}))
     graph = build(tiny_graph(), LAYERS, spec)
     accumulators = {n.removeprefix("acc.").partition(".")[0] for n in graph.inputs if n.startswith("acc.")}
-    assert accumulators == {"head", "project", "plain"}
+    assert accumulators == {"head:dweight", "head:dbias", "project", "plain"}
     assert {
         f"{name}.{kind}" for name in ("stem", "dw", "grouped") for kind in ("weight", "bias")
     } == graph.externals.keys()

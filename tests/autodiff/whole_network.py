@@ -116,8 +116,8 @@ class Case:
 def relative_errors(found: Gradients, expected: Gradients, floor: float = 1e-4) -> dict[str, float]:
     """Per tensor, the largest difference over the tensor's largest entry.
 
-    A tensor whose true gradient all but vanishes (below `floor` of the largest of its kind in the network) has no digits
-    of its own in float32: its difference is taken over that share of the largest instead.
+    A tensor whose true gradient all but vanishes (below `floor` of the largest of its kind in the network) has no
+    digits of its own in float32: its difference is taken over that share of the largest instead.
     """
     assert found.keys() == expected.keys()
     largest: dict[str, float] = {}

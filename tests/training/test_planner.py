@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import LAYERS, saved_tiny_bundle
+
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.errors import BudgetError, UnsupportedError
+from ksm_edge.runtimes.compile import compiled
+from ksm_edge.training.planner import PROCESS_BYTES, Plan, make_plan, parameter_bytes
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.trainer import gradient_spec
+
+MIB = 2**20
+SETTINGS = Settings(batch=16)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny backbone at a size where activations are many MiB."""
+    bundle = saved_tiny_bundle(tmp_path_factory.mktemp("plan") / "bundle")
+    return replace(bundle, input=replace(bundle.input, size=256, resize=256))
+
+
+def plan(bundle: Bundle, budget: int | None, settings: Settings = SETTINGS) -> Plan:
+    return make_plan(bundle, 4, settings, threads=2, budget_bytes=budget)
+
+
+def test_a_plan_says_what_was_asked_for(bundle: Bundle) -> None:
+    found = plan(bundle, None)
+    assert (found.batch, found.threads) == (16, 2)
+    assert found.micro_batch == found.graph.spec.micro_batch
+    assert found.expected_peak_bytes > found.activation_bytes + PROCESS_BYTES + parameter_bytes(bundle, 4, SETTINGS)
+
+
+def test_the_budget_error_names_the_smallest_budget_that_would_do(bundle: Bundle) -> None:
+    with pytest.raises(BudgetError) as caught:
+        plan(bundle, 8 * MIB)
+    message = str(caught.value)
+    assert "tiny at 256x256" in message
+    assert "the budget is 8 MiB" in message
+    assert "--method head" in message
+    smallest = int(re.search(r"--memory-budget (\d+)MiB", message)[1])  # type: ignore[index]
+    assert plan(bundle, smallest * MIB).expected_peak_bytes <= smallest * MIB
+    with pytest.raises(BudgetError):
+        plan(bundle, (smallest - 1) * MIB)
+
+
+def test_a_budget_is_never_rounded_up_to_what_is_needed(bundle: Bundle) -> None:
+    need = plan(bundle, None, replace(SETTINGS, batch=1)).expected_peak_bytes
+    with pytest.raises(BudgetError) as caught:
+        plan(bundle, need - 1, replace(SETTINGS, batch=1))
+    needed, _, budget, *_ = map(int, re.findall(r"(\d+) ?MiB", re.sub(r"\((\d+) of", r"(\1 MiB of", str(caught.value))))
+    assert budget < needed
+
+
+def test_more_memory_never_gives_less(bundle: Bundle) -> None:
+    smallest = plan(bundle, None, replace(SETTINGS, batch=1)).expected_peak_bytes
+    plans = []
+    for extra in (-1, *range(0, 64, 4), 200):
+        try:
+            plans.append(plan(bundle, smallest + extra * MIB))
+        except BudgetError:
+            assert not plans  # too little comes before enough
+        else:
+            assert plans[-1].expected_peak_bytes <= smallest + extra * MIB
+    sizes = [p.micro_batch for p in plans]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 1
+    assert plan(bundle, None).micro_batch == sizes[-1]
+
+
+def test_micro_batches_grow_only_while_memory_stays_small(tmp_path: Path) -> None:
+    assert plan(saved_tiny_bundle(tmp_path / "b"), None).micro_batch == 16  # 16x16 pixels: nothing
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_a_micro_batch_is_never_larger_than_the_batch(tmp_path: Path, batch: int) -> None:
+    found = plan(saved_tiny_bundle(tmp_path / "b"), None, replace(SETTINGS, batch=batch))
+    assert batch / 2 < found.micro_batch <= batch
+
+
+def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundle: Bundle) -> None:
+    settings = replace(SETTINGS, statistics="batch", batch=6)
+    found = plan(bundle, None, settings)
+    assert found.micro_batch == 6
+    budget = found.expected_peak_bytes - 1
+    assert plan(bundle, budget, replace(settings, statistics="frozen")).micro_batch < 6
+    with pytest.raises(BudgetError):
+        plan(bundle, budget, settings)
+    with pytest.raises(BudgetError, match="--memory-budget"):
+        plan(bundle, 1, settings)
+
+
+def test_what_learns_less_needs_less(bundle: Bundle) -> None:
+    peaks = [
+        plan(bundle, None, replace(SETTINGS, batch=1, method=m)).expected_peak_bytes for m in ("head", "norm", "ksm")
+    ]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[1]
+
+
+def test_parameters_are_counted_with_their_scores_and_moments(bundle: Bundle) -> None:
+    count = {g: parameter_bytes(bundle, 4, replace(SETTINGS, granularity=g)) for g in ("channel", "kernel", "element")}
+    assert count["channel"] < count["kernel"] < count["element"]
+    weights = sum(O * I * kh * kw for O, I, kh, kw in (layer.weight_shape for layer in LAYERS))
+    kernels = sum(O * I for O, I, _, _ in (layer.weight_shape for layer in LAYERS))
+    assert count["element"] - count["kernel"] == 4 * 3 * (weights - kernels)
+
+
+# The cache behind a plan.
+
+
+def test_a_graph_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "cache"))
+    bundle = saved_tiny_bundle(tmp_path / "b")
+    spec = gradient_spec(bundle, 4, SETTINGS, 1)
+    first = compiled(bundle, spec)
+    monkeypatch.setattr("ksm_edge.runtimes.compile._compile_in_child", None)
+    assert compiled(bundle, spec) == first
+    assert list((tmp_path / "cache" / "graphs").iterdir()) == [first.path.parent]
+
+
+def test_backbones_of_equal_weights_and_other_graphs_have_graphs_of_their_own(tmp_path: Path) -> None:
+    """The backbone digest is over weights alone, and not over where the features end or what stands between layers."""
+    import onnx
+
+    bundle = saved_tiny_bundle(tmp_path / "b")
+    other = replace(bundle, path=tmp_path / "other")
+    other.path.mkdir()
+    model = onnx.load(bundle.graph_path, load_external_data=False)
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    relu.op_type = "Sigmoid"
+    other.graph_path.write_bytes(model.SerializeToString())
+    from ksm_edge.runtimes.compile import _key
+
+    spec = gradient_spec(bundle, 4, SETTINGS, 1)
+    assert _key(bundle, spec) != _key(other, spec)
+
+
+def test_an_operator_without_a_rule_comes_out_of_the_compiling_process_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tiny
+
+    from ksm_edge.bundle.freeze import Frozen
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.bundle.write import write_bundle
+
+    model = tiny.tiny_graph()
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    relu.op_type, relu.name = "Softplus", "soft"
+    frozen = Frozen(model, LAYERS, tiny.tiny_weights(), tiny.FEATURES)
+    write_bundle(frozen, tmp_path / "b", recipe="odd", licence="CC0-1.0", input_contract=tiny.INPUT)
+    with pytest.raises(UnsupportedError, match=r"^operator Softplus \(node soft\) has no gradient rule"):
+        plan(load_bundle(tmp_path / "b"), None)

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import LAYERS, tiny_bundle
+
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.errors import UsageError
+from ksm_edge.fuse import fuse, fused_digest
+from ksm_edge.mask import INITIAL_SCORE
+from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.runtimes.onnxruntime import Session
+from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.packing import finished, to_pack
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.targets import target_rows
+from ksm_edge.training.trainer import Trainer, gradient_spec
+
+CLASSES = 3
+STEPS = 30
+# Rates at which a few steps on the tiny backbone show, and scores fall below the threshold.
+SETTINGS = Settings(batch=8, score_rate=2e-3, norm_rate=1e-2, head_rate=5e-2, label_smoothing=0.0)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return tiny_bundle(tmp_path / "bundle")
+
+
+def trainer(bundle: Bundle, settings: Settings = SETTINGS, micro_batch: int = 4, steps: int = STEPS) -> Trainer:
+    folder = bundle.path / f"{abs(hash((settings, micro_batch)))}"
+    folder.mkdir(exist_ok=True)
+    graph = compile_graph(bundle, gradient_spec(bundle, CLASSES, settings, micro_batch), folder)
+    return Trainer(bundle, graph, settings, steps=steps)
+
+
+def batch(step: int, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """A task of three classes: which of the colours an image is brightest in."""
+    rng = np.random.default_rng([7, step])
+    labels = rng.integers(0, CLASSES, n)
+    images = rng.standard_normal((n, 3, 16, 16)).astype(np.float32)
+    images[np.arange(n), labels] += 1
+    return images, labels
+
+
+def train(subject: Trainer, start: int, end: int) -> list[float]:
+    losses = []
+    for step in range(start, end):
+        images, labels = batch(step)
+        losses.append(subject.step(images, target_rows(labels, CLASSES, 0.0)).loss)
+    return losses
+
+
+def same_bits(a: Trainer, b: Trainer) -> bool:
+    left, right = a.state(), b.state()
+    return left.keys() == right.keys() and all(np.array_equal(left[n], right[n]) for n in left)
+
+
+METHODS = {
+    "ksm": {},
+    "norm": {"method": "norm"},
+    "head": {"method": "head"},
+    "batch statistics": {"statistics": "batch"},
+    "element": {"granularity": "element"},
+    "group": {"granularity": "group:3"},
+    "channel": {"granularity": "channel"},
+    "binary": {"soft": False},
+}
+each_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+
+
+def with_changes(changes: dict[str, object]) -> tuple[Settings, int]:
+    settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    return settings, 8 if settings.statistics == "batch" else 4
+
+
+@each_method
+def test_the_loss_falls(bundle: Bundle, changes: dict[str, object]) -> None:
+    losses = train(trainer(bundle, *with_changes(changes)), 0, STEPS)
+    assert np.mean(losses[:3]) > 0.8
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])
+
+
+@each_method
+def test_going_on_from_a_checkpoint_is_bit_for_bit_never_having_stopped(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    settings, micro_batch = with_changes(changes)
+    whole = trainer(bundle, settings, micro_batch)
+    train(whole, 0, 6)
+    save_checkpoint(tmp_path / "x", whole.state(), Progress(0, 6, 6), None, {})
+    losses = train(whole, 6, 12)
+    again = trainer(bundle, settings, micro_batch)
+    train(again, 20, 22)  # what it held before does not matter
+    again.restore(load_checkpoint(tmp_path / "x", {})[0], 6)
+    assert train(again, 6, 12) == losses
+    assert same_bits(again, whole)
+
+
+def test_two_runs_are_bit_for_bit_equal_and_another_seed_is_another_head(bundle: Bundle) -> None:
+    one, other, third = trainer(bundle), trainer(bundle), trainer(bundle, replace(SETTINGS, seed=1))
+    assert train(one, 0, 4) == train(other, 0, 4)
+    assert same_bits(one, other)
+    assert not np.array_equal(third.head_weight, trainer(bundle).head_weight)
+
+
+@pytest.mark.parametrize("changes", [{}, {"granularity": "element"}, {"method": "norm"}], ids=str)
+def test_how_a_batch_is_cut_does_not_matter(bundle: Bundle, changes: dict[str, object]) -> None:
+    settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    trainers = [trainer(bundle, settings, micro_batch) for micro_batch in (1, 4, 3)]
+    losses = [train(subject, 0, 1)[0] for subject in trainers]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+    first = trainers[0].state()
+    for subject in trainers[1:]:
+        for name, array in subject.state().items():
+            if name.endswith(
+                ":mean"
+            ):  # after one step a tenth of the gradient, which Adam's own step hides the size of
+                np.testing.assert_allclose(
+                    array, first[name], atol=1e-5 * abs(first[name]).max(), rtol=1e-5, err_msg=name
+                )
+
+
+def test_a_smaller_last_batch_is_that_batch_alone(bundle: Bundle) -> None:
+    padded, exact = trainer(bundle, micro_batch=4), trainer(bundle, micro_batch=1)
+    images, labels = batch(0, 5)
+    results = [subject.step(images, target_rows(labels, CLASSES, 0.0)) for subject in (padded, exact)]
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    assert (results[0].correct, results[0].count) == (results[1].correct, 5)
+
+
+def test_the_first_step_sees_the_plain_backbone(bundle: Bundle) -> None:
+    subject = trainer(bundle)
+    weight, bias = subject.head_weight.copy(), subject.head_bias.copy()
+    images, labels = batch(0)
+    result = subject.step(images, target_rows(labels, CLASSES, 0.0))
+    logits = Session(bundle.graph_path, fuse(bundle, None)).run(images) @ weight.T + bias
+    shifted = logits - logits.max(1, keepdims=True)
+    expected = -(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))[np.arange(8), labels].mean()
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.correct == (logits.argmax(1) == labels).sum()
+
+
+def test_an_adapted_network_is_what_its_pack_makes_of_the_backbone(bundle: Bundle) -> None:
+    """The trainer's own session, the pack read back, and fuse: one and the same network."""
+    subject = trainer(bundle)
+    train(subject, 0, STEPS)
+    masks = [layer.mask().keep for layer in subject.layers.values()]
+    assert not all(keep.all() for keep in masks)
+    pack = to_pack(subject, "colours", ("r", "g", "b"))
+    pack = finished(pack, subject, {}, 1)
+    assert pack.fused_digest == fused_digest(fuse(bundle, pack))
+    images, labels = batch(99, 64)
+    logits = Session(bundle.graph_path, fuse(bundle, pack)).run(images) @ pack.head_weight.T + pack.head_bias
+    # The next step's loss is that of the network as trained so far; the pack's few bits cost little of it.
+    loss = np.mean([subject.step(images[i : i + 8], target_rows(labels[i : i + 8], CLASSES, 0.0)).loss for i in (0,)])
+    probability = np.exp(logits - logits.max(1, keepdims=True))
+    probability /= probability.sum(1, keepdims=True)
+    assert -np.log(probability[np.arange(8), labels[:8]]).mean() == pytest.approx(loss, abs=0.1)
+
+
+def test_what_does_not_learn_stays_as_it_is(bundle: Bundle) -> None:
+    head, norm = trainer(bundle, replace(SETTINGS, method="head")), trainer(bundle, replace(SETTINGS, method="norm"))
+    for subject in (head, norm):
+        train(subject, 0, 2)
+    assert not head.layers
+    assert all((layer.score == np.float32(INITIAL_SCORE)).all() for layer in norm.layers.values())
+    assert {name.partition(":")[2] for name in norm.state()} >= {"gamma", "beta"}
+    assert not any(":score" in name for name in norm.state())
+
+
+def test_batch_statistics_are_kept_as_running_ones(bundle: Bundle) -> None:
+    subject = trainer(bundle, replace(SETTINGS, statistics="batch"), micro_batch=8)
+    for step in range(60):
+        subject.step(*_one_distribution(step))
+    # Running statistics come to those of the data: fusing with them is normalising with the batch's own.
+    layer = subject.layers["stem"]
+    z_mean = subject._session.output("stem.batch_mean")
+    spread = np.sqrt(layer.var)
+    assert (abs(layer.mean - z_mean) < 0.3 * spread).all()
+    assert not np.array_equal(layer.mean, layer.pristine.mean)
+
+
+def _one_distribution(step: int) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = batch(step)
+    return images, target_rows(labels, CLASSES, 0.0)
+
+
+def test_batch_statistics_in_parts_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="batch 8, micro-batch 4"):
+        trainer(bundle, replace(SETTINGS, statistics="batch"), micro_batch=4)
+
+
+def test_the_backbone_is_not_written_to(bundle: Bundle) -> None:
+    before = {layer.name: bundle.weights[layer.name].weight.copy() for layer in LAYERS}
+    train(trainer(bundle), 0, 3)
+    assert all(np.array_equal(bundle.weights[name].weight, array) for name, array in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "lora"), ("statistics", "running"), ("granularity", "group:0"), ("granularity", "pixel"), ("epochs", 0),
+     ("batch", 0), ("score_rate", -1.0), ("validation", 1.0), ("label_smoothing", float("nan"))],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=name.partition("_")[0]):
+        Settings(**{name: value})  # type: ignore[arg-type]
