@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import KSM_EDGE, Record, add_output, fresh, fresh_json, output, print_table
+from measure import KSM_EDGE, ROOT, Record, add_output, fresh, fresh_json, output, print_table
 
 DEVICE = "jetson"
 FLOOR = {"wall_seconds": 120, "test_accuracy": 0.95, "pack_bytes": 100_000}
@@ -42,7 +44,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ksm-edge-demo-") as folder:
         for _ in range(record.settings["repeats"]):
             record.runs.append(_run(Path(folder, "digits.ksm")))
-    record.summary = summary(record.runs)
+        transcript = _transcript(Path(folder))
+    record.summary = summary(record.runs) | {"transcript": transcript}
     _show(record.summary)
     record.finish(output(options, "demo"))
     return 0
@@ -72,6 +75,15 @@ def _run(pack: Path) -> dict[str, Any]:
         "test_images": judged["n"],
         "backbone_digest": report["backbone_digest"],
     }
+
+
+def _transcript(folder: Path) -> list[str]:
+    """What the command says to a person, line by line, without the progress bar."""
+    command = [*KSM_EDGE, "adapt", "--device", DEVICE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    said = done.stderr.replace("\r", "\n").splitlines()
+    return [line.rstrip() for line in said if line.strip() and "img" not in line] + done.stdout.splitlines()
 
 
 def _judge(pack: Path) -> dict[str, Any]:

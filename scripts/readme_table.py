@@ -1,4 +1,4 @@
-"""Write the README's results table from what the benchmarks measured, between its two marker lines.
+"""Write the README's results table and demo from what the benchmarks measured, each between its two marker lines.
 
     python scripts/readme_table.py            # write it
     python scripts/readme_table.py --check    # exit status 1 where the README says something else
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- results -->", "<!-- /results -->"
+DEMO_COMMAND = "pip install '.[demo]' && ksm-edge adapt --device jetson"
 BENCHMARKS = ("step", "accuracy", "latency", "demo", "startup")
 TASKS = ("flowers5", "trashnet", "pacs_sketch7", "gtsrb43")
 SEEDS = (0, 1, 2)
@@ -31,7 +31,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     text = options.readme.read_text()
-    wanted = with_table(text, table({name: load(options.results, name) for name in BENCHMARKS}), options.readme)
+    results = {name: load(options.results, name) for name in BENCHMARKS}
+    wanted = between(text, "results", table(results), options.readme)
+    wanted = between(wanted, "demo", demo(results["demo"]["summary"]["transcript"]), options.readme)
     if wanted == text:
         return 0
     if options.check:
@@ -59,13 +61,19 @@ def load(results: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def with_table(text: str, table: str, path: Path) -> str:
-    """The README's text with `table` between the markers; refuses one without exactly one pair of them."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end) or text.count(START) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{path}: needs the lines {START} and {END}, in this order and once each")
-    return f"{before}{START}\n{table}\n{END}{after}"
+def between(text: str, name: str, content: str, path: Path) -> str:
+    """The README's text with `content` between the markers of `name`; refuses one without exactly one pair of them."""
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, start, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not (start and end) or text.count(opening) != 1 or text.count(closing) != 1:
+        raise SystemExit(f"{path}: needs the lines {opening} and {closing}, in this order and once each")
+    return f"{before}{opening}\n{content}\n{closing}{after}"
+
+
+def demo(transcript: list[str]) -> str:
+    """The first command and what it said, as a code block."""
+    return "\n".join(["```", f"$ {DEMO_COMMAND}", *transcript, "```"])
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -1,0 +1,1 @@
+"""The embedded default backbone, as data: see README.md beside this file."""

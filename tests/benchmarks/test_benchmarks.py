@@ -155,6 +155,7 @@ def results(load: Any, tmp_path: Path) -> Path:
     runs = [accuracy_run(task, seed, 0.9 + seed / 100) for task in accuracy.FLOOR for seed in (0, 1, 2)]
     commands = [{"command": name, "seconds": [0.1], "heavy_imports": []} for name in startup.COMMANDS]
     demo = {"test_accuracy": 0.96, "wall_seconds": 73.2, "pack_bytes": 29_800, "peak_rss_bytes": 157 * 2**20}
+    demo |= {"transcript": ["Task pack  digits.ksm"]}
     files = {
         "step": {**common, "settings": size, "summary": steps},
         "latency": {**common, "summary": latency.summary({"plain": [10.0] * 100, "fused": [11.0] * 100})},
@@ -173,13 +174,15 @@ def readme_table(results: Path, readme: Path, *more: str) -> subprocess.Complete
 
 def test_the_readme_says_what_the_results_say(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    demo = "<!-- demo -->\n<!-- /demo -->\n"
+    readme.write_text(f"{demo}before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     assert readme_table(results, readme, "--check").returncode == 1
     assert "old" in readme.read_text()
     done = readme_table(results, readme)
     assert done.returncode == 0, done.stderr
     text = readme.read_text()
-    assert text.startswith("before\n<!-- results -->\n| measured |")
+    assert text.startswith("<!-- demo -->\n```\n$ pip install")
+    assert "\nTask pack  digits.ksm\n```\n<!-- /demo -->\nbefore\n<!-- results -->\n| measured |" in text
     assert text.endswith("\n<!-- /results -->\nafter\n")
     for words in (
         "| 200 ms | torch, full fine-tuning: 800 ms (ratio 0.25) |",
@@ -195,7 +198,7 @@ def test_the_readme_says_what_the_results_say(results: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_missing_result_names_the_benchmark_to_run(results: Path, tmp_path: Path, name: str) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- results -->\n<!-- /results -->\n")
+    readme.write_text("<!-- demo -->\n<!-- /demo -->\n<!-- results -->\n<!-- /results -->\n")
     (results / f"{name}.json").unlink()
     done = readme_table(results, readme)
     assert done.returncode == 1
@@ -214,4 +217,4 @@ def test_a_grid_with_gaps_is_no_result(load: Any, results: Path) -> None:
 @pytest.mark.parametrize("text", ["nothing", "<!-- /results -->\n<!-- results -->", "<!-- results -->" * 2])
 def test_a_readme_without_the_markers_is_left_alone(load: Any, text: str) -> None:
     with pytest.raises(SystemExit, match="needs the lines"):
-        load("readme_table").with_table(text, "table", Path("README.md"))
+        load("readme_table").between(text, "results", "table", Path("README.md"))
