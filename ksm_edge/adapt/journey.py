@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ksm_edge.adapt.interrupt import interrupt_held_back
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.augment import Augmentation
@@ -56,7 +57,7 @@ class Adapted:
     history: list[dict[str, float]]
 
 
-@dataclass
+@dataclass(eq=False)  # an exception must be hashable
 class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
     """The user stopped it; the checkpoint holds everything."""
 
@@ -132,12 +133,8 @@ class _Job:
         self.saved_at = time.monotonic()
 
     def run(self) -> None:
-        try:
-            while self.progress.epoch < self.settings.epochs:
-                self._epoch()
-        except KeyboardInterrupt:
-            self.save()
-            raise Interrupted(self.checkpoint_path) from None
+        while self.progress.epoch < self.settings.epochs:
+            self._epoch()
 
     def _epoch(self) -> None:
         progress, settings = self.progress, self.settings
@@ -148,7 +145,7 @@ class _Job:
             ),
             depth=1,  # a step takes longer than its images, and two batches more would be two batches of memory
         )  # fmt: skip
-        losses, correct, count = [], 0, 0
+        losses = []
         try:
             while progress.step < self.per_epoch:
                 asked = time.perf_counter()
@@ -159,35 +156,34 @@ class _Job:
                 )
                 # Validation comes behind the last step, and must not add to the peak.
                 release = progress.step + 1 == self.per_epoch
-                result = self.trainer.step(batch.images, targets, release=release)
+                with interrupt_held_back():
+                    result = self.trainer.step(batch.images, targets, release=release)
+                    progress.add(result.loss, result.correct, result.count)
                 ended = time.perf_counter()
                 self.wait_ms.append((started - asked) * 1e3)
                 self.step_ms.append((ended - started) * 1e3)
-                progress.step += 1
-                progress.steps_done += 1
                 self.seen += result.count
                 losses.append(result.loss)
-                correct, count = correct + result.correct, count + result.count
-                self.observer.step(progress, self.trainer.steps, float(np.mean(losses[-50:])), correct / count)
+                recent, accuracy = float(np.mean(losses[-50:])), progress.correct / progress.count
+                self.observer.step(progress, self.trainer.steps, recent, accuracy)
                 if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                     self.save()
         finally:
             batches.close()
-        self._finish_epoch(float(np.mean(losses)) if losses else float("nan"), correct / max(1, count))
+        self._finish_epoch()
 
-    def _finish_epoch(self, loss: float, accuracy: float) -> None:
+    def _finish_epoch(self) -> None:
         """Judge the pack as it would be written, on the validation split; the best one is kept."""
         progress = self.progress
         give_back()
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
         validation = self._accuracy(pack) if self.held_out else None
-        progress.epoch, progress.step = progress.epoch + 1, 0
-        record = {"epoch": progress.epoch, "loss": loss, "train_accuracy": accuracy}
-        progress.history.append(record | ({} if validation is None else {"validation_accuracy": validation}))
-        # Equal accuracy: the later epoch, whose rates are lower. Without a split: the last.
-        if validation is None or validation >= progress.best_accuracy:
-            progress.best_accuracy = -1.0 if validation is None else validation
-            progress.best_epoch, self.best = progress.epoch, encode(pack)
+        with interrupt_held_back():
+            progress.finish_epoch(validation)
+            # Equal accuracy: the later epoch, whose rates are lower. Without a split: the last.
+            if validation is None or validation >= progress.best_accuracy:
+                progress.best_accuracy = -1.0 if validation is None else validation
+                progress.best_epoch, self.best = progress.epoch, encode(pack)
         give_back()
         self.observer.epoch(progress.history[-1], self.settings.epochs)
 
@@ -224,6 +220,8 @@ def adapt(
     out = Path(out)
     if not out.parent.is_dir():
         raise DataError(f"there is no folder {out.parent} to write {out.name} into; make it first")
+    if out.is_dir():
+        raise DataError(f"{out} is a folder; give the name of the pack to write")
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, skipped = cache.prepare(images.train, observer.reading)
         _require_every_class(images, items, skipped)
@@ -238,8 +236,12 @@ def adapt(
             job.restore()
         observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps)
         started = time.perf_counter()
-        job.run()
-        return _finish(job, time.perf_counter() - started, provenance or {})
+        try:
+            job.run()
+            return _finish(job, time.perf_counter() - started, provenance or {})
+        except KeyboardInterrupt:
+            job.save()
+            raise Interrupted(job.checkpoint_path) from None
 
 
 def _finish(job: _Job, seconds: float, provenance: Mapping[str, Any]) -> Adapted:

@@ -70,7 +70,7 @@ def _learn(builder: _Builder, features: str) -> None:
     """Head, loss, and everything backwards from there."""
     shapes, spec = builder.shapes, builder.spec
     loss.forward(builder.emit, features, (shapes[features][0], shapes[features][1]), spec.classes)
-    tape = Tape(builder.emit, shapes, gradient_wanted(builder.nodes, spec.trained))
+    tape = Tape(builder.emit, shapes, builder.wanted)
     loss.backward(tape, features, spec.classes)
     builder.backward(tape)
 
@@ -92,6 +92,7 @@ class _Builder:
                     "autodiff/rules.py."
                 )
         self.forms = {node.name: self._form(node) for node in self.nodes if node.op == "Conv"}
+        self.wanted = gradient_wanted(self.nodes, self.spec.trained) if self.spec.backward else frozenset()
 
     def _form(self, node: Node) -> str:
         # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
@@ -105,7 +106,9 @@ class _Builder:
             elif node.op == "Swish":
                 self.emit("Mul", node.inputs[0], self.emit("Sigmoid", node.inputs[0]), name=node.output)
             else:
-                self.emit.many(node.op, *node.inputs, names=node.outputs, **node.attributes)
+                # A pool's indices cost as much as many pools: only where a gradient will go by them.
+                names = node.outputs if node.output in self.wanted else node.outputs[:1]
+                self.emit.many(node.op, *node.inputs, names=names, **node.attributes)
 
     def _conv_forward(self, node: Node) -> None:
         layer, form = self.layers[node.name], self.forms[node.name]

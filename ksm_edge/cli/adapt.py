@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     device, bundle = Device.load(args.device), load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
-    budget = args.memory_budget or device.memory_budget_bytes
+    budget = device.memory_budget_bytes if args.memory_budget is None else args.memory_budget
     images = _images(args.data)
     settings = _settings(args, device)
     out = args.out or Path(f"{images.name}.ksm")
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
                 provenance={"device": device.name, "emulated": device.is_emulated},
             )
     except Interrupted as stop:
-        print(f"\nInterrupted. Everything is in {stop.checkpoint}; go on with:\n  {_resume_command()}", file=sys.stderr)
+        following = _resume_command(args)
+        print(f"\nInterrupted. Everything is in {stop.checkpoint}; go on with:\n  {following}", file=sys.stderr)
         return INTERRUPTED
     report = _report(device, bundle, images, result, time.perf_counter() - began)
     print(json.dumps(report) if args.json else _as_text(report, args, result))
@@ -200,8 +201,7 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
     )
 
 
-def _resume_command() -> str:
+def _resume_command(args: argparse.Namespace) -> str:
     import shlex
 
-    given = [word for word in sys.argv[1:] if word != "--resume"]
-    return shlex.join(["ksm-edge", *given, "--resume"])
+    return shlex.join(["ksm-edge", *(word for word in args.command_line if word != "--resume"), "--resume"])

@@ -43,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
-    args = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(given, argparse.Namespace(command_line=given))
     try:
         return int(VERBS[args.verb].run(args))
     except KsmEdgeError as error:

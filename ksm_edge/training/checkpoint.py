@@ -29,9 +29,28 @@ class Progress:
     epoch: int = 0
     step: int = 0  # within the epoch
     steps_done: int = 0  # in all
+    loss_sum: float = 0.0  # of the epoch's steps so far
+    correct: int = 0  # answers, and of how many images, in the epoch so far
+    count: int = 0
     best_accuracy: float = -1.0  # on the validation split; below 0: none yet
     best_epoch: int = -1
     history: list[dict[str, float]] = field(default_factory=list)  # one record per finished epoch
+
+    def add(self, loss: float, correct: int, count: int) -> None:
+        """One optimizer step has been done."""
+        self.step += 1
+        self.steps_done += 1
+        self.loss_sum += loss
+        self.correct += correct
+        self.count += count
+
+    def finish_epoch(self, validation: float | None) -> None:
+        """All steps of the epoch have been done, and the pack judged, if there are images for it."""
+        self.epoch += 1
+        record: dict[str, float] = {"epoch": self.epoch, "loss": self.loss_sum / self.step}
+        record["train_accuracy"] = self.correct / self.count
+        self.history.append(record if validation is None else record | {"validation_accuracy": validation})
+        self.step, self.loss_sum, self.correct, self.count = 0, 0.0, 0, 0
 
 
 def save_checkpoint(

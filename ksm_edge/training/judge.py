@@ -40,9 +40,9 @@ class Judge:
     @contextmanager
     def _showing(self, pack: Pack) -> Iterator[None]:
         layers = self._trainer.layers
-        for name, layer in layers.items():
-            layer.show(pack.layers[name])
         try:
+            for name, layer in layers.items():
+                layer.show(pack.layers[name])
             yield
         finally:
             for layer in layers.values():

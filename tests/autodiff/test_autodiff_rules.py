@@ -151,6 +151,9 @@ DEPTHWISE = {
     "2x2, one-sided pads": conv("c", "x", 4, 1, (2, 2), 4, pads=[0, 1, 1, 0]),
     "3x3, pads larger than its flipped conv could have": conv("c", "x", 4, 1, (3, 3), 4, pads=[3, 0, 3, 1]),
     "3x3, no pads": conv("c", "x", 4, 1, (3, 3), 4),
+    "1x5": conv("c", "x", 4, 1, (1, 5), 4, pads=[0, 2, 0, 2]),
+    "3x2, other dilations along each side": conv("c", "x", 4, 1, (3, 2), 4, pads=[1, 2, 1, 1], dilations=[1, 3]),
+    "2x3, other strides along each side": conv("c", "x", 4, 1, (2, 3), 4, pads=[1, 1, 0, 1], strides=[1, 2]),
 }
 SIZES = (7, 8)  # odd and even: with strides, one of them leaves rows that no window reaches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,29 @@ def test_nothing_is_propagated_below_the_first_layer_that_learns() -> None:
     ]
     assert convs == [len(LAYERS)] * 2
     assert len(head.model.graph.node) < len(last.model.graph.node) < len(everything.model.graph.node)
+
+
+def test_the_forward_part_alone_gives_the_features_of_the_backbone_from_the_same_parameters() -> None:
+    net = Net([A, op("MaxPool", "a", "m", kernel_shape=[2, 2]), conv("d", "m", 4, 1, (3, 3), 4)])
+    whole, forward = net.gradient_graph(), build(net.model, net.layers, replace(net.spec, backward=False), np.float64)
+    assert forward.outputs.keys() == {"features"}
+    assert forward.inputs.keys() < whole.inputs.keys()
+    feeds = {name: array for name, array in net.feeds(whole).items() if name in forward.inputs}
+    features = evaluate(forward.model, feeds, {n: a for n, a in net.externals(whole).items() if n in forward.externals})
+    expected = dict(net.weights)
+    expected["d.weight"] = expected["d.weight"] * net.scale["d"][:, None, None, None]
+    np.testing.assert_allclose(
+        features["features"], evaluate(net.model, {"image": net.image}, expected)["features"], rtol=1e-9, atol=1e-9
+    )
+
+
+def test_pools_write_indices_only_where_a_gradient_goes_by_them() -> None:
+    nodes = [A, op("MaxPool", "a", "m", kernel_shape=[2, 2]), conv("c", "m", 4, 4)]
+    for frozen, backward, count in (((), True, 2), (("a",), True, 1), (("a", "c"), True, 1), ((), False, 1)):
+        net = Net(nodes, frozen=frozen)
+        model = build(net.model, net.layers, replace(net.spec, backward=backward)).model
+        (pool,) = [node for node in model.graph.node if node.op_type == "MaxPool"]
+        assert len(pool.output) == count
 
 
 # The graph itself.

@@ -10,7 +10,7 @@ from ksm_edge.errors import DamagedFileError, FileError, UsageError
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 
 IDENTITY = {"backbone": "b" * 64, "settings": {"batch": 4, "granularity": "kernel"}, "threads": 1}
-PROGRESS = Progress(3, 2, 17, 0.75, 2, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+PROGRESS = Progress(3, 2, 17, 1.5, 7, 8, 0.75, 2, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
 
 
 @pytest.fixture

@@ -8,16 +8,18 @@ import pytest
 from tiny import LAYERS, tiny_bundle
 
 from ksm_edge.bundle.layers import Bundle
+from ksm_edge.data.batches import Batch
 from ksm_edge.errors import UsageError
 from ksm_edge.fuse import fuse, fused_digest
 from ksm_edge.mask import INITIAL_SCORE
 from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.runtimes.onnxruntime import Session
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import finished, to_pack
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.targets import target_rows
-from ksm_edge.training.trainer import Trainer, gradient_spec
+from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 
 CLASSES = 3
 STEPS = 30
@@ -35,6 +37,13 @@ def trainer(bundle: Bundle, settings: Settings = SETTINGS, micro_batch: int = 4,
     folder.mkdir(exist_ok=True)
     graph = compile_graph(bundle, gradient_spec(bundle, CLASSES, settings, micro_batch), folder)
     return Trainer(bundle, graph, settings, steps=steps)
+
+
+def judge(subject: Trainer) -> Judge:
+    bundle, spec = subject.bundle, gradient_spec(subject.bundle, CLASSES, subject.settings, subject.micro_batch)
+    folder = bundle.path / "forward"
+    folder.mkdir(exist_ok=True)
+    return Judge(subject, compile_graph(bundle, forward_spec(spec), folder), 1)
 
 
 def batch(step: int, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +160,7 @@ def test_an_adapted_network_is_what_its_pack_makes_of_the_backbone(bundle: Bundl
     masks = [layer.mask().keep for layer in subject.layers.values()]
     assert not all(keep.all() for keep in masks)
     pack = to_pack(subject, "colours", ("r", "g", "b"))
-    pack = finished(pack, subject, {}, 1)
+    pack = finished(pack, bundle, judge(subject), {})
     assert pack.fused_digest == fused_digest(fuse(bundle, pack))
     images, labels = batch(99, 64)
     logits = Session(bundle.graph_path, fuse(bundle, pack)).run(images) @ pack.head_weight.T + pack.head_bias
@@ -160,6 +169,40 @@ def test_an_adapted_network_is_what_its_pack_makes_of_the_backbone(bundle: Bundl
     probability = np.exp(logits - logits.max(1, keepdims=True))
     probability /= probability.sum(1, keepdims=True)
     assert -np.log(probability[np.arange(8), labels[:8]]).mean() == pytest.approx(loss, abs=0.1)
+
+
+@each_method
+def test_judging_a_pack_is_running_it_and_leaves_the_training_as_it_was(
+    bundle: Bundle, changes: dict[str, object]
+) -> None:
+    settings, micro_batch = with_changes(changes)
+    judged, other = trainer(bundle, settings, micro_batch), trainer(bundle, settings, micro_batch)
+    for subject in (judged, other):
+        train(subject, 0, 5)
+    pack = to_pack(judged, "colours", ("r", "g", "b"))
+    images, labels = batch(50, 13)  # no multiple of the micro-batch
+    answer = judge(judged)
+    logits = Session(bundle.graph_path, fuse(bundle, pack)).run(images) @ pack.head_weight.T + pack.head_bias
+    np.testing.assert_allclose(answer.logits(pack, images), logits, rtol=1e-4, atol=1e-5)
+    parts = [Batch(images[p], labels[p], labels[p]) for p in (slice(0, 6), slice(6, 13))]
+    assert answer.accuracy(pack, parts) == (logits.argmax(1) == labels).mean()
+    assert train(judged, 5, 8) == train(other, 5, 8)
+    assert same_bits(judged, other)
+
+
+def test_judging_that_is_interrupted_leaves_the_training_as_it_was(bundle: Bundle) -> None:
+    judged, other = trainer(bundle), trainer(bundle)
+
+    def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    pack = to_pack(judged, "colours", ("r", "g", "b"))
+    train(judged, 0, 3)
+    train(other, 0, 3)
+    with pytest.raises(KeyboardInterrupt):
+        judge(judged).accuracy(pack, interrupted())
+    assert train(judged, 3, 5) == train(other, 3, 5)
 
 
 def test_what_does_not_learn_stays_as_it_is(bundle: Bundle) -> None:

@@ -1,0 +1,214 @@
+"""`ksm-edge adapt`, from arguments to what is printed; the journey itself is tested in tests/adapt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import saved_tiny_bundle, tiny_pack
+
+from ksm_edge.cli.main import main
+from ksm_edge.device import Device
+from ksm_edge.pack.files import load_pack, save_pack
+
+KEYS = {
+    "device", "emulated", "backbone", "task", "classes", "steps", "epochs", "validation_accuracy", "pack_path",
+    "pack_bytes", "peak_rss_bytes", "step_ms_p50", "images_per_second", "wall_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_tiny_bundle(tmp_path_factory.mktemp("backbone") / "bundle").path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images of each of two colours, and one that is none."""
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(("green", "red")):
+        (folder / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(0, 120, (20, 20, 3), np.uint8)
+            pixels[:, :, 1 - channel] += 100
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    (folder / "red" / "broken.png").write_bytes(b"none")
+    return folder
+
+
+def call(photos: Path, bundle: Path, out: Path, *more: object) -> list[str]:
+    quick = ("--epochs", 2, "--batch", 4, "--validation", 0.2, "--threads", 1)
+    return [str(x) for x in ("adapt", photos, "--bundle", bundle, "--out", out, *quick, *more)]
+
+
+def test_json_is_one_object_on_stdout_with_every_key(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.ksm"
+    assert main(call(photos, bundle, out, "--json", "--device", "raspberry-pi-4")) == 0
+    stdout, stderr = capsys.readouterr()
+    report = json.loads(stdout)
+    assert report.keys() >= KEYS
+    assert (report["device"], report["emulated"]) == ("raspberry-pi-4", True)
+    assert (report["backbone"], report["task"], report["classes"]) == ("tiny", "colours", ["green", "red"])
+    assert (report["steps"], report["epochs"]) == (8, 2)
+    assert 0 <= report["validation_accuracy"] <= 1
+    assert report["pack_path"] == str(out)
+    assert report["pack_bytes"] == out.stat().st_size
+    assert report["peak_rss_bytes"] > 2**20
+    assert min(report[name] for name in ("step_ms_p50", "images_per_second", "wall_seconds")) > 0
+    assert [skip["image"] for skip in report["skipped"]] == ["red/broken.png"]
+    assert len(report["history"]) == 2
+    # Progress is on stderr: what runs, on what, the plan, what was left out, every epoch.
+    for part in ("EMULATED", "tiny", "16 to learn from, 4 held out", "8 steps of 4 images", "expected peak memory",
+                 "red/broken.png", "Epoch 2/2", "loss", "img"):  # fmt: skip
+        assert part in stderr, part
+
+
+def test_text_ends_in_the_next_command(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.ksm"
+    assert main(call(photos, bundle, out)) == 0
+    stdout = capsys.readouterr().out
+    assert f"Task pack  {out}" in stdout
+    assert "held-out images" in stdout
+    (following,) = [line.removeprefix("Next ").strip() for line in stdout.splitlines() if line.startswith("Next ")]
+    assert shlex.split(following)[0] == "ksm-edge"
+    assert main([*shlex.split(following)[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 20
+
+
+def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path: Path) -> None:
+    more = ("--granularity", "group:2", "--binary", "--statistics", "batch", "--seed", 3, "--flip", "--balanced",
+            "--score-rate", 0.001, "--label-smoothing", 0)  # fmt: skip
+    assert main(call(photos, bundle, tmp_path / "a.ksm", *more)) == 0
+    pack = load_pack(tmp_path / "a.ksm")
+    assert (pack.granularity, pack.soft, pack.statistics) == ("group:2", False, "batch")
+    chosen = pack.record["settings"]
+    assert (chosen["seed"], chosen["flip"], chosen["balanced"], chosen["epochs"]) == (3, True, True, 2)
+    assert (chosen["score_rate"], chosen["label_smoothing"], chosen["head_rate"]) == (0.001, 0, 2e-3)
+    assert (pack.record["device"], pack.record["emulated"]) == ("host", False)
+
+
+def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tmp_path: Path) -> None:
+    arguments = call(photos, bundle, tmp_path / "a.ksm", "--device", "jetson-nano", "--epochs", 1)
+    at = arguments.index("--batch")
+    assert main(arguments[:at] + arguments[at + 2 :]) == 0
+    # No more images in a batch than there are to learn from.
+    assert load_pack(tmp_path / "a.ksm").record["settings"]["batch"] == min(Device.load("jetson-nano").batch, 16)
+
+
+REFUSED = {
+    "no such data": (2, ["adapt", "absent"], "absent"),
+    "no such bundle": (2, ["adapt", "PHOTOS", "--bundle", "absent"], "absent"),
+    "no such device": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--device", "toaster"], "toaster"),
+    "no such granularity": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--granularity", "pixel"], "kernel, group:N"),
+    "rate out of range": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--head-rate", "7"], "head_rate"),
+    "negative seed": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--seed", "-1"], "--seed -1"),
+    "nothing to resume": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--resume"], "leave out --resume"),
+    "nowhere to write": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", "absent/a.ksm"], "no folder absent"),
+    "budget too small": (5, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--memory-budget", "1MiB"], "--memory-budget"),
+    "no budget at all": (5, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--memory-budget", "0"], "--memory-budget"),
+}
+
+
+@pytest.mark.parametrize(("code", "arguments", "part"), REFUSED.values(), ids=REFUSED)
+def test_a_call_that_cannot_be_met_has_its_exit_code_and_says_why(
+    code: int, arguments: list[str], part: str, photos: Path, bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    given = {"PHOTOS": str(photos), "BUNDLE": str(bundle)}
+    found = main([given.get(word, word) for word in arguments])
+    stdout, stderr = capsys.readouterr()
+    if arguments[2:4] == ["--bundle", "absent"]:
+        assert found in (2, 3)  # a bundle that is not there: a call that is off, or a file that cannot be used
+    else:
+        assert found == code
+    assert stdout == ""
+    assert part in stderr[stderr.index("ksm-edge adapt: ") :]
+    assert not list(tmp_path.glob("*.ksm"))
+
+
+def test_a_damaged_bundle_is_3(photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    weights = bytearray((copy / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "weights.safetensors").write_bytes(weights)
+    assert main(call(photos, copy, tmp_path / "a.ksm")) == 3
+    assert "weights.safetensors" in capsys.readouterr().err
+
+
+def test_a_pack_of_another_backbone_is_3_and_both_digests_are_named(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pack(tiny_pack(changes={"backbone": "f" * 64}), tmp_path / "a.ksm")
+    assert main(["eval", str(tmp_path / "a.ksm"), str(photos), "--bundle", str(bundle)]) == 3
+    stderr = capsys.readouterr().err
+    assert "f" * 64 in stderr
+    assert json.loads((bundle / "manifest.json").read_text())["backbone_digest"] in stderr
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(photos: Path, bundle: Path, tmp_path: Path) -> None:
+    """A true SIGINT to a true process, resumed by the very command it prints."""
+    out = tmp_path / "a b.ksm"  # a name the shell would split
+    arguments = call(photos, bundle, out, "--epochs", 100000)
+    source = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+    code = "from ksm_edge.cli.main import entry; entry()"
+    with open(tmp_path / "stderr", "wb") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stderr=stderr, stdout=subprocess.DEVNULL, env=environment
+        )
+        try:
+            deadline = time.monotonic() + 100
+            while "Epoch 2/" not in (tmp_path / "stderr").read_text(errors="replace"):
+                assert child.poll() is None, (tmp_path / "stderr").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(60) == 130
+        finally:
+            child.kill()
+            child.wait()
+    said = (tmp_path / "stderr").read_text()
+    assert "Traceback" not in said
+    assert "Interrupted. Everything is in" in said
+    checkpoint = tmp_path / "a b.ksm.checkpoint"
+    assert checkpoint.exists()
+    assert not out.exists()
+    command = shlex.split(said.splitlines()[-1])
+    assert command == ["ksm-edge", *arguments, "--resume"]
+
+
+def test_the_command_to_resume_is_of_the_call_and_not_of_the_process(
+    photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`main` may be called by a program of another name."""
+    from ksm_edge.cli.progress import ProgressBar
+
+    def interrupted(self: ProgressBar, *args: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = call(photos, bundle, tmp_path / "a.ksm")
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "epoch", interrupted)
+        assert main(arguments) == 130
+    command = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert command == ["ksm-edge", *arguments, "--resume"]
+    assert main(command[1:]) == 0
+    assert load_pack(tmp_path / "a.ksm").record["steps"] == 8
