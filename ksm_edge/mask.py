@@ -122,7 +122,8 @@ def reduce_kernels(product: np.ndarray, granularity: str) -> np.ndarray:
 
 def keep_gradient(score: np.ndarray) -> np.ndarray:
     """d keep / d score, score-shaped, soft where keep is hard: 12 g (1 - g), g = sigmoid(12 (score - threshold))."""
-    e = np.exp(score.dtype.type(SHARPNESS * THRESHOLD) - score.dtype.type(SHARPNESS) * score)  # g = 1 / (1 + e)
+    # g (1 - g) is the same for x and -x; with e = exp(-|x|) no score can overflow it: e / (1 + e)^2.
+    e = np.exp(-np.abs(score.dtype.type(SHARPNESS) * score - score.dtype.type(SHARPNESS * THRESHOLD)))
     return score.dtype.type(SHARPNESS) * e / np.square(1 + e)
 
 

@@ -47,9 +47,7 @@ def test_fused_weights_are_the_naive_ones_bit_for_bit(bundle: Bundle, granularit
 
 
 def test_the_plain_backbone_is_the_empty_pack(bundle: Bundle) -> None:
-    nothing = {
-        layer.name: LayerState(None, *np.zeros((2, layer.weight_shape[0]), np.float32)) for layer in LAYERS
-    }
+    nothing = {layer.name: LayerState(None, *np.zeros((2, layer.weight_shape[0]), np.float32)) for layer in LAYERS}
     plain = fuse(bundle, None)
     for pack in (tiny_pack(changes={"layers": nothing}), tiny_pack(changes={"layers": {}})):
         assert fused_digest(fuse(bundle, pack)) == fused_digest(plain)

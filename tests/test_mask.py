@@ -186,3 +186,10 @@ def test_a_range_too_small_for_float32_counts_as_none(greatest: float) -> None:
 def test_what_is_no_granularity_is_refused_by_name(granularity: str) -> None:
     with pytest.raises(UsageError, match="expected kernel, group:N"):
         ksm.score_shape((2, 2, 3, 3), granularity)
+
+
+def test_the_surrogate_gradient_is_finite_for_any_score() -> None:
+    score = np.array([-2e37, -8, 0, ksm.THRESHOLD, 8, 2e37], np.float32)
+    gradient = ksm.keep_gradient(score)
+    assert np.isfinite(gradient).all()
+    assert gradient[3] == gradient.max() == pytest.approx(ksm.SHARPNESS / 4)

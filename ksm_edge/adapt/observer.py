@@ -20,5 +20,8 @@ class Observer:
     def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
         """After an optimizer step: the mean loss of the last 50 and the epoch's accuracy so far."""
 
+    def note(self, text: str) -> None:
+        """Something went wrong that training goes on without."""
+
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         """After an epoch: its number, loss, train_accuracy and, with a split, validation_accuracy."""

@@ -94,7 +94,7 @@ def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, traine
 
 def accumulate(tape: Tape, name: str, shape: Shape, value: str) -> None:
     """name := acc.name + value, both bound to the same memory by the trainer."""
-    tape.emit("Add", tape.emit.input(f"acc.{name}", shape), value, name=tape.emit.output(name, shape))
+    tape.emit("Add", tape.emit.input(f"acc:{name}", shape), value, name=tape.emit.output(name, shape))
 
 
 def _pointwise(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
@@ -125,7 +125,7 @@ def _by_channel(tape: Tape, x: str, shape: Shape) -> str:
 def _accumulate_gemm(tape: Tape, name: str, layer: Layer, dz: str, x: str) -> None:
     """name (O, I) := acc + dz x^T, for dz (O, nP) and x (I, nP)."""
     emit, shape = tape.emit, layer.weight_shape[:2]
-    emit("Gemm", dz, x, emit.input(f"acc.{name}", shape), name=emit.output(name, shape), transB=1)
+    emit("Gemm", dz, x, emit.input(f"acc:{name}", shape), name=emit.output(name, shape), transB=1)
 
 
 def _taps(tape: Tape, node: Node, layer: Layer, dz: str) -> None:

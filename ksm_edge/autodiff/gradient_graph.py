@@ -42,7 +42,7 @@ def build(
     `LAYER.weight` and `LAYER.bias` (1x1: also `LAYER.matrix`, the same weight as (O, I)), or `LAYER.scale` and
     `LAYER.bias` where the form is `channel`. The weights of layers that are not trained, pristine ones of the channel
     form and `LAYER.flipped` are external initializers.
-    Outputs: `loss`, `logits`, and accumulators, each with an input `acc.NAME`: `LAYER.product` (or `LAYER.product.K`
+    Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
     the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
 

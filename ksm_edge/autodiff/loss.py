@@ -29,9 +29,9 @@ def backward(tape: Tape, features: str, classes: int) -> None:
     emit, F = tape.emit, tape.shapes[features][1]
     share = emit.sum("target", [1], keepdims=True)
     dlogits = emit("Sub", emit("Mul", emit("Softmax", "logits", axis=1), share), "target")
-    accumulator = emit.input("acc.head:dweight", (classes, F))
+    accumulator = emit.input("acc:head:dweight", (classes, F))
     emit("Gemm", dlogits, features, accumulator, name=emit.output("head:dweight", (classes, F)), transA=1)
-    bias = emit.input("acc.head:dbias", (classes,))
+    bias = emit.input("acc:head:dbias", (classes,))
     emit("Add", bias, emit.sum(dlogits, [0]), name=emit.output("head:dbias", (classes,)))
     if features in tape.wanted:
         tape.add(features, emit("MatMul", dlogits, "head:weight"))

@@ -18,20 +18,21 @@ from ksm_edge.errors import DamagedFileError
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 _LENGTH = 8
+_DTYPES = {np.dtype("<f4"): "F32", np.dtype(np.uint8): "U8"}
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write float32 tensors in the given order; their bytes begin at a multiple of 64."""
-    header: dict[str, Any] = {}
+def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write float32 or uint8 tensors, one after the other in the given order; they begin at a multiple of 64 bytes."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(_LENGTH, "little") + text)
     for tensor in tensors.values():
-        file.write(np.ascontiguousarray(tensor, "<f4").tobytes())
+        file.write(np.ascontiguousarray(tensor).data)
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:

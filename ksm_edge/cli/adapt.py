@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ksm_edge.adapt.journey import Interrupted, adapt
+    from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.progress import ProgressBar
     from ksm_edge.device import Device
@@ -78,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, device)
     out = args.out or Path(f"{images.name}.ksm")
     _say_defaults(args, device, bundle, images, threads, budget)
+    if checkpoint_path(out).exists() and not args.resume:
+        print(
+            f"{checkpoint_path(out)} of an interrupted run is there; starting anew (--resume goes on)", file=sys.stderr
+        )
     try:
         with ProgressBar() as observer:
             result = adapt(
@@ -118,13 +122,10 @@ def _images(data: str | None) -> ImageSet:
 
 
 def _settings(args: argparse.Namespace, device: Device) -> Settings:
-    from ksm_edge.errors import UsageError
     from ksm_edge.training.settings import Settings
 
     names = ("epochs", "batch", "method", "granularity", "statistics", "seed", *NUMBERS)
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if given.get("seed", 0) < 0:
-        raise UsageError(f"--seed {args.seed}: must not be negative")
     defaults: dict[str, Any] = {"batch": device.batch}
     if args.data is None:
         defaults["epochs"] = DEMO_EPOCHS
@@ -152,7 +153,8 @@ def _say_defaults(
 def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, wall_seconds: float) -> dict[str, Any]:
     from ksm_edge.resident import peak_rss_bytes
 
-    ordered = sorted(result.step_ms)
+    timing = result.timing
+    ordered, waits = sorted(timing.step_ms), sorted(timing.wait_ms)
     return {
         "device": device.name,
         "emulated": device.is_emulated,
@@ -168,8 +170,8 @@ def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, w
         "pack_bytes": result.pack_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
         "step_ms_p50": ordered[len(ordered) // 2] if ordered else None,
-        "data_wait_ms_p50": sorted(result.wait_ms)[len(result.wait_ms) // 2] if result.wait_ms else None,
-        "images_per_second": result.images / (sum(result.step_ms) / 1e3) if result.step_ms else None,
+        "data_wait_ms_p50": waits[len(waits) // 2] if waits else None,
+        "images_per_second": timing.images / (sum(ordered) / 1e3) if ordered else None,
         "wall_seconds": wall_seconds,
         "skipped": [{"image": source, "reason": reason} for source, reason in result.skipped],
         "history": result.history,

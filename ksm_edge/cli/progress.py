@@ -64,6 +64,9 @@ class ProgressBar(Observer):
         self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, peak {rss:.0f} MiB", refresh=False)
         self._bar.update(progress.steps_done * self._batch - self._bar.n)
 
+    def note(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         held_out = record.get("validation_accuracy")
         judged = "" if held_out is None else f", {held_out:.2%} on held-out images"

@@ -35,7 +35,7 @@ class GradientSession:
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._binding = self._session.io_binding()
         for name in graph.inputs:
-            self._binding.bind_ortvalue_input(name, self._values[name.removeprefix("acc.")])
+            self._binding.bind_ortvalue_input(name, self._values[name.removeprefix("acc:")])
         for name in graph.outputs:
             self._binding.bind_ortvalue_output(name, self._values[name])
         self._plain, self._shrinking = ort.RunOptions(), ort.RunOptions()

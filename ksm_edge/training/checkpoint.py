@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from ksm_edge.atomic import atomic_write
+from ksm_edge.bundle.tensorfile import write_tensors
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError, UsageError
 
 VERSION = 1
@@ -66,7 +66,8 @@ def save_checkpoint(
         arrays[BEST] = np.frombuffer(best_pack, np.uint8)
     record = json.dumps({"version": VERSION, "progress": asdict(progress), "identity": dict(identity)}, sort_keys=True)
     with atomic_write(path) as file:
-        file.write(safetensors.numpy.save(arrays, {"ksm_edge_checkpoint": record}))
+        # Tensor by tensor: the library's own writer first makes a copy of them all, as much memory as training has.
+        write_tensors(file, arrays, {"ksm_edge_checkpoint": record})
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Progress, bytes | None]:

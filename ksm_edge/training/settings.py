@@ -36,6 +36,8 @@ class Settings:
         _one_of("statistics", self.statistics, STATISTICS)
         if self.granularity not in ("kernel", "channel", "element"):
             group_size(self.granularity)
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed}: must not be negative")
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must be at least 1")

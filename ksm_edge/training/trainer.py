@@ -61,7 +61,7 @@ class Trainer:
         arrays |= {"head:weight": self.head_weight, "head:bias": self.head_bias}
         for layer in self.layers.values():
             arrays |= layer.bound()
-        wanted = {name.removeprefix("acc.") for name in graph.inputs}
+        wanted = {name.removeprefix("acc:") for name in graph.inputs}
         return {name: array for name, array in arrays.items() if name in wanted}
 
     def step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> StepResult:

@@ -154,8 +154,8 @@ def test_whoever_watches_is_told_in_order(journey: tuple[Adapted, Pack, Watcher]
     found, _, watcher = journey
     train, held_out, steps = watcher.planned
     assert train + held_out == len(images.train)
-    assert steps == found.steps == watcher.steps == len(found.step_ms) == 6 * -(-train // 8)
-    assert found.images == 6 * train
+    assert steps == found.steps == watcher.steps == len(found.timing.step_ms) == 6 * -(-train // 8)
+    assert found.timing.images == 6 * train
     told = watcher.told[watcher.told.index("plan") :]
     assert "reading" in watcher.told
     assert "reading" not in told

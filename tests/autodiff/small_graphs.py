@@ -110,7 +110,7 @@ class Net:
                 given[name] = given[f"{name.removesuffix('.matrix')}.weight"].reshape(shape)
             elif name.startswith("head:"):
                 given[name] = rng.standard_normal(shape) / np.sqrt(shape[-1])
-            elif name.startswith("acc."):
+            elif name.startswith("acc:"):
                 given[name] = np.zeros(shape)
         return {name: given[name] for name in graph.inputs}
 

@@ -76,8 +76,8 @@ def test_accumulators_start_from_what_they_are_given() -> None:
     net = Net([A, conv("c", "a", 4, 4, (3, 3)), conv("d", "c", 4, 1, (3, 3), 4)])
     graph = net.gradient_graph()
     plain, feeds = net.run_reference(), net.feeds(graph)
-    started = net.run_reference({n: a + 1.0 if n.startswith("acc.") else a for n, a in feeds.items()})
-    names = [name.removeprefix("acc.") for name in graph.inputs if name.startswith("acc.")]
+    started = net.run_reference({n: a + 1.0 if n.startswith("acc:") else a for n, a in feeds.items()})
+    names = [name.removeprefix("acc:") for name in graph.inputs if name.startswith("acc:")]
     assert set(names) == graph.outputs.keys() - {"loss", "logits"}
     for name in names:
         np.testing.assert_allclose(started[name], plain[name] + 1.0, rtol=1e-12, err_msg=name)
@@ -111,7 +111,7 @@ def test_products_have_the_declared_shapes() -> None:
 def test_layers_that_do_not_learn_have_no_accumulators_and_take_fused_weights_from_outside() -> None:
     spec = GradientSpec(1, 16, CLASSES, frozenset({"project", "plain"}))
     graph = build(tiny_graph(), LAYERS, spec)
-    accumulators = {n.removeprefix("acc.").partition(".")[0] for n in graph.inputs if n.startswith("acc.")}
+    accumulators = {n.removeprefix("acc:").partition(".")[0] for n in graph.inputs if n.startswith("acc:")}
     assert accumulators == {"head:dweight", "head:dbias", "project", "plain"}
     assert {
         f"{name}.{kind}" for name in ("stem", "dw", "grouped") for kind in ("weight", "bias")
@@ -396,7 +396,7 @@ def test_the_reference_runtime_runs_a_whole_gradient_graph_in_float64(tmp_path: 
     for layer in trainer.layers.values():
         bound |= layer.bound()
     feeds = {
-        n: np.zeros(s) if n.startswith("acc.") else np.float64(bound[n]).reshape(s) for n, s in graph.inputs.items()
+        n: np.zeros(s) if n.startswith("acc:") else np.float64(bound[n]).reshape(s) for n, s in graph.inputs.items()
     }
     pristine = {n: np.float64(bundle.weights[n.partition(".")[0]].weight) for n in graph.externals}
     outputs = evaluate(

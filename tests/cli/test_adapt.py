@@ -115,7 +115,7 @@ REFUSED = {
     "no such device": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--device", "toaster"], "toaster"),
     "no such granularity": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--granularity", "pixel"], "kernel, group:N"),
     "rate out of range": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--head-rate", "7"], "head_rate"),
-    "negative seed": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--seed", "-1"], "--seed -1"),
+    "negative seed": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--seed", "-1"], "seed -1"),
     "nothing to resume": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--resume"], "leave out --resume"),
     "nowhere to write": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", "absent/a.ksm"], "no folder absent"),
     "budget too small": (5, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--memory-budget", "1MiB"], "--memory-budget"),

@@ -126,9 +126,7 @@ def test_the_budget_adds_up_to_the_file() -> None:
 
 
 def test_head_only_packs_spend_nothing_on_the_backbone() -> None:
-    untouched = {
-        layer.name: LayerState(None, *[np.zeros(layer.weight_shape[0], np.float32)] * 2) for layer in LAYERS
-    }
+    untouched = {layer.name: LayerState(None, *[np.zeros(layer.weight_shape[0], np.float32)] * 2) for layer in LAYERS}
     parts = budget(encode(tiny_pack(changes={"layers": untouched})))
     assert parts["norm"] <= 2
     assert parts["scales"] <= 2
@@ -147,8 +145,15 @@ def test_head_only_packs_spend_nothing_on_the_backbone() -> None:
         ({"record": {"loss": float("nan")}}, "cannot be written"),
         ({"record": {"path": object()}}, "cannot be written"),
         ({"statistics": "running"}, "cannot be written: statistics are 'running'"),
-        ({"classes": (), "head_weight": np.zeros((0, 10), np.float32), "head_bias": np.zeros(0, np.float32),
-          "golden_logits": np.zeros((2, 0), np.float32)}, "no features or no classes"),
+        (
+            {
+                "classes": (),
+                "head_weight": np.zeros((0, 10), np.float32),
+                "head_bias": np.zeros(0, np.float32),
+                "golden_logits": np.zeros((2, 0), np.float32),
+            },
+            "no features or no classes",
+        ),
     ],
 )
 def test_what_could_not_be_read_back_is_not_written(changes: dict, message: str) -> None:

@@ -1,0 +1,185 @@
+"""One adaptation under way: epochs, validation, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksm_edge.adapt.interrupt import interrupt_held_back
+from ksm_edge.adapt.observer import Observer
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.data.augment import Augmentation
+from ksm_edge.data.batches import Batch, evaluation_batches, training_batches
+from ksm_edge.data.cache import ImageCache
+from ksm_edge.data.image_set import ImageSet, Item
+from ksm_edge.data.prefetch import prefetch
+from ksm_edge.errors import DataError, KsmEdgeError
+from ksm_edge.pack.format import encode
+from ksm_edge.pack.record import Pack
+from ksm_edge.resident import give_back
+from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.judge import Judge
+from ksm_edge.training.packing import to_pack
+from ksm_edge.training.planner import Plan
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.targets import balanced_weights, target_rows
+from ksm_edge.training.trainer import Trainer
+
+CHECKPOINT_SECONDS = 180.0  # an SD card wears with every write
+SHOWN_STEPS = 50  # that the loss shown is the mean of
+
+
+@dataclass
+class Timing:
+    """Milliseconds of each optimizer step, and of waiting for its images; of this process, not of a whole run."""
+
+    step_ms: list[float] = field(default_factory=list)
+    wait_ms: list[float] = field(default_factory=list)
+    images: int = 0
+
+
+class Job:
+    """The training of one task: what it learns from, how far it has come, and the best pack so far."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        images: ImageSet,
+        cache: ImageCache,
+        train: list[Item],
+        held_out: list[Item],
+        settings: Settings,
+        plan: Plan,
+        checkpoint: Path,
+        observer: Observer,
+    ) -> None:
+        """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge each epoch."""
+        self.bundle, self.images, self.settings, self.plan = bundle, images, settings, plan
+        self.train, self.held_out, self.checkpoint = train, held_out, checkpoint
+        self.progress, self.timing = Progress(), Timing()
+        self.best: bytes | None = None  # pack
+        self._cache, self._observer, self._saved_at = cache, observer, time.monotonic()
+        self._losses: list[float] = []
+        self.per_epoch = self._steps_of_an_epoch()
+        steps = self.per_epoch * settings.epochs
+        self.trainer = Trainer(bundle, plan.graph, settings, steps=steps, threads=plan.threads)
+        self.judge = Judge(self.trainer, plan.forward, plan.threads)
+        labels = np.array([item.label for item in train])
+        self._class_weights = balanced_weights(labels, len(images.classes)) if settings.balanced else None
+
+    def _steps_of_an_epoch(self) -> int:
+        count, batch = len(self.train), self.plan.batch
+        if self.settings.statistics == "frozen":
+            return -(-count // batch)
+        if count < batch:
+            raise DataError(
+                f"{count} training images are fewer than one batch of {batch}, which batch statistics need whole: "
+                f"give --batch {count} or less"
+            )
+        return count // batch  # an incomplete batch has no statistics worth keeping
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be gone on from."""
+        return {
+            "backbone": self.bundle.digest,
+            "data": self.images.digest(),
+            "settings": asdict(self.settings),
+            "micro_batch": self.plan.micro_batch,
+            "threads": self.plan.threads,
+        }
+
+    def restore(self) -> None:
+        """Go on from the checkpoint."""
+        state, self.progress, self.best = load_checkpoint(self.checkpoint, self.identity())
+        self.trainer.restore(state, self.progress.steps_done)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        save_checkpoint(self.checkpoint, self.trainer.state(), self.progress, self.best, self.identity())
+        self._saved_at = time.monotonic()
+
+    def run(self) -> None:
+        """All epochs that are left; raises KsmEdgeError where the loss is no longer a number."""
+        while self.progress.epoch < self.settings.epochs:
+            self._learn_epoch()
+            self._judge_epoch()
+
+    def _learn_epoch(self) -> None:
+        progress = self.progress
+        # A step takes longer than its images, and every batch that waits is a batch of memory.
+        batches = prefetch(self._batches(), depth=1)
+        try:
+            while progress.step < self.per_epoch:
+                asked = time.perf_counter()
+                batch = next(batches)
+                self.timing.wait_ms.append((time.perf_counter() - asked) * 1e3)
+                self._step(batch)
+                if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+                    self._save_if_possible()
+        finally:
+            batches.close()
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        yield from training_batches(
+            self._cache,
+            self.train,
+            self.bundle.input,
+            batch=self.plan.batch,
+            seed=self.settings.seed,
+            epoch=self.progress.epoch,
+            augmentation=Augmentation(flip=self.settings.flip),
+            first_step=self.progress.step,
+        )
+
+    def _step(self, batch: Batch) -> None:
+        progress, settings, classes = self.progress, self.settings, len(self.images.classes)
+        targets = target_rows(batch.labels, classes, settings.label_smoothing, self._class_weights)
+        release = progress.step + 1 == self.per_epoch  # what comes behind the last step must not add to the peak
+        started = time.perf_counter()
+        with interrupt_held_back():
+            result = self.trainer.step(batch.images, targets, release=release)
+            progress.add(result.loss, result.correct, result.count)
+        self.timing.step_ms.append((time.perf_counter() - started) * 1e3)
+        self.timing.images += result.count
+        if not np.isfinite(result.loss):
+            raise KsmEdgeError(
+                f"the loss is {result.loss} at step {progress.steps_done}: the learning rates are too high for this "
+                f"task (scores {settings.score_rate:g}, batch-norm {settings.norm_rate:g}, head {settings.head_rate:g})"
+            )
+        self._losses = [*self._losses[1 - SHOWN_STEPS :], result.loss]
+        shown = float(np.mean(self._losses))
+        self._observer.step(progress, self.trainer.steps, shown, progress.correct / progress.count)
+
+    def _save_if_possible(self) -> None:
+        """A checkpoint that cannot be written is no reason to stop learning."""
+        try:
+            self.save()
+        except OSError as error:
+            self._saved_at = time.monotonic()
+            self._observer.note(f"no checkpoint could be written to {self.checkpoint}: {error.strerror}; going on")
+
+    def _judge_epoch(self) -> None:
+        """Judge the pack as it would be written, on the validation split; the best one is kept."""
+        progress = self.progress
+        give_back()
+        pack = to_pack(self.trainer, self.images.name, self.images.classes)
+        validation = self._accuracy(pack) if self.held_out else None
+        with interrupt_held_back():
+            progress.finish_epoch(validation)
+            # Equal accuracy: the later epoch, whose rates are lower. Without a split: the last.
+            if validation is None or validation >= progress.best_accuracy:
+                progress.best_accuracy = -1.0 if validation is None else validation
+                progress.best_epoch, self.best = progress.epoch, encode(pack)
+        give_back()
+        self._observer.epoch(progress.history[-1], self.settings.epochs)
+
+    def _accuracy(self, pack: Pack) -> float:
+        size = self.plan.micro_batch
+        return self.judge.accuracy(
+            pack, prefetch(evaluation_batches(self._cache, self.held_out, self.bundle.input, batch=size))
+        )
