@@ -141,12 +141,8 @@ def _say_defaults(
         what = [f"task {images.name!r} (scikit-learn's handwritten digits)"] if args.data is None else []
         what += [f"backbone {bundle.recipe!r}"] if args.bundle == "embedded" else []
         say(f"Embedded default: {' and '.join(what)}, as none was given.")
-    where = (
-        "EMULATED on this machine: its threads and memory budget, not its speed"
-        if device.is_emulated
-        else "this machine"
-    )
-    say(f"Device    {device.title} ({where}); threads {threads}, memory budget {budget >> 20} MiB")
+    where = " (EMULATED on this machine: its threads and memory budget, not its speed)" if device.is_emulated else ""
+    say(f"Device    {device.title}{where}; threads {threads}, memory budget {budget >> 20} MiB")
     say(f"Backbone  {bundle.recipe}, {len(bundle.layers)} layers, input {bundle.input.size}x{bundle.input.size}")
 
 
