@@ -75,7 +75,8 @@ def test_weights_that_do_not_fit_the_graph_are_refused(runtime: ModuleType, bund
         weights["stranger.weight"] = np.zeros((1, 1, 1, 1), np.float32)
     else:
         weights["dw.bias"] = np.zeros(9, np.float32)
-    with pytest.raises(UnsupportedError, match=r"dw\.bias|stranger\.weight|dimensions"):
+    # Older releases of ONNX Runtime name the place of a weight that is missing rather than the weight.
+    with pytest.raises(UnsupportedError, match=r"dw\.bias|stranger\.weight|dimensions|given-at-session-creation"):
         runtime.Session(bundle.graph_path, weights)
 
 
