@@ -16,6 +16,7 @@ import numpy as np
 
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
 from ksm_edge.mask import expand
+from ksm_edge.pack.files import require_backbone
 from ksm_edge.pack.record import LayerState, Pack
 
 
@@ -53,9 +54,10 @@ def fuse_layer(
 def fuse(bundle: Bundle, pack: Pack | None) -> dict[str, np.ndarray]:
     """All weights a session needs, by initializer name: `LAYER.weight` (O, I, kh, kw) and `LAYER.bias` (O,), float32.
 
-    `pack` None is the plain backbone. That the pack belongs to this backbone is checked where a pack comes in
-    (`ksm_edge.pack.files.require_backbone`), not here.
+    `pack` None is the plain backbone. Raises WrongBackboneError for a pack of another one.
     """
+    if pack is not None:
+        require_backbone(pack, bundle)
     fused = {}
     for layer in bundle.layers:
         state = None if pack is None else pack.layers.get(layer.name)

@@ -1,4 +1,4 @@
-"""Where the data folders are: beside the code in a wheel, at the repository's root in a checkout.
+"""Where things are: the data folders, beside the code in a wheel and at the root in a checkout, and the cache.
 
 setup.cfg maps `ksm_edge.devices = devices` and `ksm_edge.recipes = export`. An editable install and a plain
 `PYTHONPATH=.` both run the code out of the checkout, so the place of this file decides and no import finder is asked.
@@ -6,6 +6,7 @@ setup.cfg maps `ksm_edge.devices = devices` and `ksm_edge.recipes = export`. An 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ksm_edge.errors import KsmEdgeError
@@ -26,3 +27,9 @@ def data_folder(package: str) -> Path:
         if folder.is_dir() and folder != _PACKAGE.parent:
             return folder
     raise KsmEdgeError(f"the data of {package} is in neither {installed} nor {checkout}: install ksm-edge again")
+
+
+def cache_folder() -> Path:
+    """Where downloads and compiled graphs are kept: $KSM_EDGE_CACHE, else ksm_edge in the user's cache folder."""
+    given = os.environ.get("KSM_EDGE_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ksm_edge"

@@ -27,11 +27,13 @@ def test_the_public_names_are_these() -> None:
         "Device",
         "KsmEdgeError",
         "Prediction",
+        "Settings",
         "__version__",
         "adapt_task",
         "fuse_weights",
         "load_bundle",
         "load_pack",
+        "open_image_set",
         "save_pack",
     ]
     assert dir(ksm_edge) == sorted(ksm_edge.__all__)

@@ -18,7 +18,7 @@ from ksm_edge.data.batches import Batch, evaluation_batches, training_batches
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.prefetch import prefetch
-from ksm_edge.errors import DataError, KsmEdgeError
+from ksm_edge.errors import KsmEdgeError
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.record import Pack
 from ksm_edge.resident import give_back
@@ -74,14 +74,8 @@ class Job:
 
     def _steps_of_an_epoch(self) -> int:
         count, batch = len(self.train), self.plan.batch
-        if self.settings.statistics == "frozen":
-            return -(-count // batch)
-        if count < batch:
-            raise DataError(
-                f"{count} training images are fewer than one batch of {batch}, which batch statistics need whole: "
-                f"give --batch {count} or less"
-            )
-        return count // batch  # an incomplete batch has no statistics worth keeping
+        # With batch statistics an incomplete batch is left out: it has none worth keeping.
+        return -(-count // batch) if self.settings.statistics == "frozen" else count // batch
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be gone on from."""
@@ -100,7 +94,8 @@ class Job:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        save_checkpoint(self.checkpoint, self.trainer.state(), self.progress, self.best, self.identity())
+        with interrupt_held_back():
+            save_checkpoint(self.checkpoint, self.trainer.state(), self.progress, self.best, self.identity())
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -120,7 +115,7 @@ class Job:
                 self.timing.wait_ms.append((time.perf_counter() - asked) * 1e3)
                 self._step(batch)
                 if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
-                    self._save_if_possible()
+                    self.save_if_possible()
         finally:
             batches.close()
 
@@ -155,7 +150,7 @@ class Job:
         shown = float(np.mean(self._losses))
         self._observer.step(progress, self.trainer.steps, shown, progress.correct / progress.count)
 
-    def _save_if_possible(self) -> None:
+    def save_if_possible(self) -> None:
         """A checkpoint that cannot be written is no reason to stop learning."""
         try:
             self.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from ksm_edge.data.split import stratified_split
 from ksm_edge.errors import DataError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.reader import decode
+from ksm_edge.training.checkpoint import read_identity
 from ksm_edge.training.packing import finished
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
 
 CACHE_BYTES = 512 * 2**20  # on disk
-# Crops down to a third of the area still fill the input when the cached image is this much larger than it.
+# Larger than evaluation needs, so that a crop of half the area still fills the input.
 CACHE_MARGIN = 1.25
 
 
@@ -71,29 +73,36 @@ def adapt(
     Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit.
     Raises DataError, BudgetError, UnsupportedError.
     """
-    settings, observer = settings or Settings(), observer or Observer()
-    out = Path(out)
-    if not out.parent.is_dir():
-        raise DataError(f"there is no folder {out.parent} to write {out.name} into; make it first")
-    if out.is_dir():
-        raise DataError(f"{out} is a folder; give the name of the pack to write")
+    settings, observer, out = settings or Settings(), observer or Observer(), Path(out)
+    _require_writable(out)
+    before = read_identity(checkpoint_path(out)) if resume else {}
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, skipped = cache.prepare(images.train, observer.reading)
         _require_every_class(images, items, skipped)
         train, held_out = stratified_split([item.label for item in items], settings.validation, settings.seed)
         settings = replace(settings, batch=min(settings.batch, len(train)))
-        plan = make_plan(bundle, len(images.classes), settings, threads=threads, budget_bytes=budget_bytes)
+        plan = make_plan(
+            bundle,
+            len(images.classes),
+            settings,
+            threads=before.get("threads", threads),
+            budget_bytes=budget_bytes,
+            micro_batch=before.get("micro_batch"),
+        )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         job = Job(bundle, images, cache, learned_from, judged_on, settings, plan, checkpoint_path(out), observer)
         if resume:
             job.restore()
-        observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps)
+        observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)
         try:
             job.run()
             return _finish(job, out, skipped, provenance or {})
         except KeyboardInterrupt:
             job.save()
             raise Interrupted(job.checkpoint) from None
+        except (OSError, DataError):  # a disk that is full, an image that is gone: nothing learned is lost
+            job.save_if_possible()
+            raise
 
 
 def _finish(job: Job, out: Path, skipped: list[tuple[str, str]], provenance: Mapping[str, Any]) -> Adapted:
@@ -124,6 +133,16 @@ def _finish(job: Job, out: Path, skipped: list[tuple[str, str]], provenance: Map
         skipped=skipped,
         history=progress.history,
     )
+
+
+def _require_writable(out: Path) -> None:
+    """Found out now rather than when everything has been learned."""
+    if not out.parent.is_dir():
+        raise DataError(f"there is no folder {out.parent} to write {out.name} into; make it first")
+    if out.is_dir():
+        raise DataError(f"{out} is a folder; give the name of the pack to write")
+    if not os.access(out.parent, os.W_OK):
+        raise DataError(f"{out.parent} cannot be written to: choose another place with --out")
 
 
 def _require_every_class(images: ImageSet, items: list[Item], skipped: list[tuple[str, str]]) -> None:

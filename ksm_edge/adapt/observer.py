@@ -14,8 +14,10 @@ class Observer:
     def reading(self, done: int, total: int) -> None:
         """Images read and checked so far."""
 
-    def plan(self, plan: Plan, train: int, held_out: int, skipped: list[tuple[str, str]], steps: int) -> None:
-        """What is about to happen."""
+    def plan(
+        self, plan: Plan, train: int, held_out: int, skipped: list[tuple[str, str]], steps: int, done: int
+    ) -> None:
+        """What is about to happen: `steps` in all, of which a resumed training has `done` some."""
 
     def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
         """After an optimizer step: the mean loss of the last 50 and the epoch's accuracy so far."""

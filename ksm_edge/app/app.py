@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -110,6 +110,7 @@ class App:
 
         Raises DataError for an image that cannot be read, UsageError for a task that is not loaded.
         """
+        task = self._named(task)  # once: another thread may switch between two runs
         several = images if isinstance(images, (list, tuple)) else [images]
         predictions: list[Prediction] = []
         for start in range(0, len(several), IMAGES_A_RUN):
@@ -121,11 +122,14 @@ class App:
     def logits(self, inputs: np.ndarray, task: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
         """Preprocessed images (N, 3, S, S) float32 -> logits (N, C) float32, and the C class names."""
         with self._lock:
-            name = task if task is not None else self._current
-            if name is None:
-                raise UsageError(f"no task is current: switch to one of {', '.join(self._packs) or 'none loaded'}")
+            name = self._named(task)
             pack, session = self._pack(name), self._session(name)
         return session.run(inputs) @ pack.head_weight.T + pack.head_bias, pack.classes
+
+    def record(self, task: str | None = None) -> Mapping[str, Any]:
+        """The training record of `task`, or of the current one."""
+        with self._lock:
+            return self._pack(self._named(task)).record
 
     def close(self) -> None:
         """Unload every task."""
@@ -141,6 +145,13 @@ class App:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _named(self, task: str | None) -> str:
+        """The task that was asked for, or the current one."""
+        name = self._current if task is None else task
+        if name is None:
+            raise UsageError(f"no task is current: switch to one of {', '.join(self._packs) or 'none loaded'}")
+        return name
 
     def _pack(self, name: str) -> Pack:
         if name not in self._packs:

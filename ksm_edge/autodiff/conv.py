@@ -5,7 +5,8 @@
     channel    depthwise             product (O,) = sum dz conv(x, W), W the pristine weight
 
 The channel form serves masks that are one number per filter. Its weight is a constant of the graph, which ONNX Runtime
-turns into its blocked layout, and the mask is a channel scale behind it: 24 ms an image for MobileNetV2 against 30.
+turns into its blocked layout, and the mask is a channel scale behind it: 24 ms an image for MobileNetV2 against 30 in
+a study on one AMD Zen 5 core.
 Its product needs no conv of its own: a conv and its transpose are adjoint, so that, channel by channel,
 sum dz conv(x, W) = sum x conv^T(dz, W), and the right side is what the input gradient is made from anyway.
 

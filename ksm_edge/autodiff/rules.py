@@ -1,4 +1,4 @@
-"""One rule per operator that is not a conv: how it runs forward, and its vector-Jacobian product.
+"""One rule per operator that is not a conv: its vector-Jacobian product.
 
 A rule is called with the tape, the node and the gradient of the node's output, and leaves the gradients of the inputs
 on the tape. What it reads of the forward pass is kept in memory until then, so rules read outputs that are alive
@@ -40,7 +40,7 @@ def gate(tape: Tape, passed: str, dy: Gradient) -> str:
     """dy where `passed` (bool), 0 elsewhere, with dy's pending channel scale multiplied in by the same operator.
 
     DequantizeLinear of the mask, with the scale as its per-channel scale, is the cheapest way to a float mask that
-    ONNX Runtime has: 1.4 ms where Where takes 8.8.
+    ONNX Runtime has: 1.4 ms where Where takes 8.8, in a study on one AMD Zen 5 core, 38.5 MB.
     """
     byte = tape.emit("Cast", passed, to=2)  # uint8
     if dy.scale is None:

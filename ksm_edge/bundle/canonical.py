@@ -160,6 +160,10 @@ def _window_pool(draft: Draft, node: Node) -> Value:
     attributes = {"strides": [1, 1], "pads": [0, 0, 0, 0]} | attributes
     if len(attributes["kernel_shape"]) != 2 or node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise _refuse(node, "only 2-D windows with explicit pads are supported")
+    if node.op == "AveragePool":
+        uneven = any(attributes["pads"]) and not attributes.get("count_include_pad")
+        if uneven or attributes.get("ceil_mode"):
+            raise _refuse(node, "its windows differ in size: no padding, or count_include_pad=1, is supported")
     return draft.emit(node.op, [x.name], "map", x.channels, **attributes)
 
 

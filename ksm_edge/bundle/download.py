@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -11,14 +11,9 @@ from pathlib import Path
 from ksm_edge.atomic import atomic_write
 from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.errors import DamagedFileError, KsmEdgeError
+from ksm_edge.resources import cache_folder
 
 _TIMEOUT_SECONDS = 60
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $KSM_EDGE_CACHE, else ksm_edge in the user's cache folder."""
-    given = os.environ.get("KSM_EDGE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ksm_edge"
 
 
 def fetch(url: str, digits: str, folder: Path | None = None) -> Path:
@@ -39,7 +34,7 @@ def fetch(url: str, digits: str, folder: Path | None = None) -> Path:
                 digest.update(block)
                 file.write(block)
             _check(url, digest.hexdigest(), digits)
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise KsmEdgeError(
             f"could not download {url} ({reason}); without a network, fetch it elsewhere and give it "

@@ -55,7 +55,7 @@ def _read_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{path}: its header is not the JSON object of a safetensors file ({error})") from error
     return header
 
@@ -63,7 +63,8 @@ def _read_header(path: Path, text: bytes) -> dict[str, Any]:
 def _view(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        fits = dtype == "F32" and 0 <= begin <= end <= data.size and end - begin == 4 * math.prod(shape)
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        fits = whole and dtype == "F32" and 0 <= begin <= end <= data.size and end - begin == 4 * math.prod(shape)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path}: the header's entry for {name!r} is malformed ({error})") from error
     if not fits:

@@ -125,7 +125,7 @@ def _replace(new: Path, path: Path) -> None:
         os.rename(path, aside)
         try:
             os.rename(new, path)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             os.rename(aside, path)
             raise
     finally:

@@ -68,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
     from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.progress import ProgressBar
-    from ksm_edge.device import Device
+    from ksm_edge.device import HOST, Device, this_machine
 
     began = time.perf_counter()
-    device, bundle = Device.load(args.device), load_bundle(args.bundle)
+    device = this_machine() if args.device == HOST else Device.load(args.device)
+    bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
-    budget = device.memory_budget_bytes if args.memory_budget is None else args.memory_budget
+    budget = memory_budget(device) if args.memory_budget is None else args.memory_budget
     images = _images(args.data)
     settings = _settings(args, device)
     out = args.out or Path(f"{images.name}.ksm")
@@ -109,6 +110,15 @@ def available_threads(device: Device) -> int:
     import os
 
     return min(device.threads, len(os.sched_getaffinity(0)))
+
+
+def memory_budget(device: Device) -> int:
+    """The device's budget; on the device itself no more than is free now."""
+    import psutil
+
+    if device.is_emulated:
+        return device.memory_budget_bytes
+    return min(device.memory_budget_bytes, int(psutil.virtual_memory().available))
 
 
 def _images(data: str | None) -> ImageSet:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksm_edge.cli.arguments import add_json
-from ksm_edge.errors import KsmEdgeError, UsageError
+from ksm_edge.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,6 +108,8 @@ def _download(recipe: Recipe) -> Path:
     source = recipe.download
     if source is None or source.url is None:
         raise UsageError(f"recipe {recipe.name} names no address to download from; give --weights FILE")
+    if not source.url.endswith(".safetensors"):
+        _require_torch(source.url)  # before the download, not after it
     print(f"weights: {source.url}", file=sys.stderr)
     return fetch(source.url, source.digits)
 
@@ -115,16 +117,26 @@ def _download(recipe: Recipe) -> Path:
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
     from ksm_edge.bundle.statedict import read_state_dict
 
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; --weights takes a .safetensors or .pth file, or auto")
     if path.suffix == ".safetensors":
         return read_state_dict(path)
-    try:
-        from ksm_edge.exporter.pth import read_pth
-    except ModuleNotFoundError as error:
-        raise KsmEdgeError(
-            f"{path} is a torch file, and torch is not here ({error}): pip install 'ksm-edge[export]', or convert it "
-            "elsewhere with safetensors.torch.save_file and give the .safetensors with --weights"
-        ) from error
+    _require_torch(str(path))
+    from ksm_edge.exporter.pth import read_pth
+
     return read_pth(path)
+
+
+def _require_torch(weights: str) -> None:
+    """A board has no torch: what it needs is the same state dict as safetensors."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        raise UnsupportedError(
+            f"{weights} is a torch file, and torch is not here. On a machine that has it, convert the state dict with "
+            "safetensors.torch.save_file and give the .safetensors with --weights, or make the bundle there "
+            "(pip install 'ksm-edge[export]') and copy its folder"
+        )
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:

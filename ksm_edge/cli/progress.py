@@ -39,7 +39,9 @@ class ProgressBar(Observer):
             self._reading = _bar(total, "Reading images", leave=False)
         self._reading.update(done - self._reading.n)
 
-    def plan(self, plan: Plan, train: int, held_out: int, skipped: list[tuple[str, str]], steps: int) -> None:
+    def plan(
+        self, plan: Plan, train: int, held_out: int, skipped: list[tuple[str, str]], steps: int, done: int
+    ) -> None:
         if self._reading is not None:
             self._reading.close()
         say = lambda text: print(text, file=sys.stderr)  # noqa: E731
@@ -56,7 +58,7 @@ class ProgressBar(Observer):
             f"expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
         )
         self._batch = plan.batch
-        self._bar = _bar(steps * plan.batch, "Learning")
+        self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)
 
     def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
         assert self._bar is not None
@@ -77,10 +79,10 @@ class ProgressBar(Observer):
         )
 
 
-def _bar(total: int, what: str, *, leave: bool = True) -> tqdm[Any]:
+def _bar(total: int, what: str, *, done: int = 0, leave: bool = True) -> tqdm[Any]:
     # Into a file or a journal, where lines pile up, four times a minute will do.
     interval = 0.1 if sys.stderr.isatty() else 15.0
     return tqdm(
-        total=total, desc=what, unit="img", leave=leave, file=sys.stderr, smoothing=0.05,
+        total=total, initial=done, desc=what, unit="img", leave=leave, file=sys.stderr, smoothing=0.05,
         mininterval=interval, maxinterval=max(10.0, interval),
     )  # fmt: skip

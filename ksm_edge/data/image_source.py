@@ -6,6 +6,7 @@ at a time. Hidden files and what macOS puts into a zip are not listed. Reading i
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
 import zipfile
@@ -70,9 +71,11 @@ class ZipSource:
         check_file_size(info.file_size)
         try:
             return self._zip.read(info)
+        except NotImplementedError as error:
+            raise DataError(f"cannot be read: this zip's compression is not supported ({error})") from error
         except RuntimeError as error:
             raise DataError("cannot be read: the zip is encrypted or closed") from error
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError) as error:
             raise DataError(f"damaged in the zip ({error})") from error
 
     def size(self, path: str) -> int:

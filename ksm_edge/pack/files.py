@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ksm_edge.atomic import atomic_write
-from ksm_edge.bundle.layers import Bundle
+from ksm_edge.bundle.layers import Bundle, InputContract
 from ksm_edge.errors import DamagedFileError, FileError, WrongBackboneError
 from ksm_edge.pack.container import MAX_FILE_BYTES
 from ksm_edge.pack.format import encode
@@ -53,11 +53,17 @@ def save_pack(pack: Pack, path: str | os.PathLike[str], **bits: int) -> int:
 
 
 def require_backbone(pack: Pack, bundle: Bundle) -> None:
-    """WrongBackboneError unless the pack was made for this very backbone; DamagedFileError if its shapes differ."""
+    """WrongBackboneError unless the pack was made for this very backbone and input; DamagedFileError for odd shapes."""
     if pack.backbone != bundle.digest:
         raise WrongBackboneError(
             f"pack {pack.task!r} was made for backbone {pack.recipe} ({pack.backbone}), "
             f"this bundle holds {bundle.recipe} ({bundle.digest}). Give the bundle it was adapted with as --bundle"
+        )
+    if pack.input != bundle.input:
+        raise WrongBackboneError(
+            f"pack {pack.task!r} was learned on images of {_said(pack.input)}, this bundle takes "
+            f"{_said(bundle.input)}. Give the bundle it was adapted with as --bundle, or export one with that --size, "
+            "--resize, --mean and --std"
         )
     shapes = {layer.name: layer.weight_shape for layer in bundle.layers}
     for name, shape in pack.weight_shapes.items():
@@ -70,3 +76,7 @@ def require_backbone(pack: Pack, bundle: Bundle) -> None:
         raise DamagedFileError(
             f"pack {pack.task!r}: its head takes {features} features, the backbone gives {bundle.features}"
         )
+
+
+def _said(contract: InputContract) -> str:
+    return f"{contract.size} px cropped from {contract.resize}, mean {contract.mean}, std {contract.std}"

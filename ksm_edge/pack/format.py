@@ -26,7 +26,7 @@ from ksm_edge.pack.metadata import Metadata, checksum, write_metadata
 from ksm_edge.pack.quantize import quantize_difference, quantize_scale
 from ksm_edge.pack.record import LayerState, Pack
 
-# Measured to be harmless: see the accuracy table of the documentation.
+# `adapt` judges and reports a task as these bits hold it.
 SCALE_BITS, NORM_BITS, HEAD_BITS = 4, 8, 8
 
 

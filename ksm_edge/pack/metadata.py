@@ -118,9 +118,10 @@ def _check(metadata: Metadata) -> None:
     _hold(all(size > 0 for _, *shape in metadata.layers for size in shape), "a layer has an empty dimension")
     _hold(metadata.features > 0 and len(metadata.classes) > 0, "there are no features or no classes")
     _hold(metadata.statistics in STATISTICS, f"statistics are {metadata.statistics!r}")
-    _hold(all(2 <= b <= 8 for b in metadata.bits.values()) or metadata.bits["scale"] == 1, f"bits {metadata.bits}")
+    fewest = {"scale": 1, "norm": 2, "head": 2}
+    _hold(all(fewest[name] <= bits <= 8 for name, bits in metadata.bits.items()), f"bits {metadata.bits}")
     image = metadata.input
-    _hold(0 < image.size <= MAX_PIXELS and 0 < image.resize <= MAX_PIXELS, f"images of {image.size} pixels")
+    _hold(0 < image.size <= image.resize <= MAX_PIXELS, f"images of {image.size} pixels cropped from {image.resize}")
     _hold(all(map(math.isfinite, image.mean + image.std)) and min(image.std) > 0, f"mean {image.mean}, std {image.std}")
     own = metadata.own_statistics
     _hold(all(0 <= index < len(names) for index in own) and len(set(own)) == len(own), "own_statistics is off")

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import KsmEdgeError, UnsupportedError
 from ksm_edge.fuse import fuse_layer
+from ksm_edge.resources import cache_folder
 
 Shape = tuple[int, ...]
 
@@ -43,31 +47,28 @@ class CompiledGraph:
     activation_bytes: int  # tensors alive at the worst moment of a run, by the model's own order
 
 
-def cache_folder() -> Path:
-    """$KSM_EDGE_CACHE, or ksm-edge in the user's cache folder."""
-    chosen = os.environ.get("KSM_EDGE_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(home, "ksm-edge")
-
-
 def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
     """The gradient graph from the cache, made there first if need be. UnsupportedError names what has no rule."""
     target = cache_folder() / "graphs" / _key(bundle, spec)
-    if not (target / "graph.json").exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as new:
-            _compile_in_child(bundle, spec, Path(new))
-            try:
-                os.rename(new, target)
-            except OSError:  # another process was quicker
-                if not (target / "graph.json").exists():
-                    raise
-            Path(new).mkdir(exist_ok=True)  # for the context manager to remove
+    try:
+        return read_compiled(target, spec)
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or a power cut came between
+        shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
+        new = Path(folder, "graph")
+        new.mkdir()
+        _compile_in_child(bundle, spec, new)
+        with suppress(OSError):  # another process was quicker
+            os.rename(new, target)
     return read_compiled(target, spec)
 
 
 def read_compiled(folder: Path, spec: GradientSpec) -> CompiledGraph:
+    """What `compile_graph` wrote; ValueError, KeyError, TypeError or OSError where that is not what is there."""
     table = json.loads((folder / "graph.json").read_text())
+    if table.pop("sha256") != file_sha256(folder / "graph.onnx"):
+        raise ValueError(f"{folder}: the graph is not the one its description is of")
     shapes = {name: {k: tuple(v) for k, v in table[name].items()} for name in ("inputs", "outputs")}
     return CompiledGraph(folder / "graph.onnx", spec, **{**table, **shapes})
 
@@ -84,6 +85,7 @@ def compile_graph(bundle: Bundle, spec: GradientSpec, folder: Path) -> CompiledG
     (folder / "graph.onnx").write_bytes(optimised(graph.model, _externals(bundle, graph.externals, spec)))
     table = {name: getattr(graph, name) for name in ("inputs", "outputs", "forms", "pixels")}
     table["activation_bytes"] = peak_bytes(graph.model)
+    table["sha256"] = file_sha256(folder / "graph.onnx")
     (folder / "graph.json").write_text(json.dumps(table))
     return read_compiled(folder, spec)
 

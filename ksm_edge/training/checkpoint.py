@@ -5,6 +5,7 @@ A safetensors file: every changing array, the best pack so far as bytes, and one
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -64,7 +65,15 @@ def save_checkpoint(
     arrays = dict(state)
     if best_pack is not None:
         arrays[BEST] = np.frombuffer(best_pack, np.uint8)
-    record = json.dumps({"version": VERSION, "progress": asdict(progress), "identity": dict(identity)}, sort_keys=True)
+    record = json.dumps(
+        {
+            "version": VERSION,
+            "progress": asdict(progress),
+            "identity": dict(identity),
+            "checksum": _checksum(arrays),
+        },
+        sort_keys=True,
+    )
     with atomic_write(path) as file:
         # Tensor by tensor: the library's own writer first makes a copy of them all, as much memory as training has.
         write_tensors(file, arrays, {"ksm_edge_checkpoint": record})
@@ -72,6 +81,23 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Progress, bytes | None]:
     """Raises UsageError where there is none or it belongs to another training, FileError where it cannot be read."""
+    own, progress, state = _read(path)
+    for name, value in identity.items():
+        if own.get(name) != json.loads(json.dumps(value)):
+            raise UsageError(
+                f"{path} belongs to another training: its {name} is {own.get(name)!r}, now {value!r}. "
+                "Resume with what it was started with, or delete it and start anew."
+            )
+    best = state.pop(BEST, None)
+    return state, progress, None if best is None else best.tobytes()
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What the training behind a checkpoint was started with; raises what `load_checkpoint` raises."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Progress, dict[str, np.ndarray]]:
     if not path.exists():
         raise UsageError(f"there is no checkpoint {path} to resume from; leave out --resume to start anew")
     try:
@@ -83,14 +109,16 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, 
                 f"{path} is a checkpoint of version {record['version']}, this release reads {VERSION}: "
                 "resume with the release that wrote it, or delete it and start anew"
             )
-        progress, own = Progress(**record["progress"]), dict(record["identity"])
+        if record["checksum"] != _checksum(state):
+            raise ValueError("its checksum does not hold")
+        return dict(record["identity"]), Progress(**record["progress"]), state
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise DamagedFileError(f"{path} is no readable checkpoint ({error}); delete it and start anew") from error
-    for name, value in identity.items():
-        if own.get(name) != json.loads(json.dumps(value)):
-            raise UsageError(
-                f"{path} belongs to another training: its {name} is {own.get(name)!r}, now {value!r}. "
-                "Resume with what it was started with, or delete it and start anew."
-            )
-    best = state.pop(BEST, None)
-    return state, progress, None if best is None else best.tobytes()
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        digest.update(name.encode() + b"\0" + str(arrays[name].shape).encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ksm_edge.bundle.layers import Bundle
@@ -37,42 +38,66 @@ class Plan:
     forward: CompiledGraph  # its forward pass, for validation
 
 
-def make_plan(bundle: Bundle, classes: int, settings: Settings, *, threads: int, budget_bytes: int | None) -> Plan:
+def make_plan(
+    bundle: Bundle,
+    classes: int,
+    settings: Settings,
+    *,
+    threads: int,
+    budget_bytes: int | None,
+    micro_batch: int | None = None,
+) -> Plan:
     """The plan for these settings, within the budget if there is one.
 
-    Raises BudgetError, naming the smallest budget that would do, before anything is started.
+    `micro_batch`: that of a training to be gone on with, or else the best is chosen. Raises BudgetError, naming the
+    smallest budget that would do, before anything is started.
     """
-    micro_batch = 1 if settings.statistics == "frozen" else settings.batch
-    graph = compiled(bundle, gradient_spec(bundle, classes, settings, micro_batch))
-    need = expected_peak_bytes(bundle, classes, settings, _activation_bytes(graph))
+
+    def at(images: int) -> CompiledGraph:
+        return compiled(bundle, gradient_spec(bundle, classes, settings, images))
+
+    def peak(activation_bytes: int) -> int:
+        return expected_peak_bytes(bundle, classes, settings, activation_bytes)
+
+    smallest = 1 if settings.statistics == "frozen" else settings.batch
+    graph = at(micro_batch or smallest)
+    need = peak(_activation_bytes(graph))
     if budget_bytes is not None and need > budget_bytes:
-        raise BudgetError(
-            f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size} px in steps of {settings.batch} "
-            f"images needs about {_mib(need)} MiB ({_mib(_activation_bytes(graph))} of it for the activations of "
-            f"{micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget {_mib(need)}MiB or more, "
-            "a smaller --batch, a smaller --size at export, or --method head."
-        )
-    single = _activation_bytes(graph)
-    while settings.statistics == "frozen" and micro_batch * 2 <= settings.batch:
-        following = single * micro_batch * 2
-        peak = expected_peak_bytes(bundle, classes, settings, following)
-        if following > COMFORTABLE_BYTES or (budget_bytes is not None and peak > budget_bytes):
-            break
-        micro_batch *= 2
-    while micro_batch > graph.spec.micro_batch:
-        larger = compiled(bundle, gradient_spec(bundle, classes, settings, micro_batch))
-        # Several images are transposed for their products, one is not: they may take more than their number says.
-        if (
-            budget_bytes is None
-            or expected_peak_bytes(bundle, classes, settings, _activation_bytes(larger)) <= budget_bytes
-        ):
-            graph = larger
-        else:
-            micro_batch //= 2
+        raise BudgetError(_over_budget(bundle, settings, graph, need, budget_bytes))
+    if micro_batch is None and settings.statistics == "frozen":
+        graph = _widened(graph, at, peak, settings.batch, budget_bytes)
     activations = _activation_bytes(graph)
-    peak = expected_peak_bytes(bundle, classes, settings, activations)
     forward = compiled(bundle, forward_spec(graph.spec))
-    return Plan(settings.batch, micro_batch, threads, activations, peak, graph, forward)
+    return Plan(settings.batch, graph.spec.micro_batch, threads, activations, peak(activations), graph, forward)
+
+
+def _widened(
+    single: CompiledGraph,
+    at: Callable[[int], CompiledGraph],
+    peak: Callable[[int], int],
+    batch: int,
+    budget_bytes: int | None,
+) -> CompiledGraph:
+    """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget."""
+    one, count = _activation_bytes(single), 1
+    while count * 2 <= batch and one * count * 2 <= COMFORTABLE_BYTES:
+        count *= 2
+    while count > 1:
+        # Several images are transposed for their products, one is not: they may take more than their number says.
+        graph = at(count)
+        if budget_bytes is None or peak(_activation_bytes(graph)) <= budget_bytes:
+            return graph
+        count //= 2
+    return single
+
+
+def _over_budget(bundle: Bundle, settings: Settings, graph: CompiledGraph, need: int, budget_bytes: int) -> str:
+    return (
+        f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size} px in steps of {settings.batch} images "
+        f"needs about {_mib(need)} MiB ({_mib(_activation_bytes(graph))} of it for the activations of "
+        f"{graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
+        f"{_mib(need)}MiB or more, a smaller --batch, a smaller --size at export, or --method head."
+    )
 
 
 def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, activation_bytes: int) -> int:

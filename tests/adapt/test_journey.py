@@ -77,7 +77,7 @@ class Watcher(Observer):
     def reading(self, done: int, total: int) -> None:
         self.told.append("reading")
 
-    def plan(self, plan: object, train: int, held_out: int, skipped: object, steps: int) -> None:
+    def plan(self, plan: object, train: int, held_out: int, skipped: object, steps: int, done: int) -> None:
         self.told.append("plan")
         self.planned = (train, held_out, steps)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ksm_edge.bundle.download import cache_folder, fetch
+from ksm_edge.bundle.download import fetch
 from ksm_edge.errors import DamagedFileError, KsmEdgeError
+from ksm_edge.resources import cache_folder
 
 CONTENT = bytes(range(256)) * 9000  # more than one block
 DIGITS = hashlib.sha256(CONTENT).hexdigest()[:8]

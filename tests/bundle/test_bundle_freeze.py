@@ -85,7 +85,7 @@ MIDDLES = {
     "SiLU": [node("Sigmoid", "r1", "s"), node("Mul", "r1 s", "x")],
     "squeeze": [node("ReduceMean", "r1", "s", axes=[-1, -2]), node("Sigmoid", "s", "t"), node("Mul", "t r1", "x")],
     "MaxPool": [node("MaxPool", "r1", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])],
-    "AveragePool": [node("AveragePool", "r1", "x", kernel_shape=[2, 2], ceil_mode=1, pads=[0, 0, 1, 1])],
+    "AveragePool": [node("AveragePool", "r1", "x", kernel_shape=[2, 2], count_include_pad=1, pads=[0, 0, 1, 1])],
     "Concat": [
         node("Slice", "r1 i0 i2 i1", "s"), node("Slice", "r1 i2 i9 i1 i1", "t"), node("Concat", "t s", "x", axis=1),
     ],

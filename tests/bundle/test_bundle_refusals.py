@@ -110,3 +110,12 @@ def test_a_graph_of_two_images_is_refused() -> None:
 def test_a_backbone_without_a_conv_is_refused() -> None:
     nodes = [node("GlobalAveragePool", "image", "p"), FLAT, LINEAR]
     refused(nodes, "no Conv lies between the image and 'f'", UsageError)
+
+
+@pytest.mark.parametrize("uneven", [{"pads": [1, 1, 1, 1]}, {"ceil_mode": 1}])
+def test_an_average_over_windows_of_several_sizes_is_refused_before_anybody_trains_on_it(uneven: dict) -> None:
+    window = node("AveragePool", "c1", "x", kernel_shape=[2, 2], **uneven)
+    refused(
+        [CONV1, window, node("GlobalAveragePool", "x", "p"), FLAT, LINEAR],
+        r"\(AveragePool\): its windows differ in size",
+    )

@@ -152,5 +152,5 @@ def test_a_torch_file_without_torch_says_what_to_install(
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "ksm_edge.exporter.pth", raising=False)
     (tmp_path / "w.pth").write_bytes(b"")
-    assert main(["export", "resnet18", "--weights", str(tmp_path / "w.pth"), "--out", str(tmp_path / "b")]) == 1
-    assert "pip install 'ksm-edge[export]', or convert it" in capsys.readouterr().err
+    assert main(["export", "resnet18", "--weights", str(tmp_path / "w.pth"), "--out", str(tmp_path / "b")]) == 4
+    assert "convert the state dict with safetensors.torch.save_file" in capsys.readouterr().err

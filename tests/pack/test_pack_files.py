@@ -77,3 +77,14 @@ def test_shapes_that_are_not_the_backbones_are_damage_whatever_the_digest_says(t
         require_backbone(replace(pack, weight_shapes={**pack.weight_shapes, "odd": (1, 1, 1, 1)}), bundle)
     with pytest.raises(DamagedFileError, match="takes 11 features, the backbone gives 10"):
         require_backbone(replace(pack, head_weight=np.zeros((3, 11), np.float32)), bundle)
+
+
+def test_a_pack_learned_on_other_images_is_refused_naming_both(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path)
+    pack = replace(tiny_pack(), backbone=bundle.digest)
+    require_backbone(pack, bundle)
+    smaller = replace(pack, input=replace(pack.input, size=8))
+    with pytest.raises(
+        WrongBackboneError, match="learned on images of 8 px cropped from 18.*takes 16 px cropped from 18"
+    ):
+        require_backbone(smaller, bundle)
