@@ -85,6 +85,6 @@ def test_a_pack_learned_on_other_images_is_refused_naming_both(tmp_path: Path) -
     require_backbone(pack, bundle)
     smaller = replace(pack, input=replace(pack.input, size=8))
     with pytest.raises(
-        WrongBackboneError, match="learned on images of 8 px cropped from 18.*takes 16 px cropped from 18"
+        WrongBackboneError, match=r"learned on images of 8 px cropped from 18.*takes 16 px cropped from 18"
     ):
         require_backbone(smaller, bundle)
