@@ -148,3 +148,19 @@ def test_a_closed_app_holds_no_task(tmp_path: Path) -> None:
     with App(tiny_bundle(tmp_path), threads=1) as app:
         app.load(tiny_pack())
     assert app.tasks == ()
+
+
+def test_a_switch_between_two_runs_does_not_mix_tasks_in_one_answer(
+    app: App, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = App.logits
+
+    def switching(self: App, *arguments: object) -> object:
+        answer = plain(self, *arguments)
+        self.switch("c")  # as another thread would
+        return answer
+
+    expected = app.predict([photo] * 20, task="a")
+    app.switch("a")
+    monkeypatch.setattr(App, "logits", switching)
+    assert app.predict([photo] * 20) == expected

@@ -21,6 +21,7 @@ from ksm_edge.bundle.layers import Bundle, InputContract
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.bundle.make import save_bundle
 from ksm_edge.bundle.plain import plain_weights
+from ksm_edge.bundle.tensorfile import map_tensors
 from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
 from ksm_edge.fuse import fuse
 
@@ -217,3 +218,11 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, content: bytes
     (tmp_path / "t").write_bytes(content)
     with pytest.raises(DamagedFileError, match="its header should take"):
         map_tensors(tmp_path / "t")
+
+
+@pytest.mark.parametrize("shape", ["[-2, -3]", "[1.5]", '["a"]', "[true]", "[" * 100_000])
+def test_a_header_with_impossible_shapes_is_damaged(tmp_path: Path, shape: str) -> None:
+    header = f'{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 24]}}}}'.encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(DamagedFileError):
+        map_tensors(tmp_path / "w.safetensors")

@@ -257,3 +257,18 @@ def test_real_sets_are_read_as_they_are(name, classes, train, test, shared_data)
 def test_pictures_that_are_only_in_one_folder_are_no_image_set(shared_data):
     with pytest.raises(DataError, match="one class only"):
         open_image_set(shared_data / "imagenet_sanity.zip")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_a_damaged_member_is_named_however_it_is_packed(method, tmp_path):
+    path = tmp_path / "d.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a/1.png", bytes(1000))
+        archive.writestr("b/1.png", bytes(range(256)) * 9)
+        offset = archive.getinfo("b/1.png").header_offset
+    data = bytearray(path.read_bytes())
+    data[offset + 50 : offset + 80] = bytes(30)
+    path.write_bytes(data)
+    images = open_image_set(path)
+    with pytest.raises(DataError, match=r"b/1\.png: damaged in the zip"):
+        images.read(images.train[1])

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from ksm_edge.errors import DamagedFileError, FileError, UsageError
-from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.checkpoint import Progress, load_checkpoint, read_identity, save_checkpoint
 
 IDENTITY = {"backbone": "b" * 64, "settings": {"batch": 4, "granularity": "kernel"}, "threads": 1}
 PROGRESS = Progress(3, 2, 17, 1.5, 7, 8, 0.75, 2, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
@@ -117,3 +117,15 @@ def test_another_training_is_refused_with_both_values(path: Path, name: str, val
 def test_identities_are_compared_as_json_keeps_them(path: Path, state: dict[str, np.ndarray]) -> None:
     save_checkpoint(path, state, PROGRESS, None, {"sizes": (1, 2)})
     load_checkpoint(path, {"sizes": (1, 2)})
+
+
+def test_a_flipped_bit_is_found(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedFileError, match="its checksum does not hold"):
+        load_checkpoint(path, IDENTITY)
+
+
+def test_what_a_training_was_started_with_can_be_asked(path: Path) -> None:
+    assert read_identity(path) == IDENTITY

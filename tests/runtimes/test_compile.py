@@ -1,0 +1,55 @@
+"""Compiled graphs: kept, told apart, and made again where a power cut has left half of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from tiny import saved_tiny_bundle
+
+from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.errors import KsmEdgeError
+from ksm_edge.runtimes import compile as compiling
+from ksm_edge.runtimes.compile import compiled
+
+SPEC = GradientSpec(micro_batch=1, size=16, classes=3, trained=frozenset({"plain"}))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "cache"))
+    return saved_tiny_bundle(tmp_path / "bundle")
+
+
+def test_a_graph_is_compiled_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiled(bundle, SPEC)
+
+    def again(*_: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compiling, "_compile_in_child", again)
+    assert compiled(bundle, SPEC) == first
+    assert [path.name for path in first.path.parent.parent.iterdir()] == [first.path.parent.name]
+
+
+@pytest.mark.parametrize("name", ["graph.json", "graph.onnx"])
+@pytest.mark.parametrize("left", [b"", b"{}", None])
+def test_half_a_graph_is_made_again(bundle: Bundle, name: str, left: bytes | None) -> None:
+    first = compiled(bundle, SPEC)
+    path = first.path.with_name(name)
+    path.unlink() if left is None else path.write_bytes(left)
+    assert compiled(bundle, SPEC) == first
+    assert onnx.load(first.path).graph.node
+
+
+def test_other_graphs_have_other_places(bundle: Bundle) -> None:
+    other = GradientSpec(micro_batch=2, size=16, classes=3, trained=SPEC.trained)
+    assert compiled(bundle, SPEC).path != compiled(bundle, other).path
+
+
+def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:
+    (bundle.path / "backbone.onnx").write_bytes(b"no graph")
+    with pytest.raises(KsmEdgeError, match=r"backbone\.onnx"):
+        compiled(bundle, SPEC)
