@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-OPSET = 17
-IR_VERSION = 8
+from ksm_edge.bundle.freeze import IR_VERSION, OPSET
+
 CONTRIB = "com.microsoft"  # operators outside the standard that every stock onnxruntime wheel has
 Shape = tuple[int, ...]
 
