@@ -1,7 +1,8 @@
-"""Convolutions: three forms of forward, product and input gradient, each the best measured for its kind.
+"""Convolutions: four forms of forward, product and input gradient, each the best measured for its kind.
 
     pointwise  1x1, dense            product (O, I) = dz x^T, one Gemm with the accumulator as its C
     taps       k x k, or grouped     product (K, O, I), one such matrix per tap of the kernel
+    patches    k x k of few columns  product (O, K I), all taps in one: the RGB stem
     channel    depthwise             product (O,) = sum dz conv(x, W), W the pristine weight
 
 The channel form serves masks that are one number per filter. Its weight is a constant of the graph, which ONNX Runtime
@@ -15,6 +16,7 @@ sum dz conv(x, W) = sum x conv^T(dz, W), and the right side is what the input gr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -27,6 +29,8 @@ from ksm_edge.autodiff.tape import Tape
 from ksm_edge.bundle.layers import Layer
 
 OVER_IMAGES = (0, *SPATIAL)
+FEW_COLUMNS = 27  # I kh kw: so few that a matrix product for each tap would be all overhead; 3 x 3 over RGB is 27
+FEW_PIXELS = 64  # 73 against 90 GFLOP/s for (1280, 320) and 7 x 7 pixels on one EPYC core; even at 14 x 14
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ class Geometry:
 
 
 def conv_form(node: Node, layer: Layer, *, per_weight: bool) -> str:
-    """`pointwise`, `taps` or `channel`; `per_weight` asks for the product of every single weight."""
+    """`pointwise`, `taps`, `patches` or `channel`; `per_weight` asks for the product of every single weight."""
     if layer.is_depthwise and not per_weight:
         return "channel"
-    dense = layer.groups == 1 and layer.weight_shape[2:] == (1, 1)
-    return "pointwise" if dense and not any(Geometry.of(node, layer).pads) else "taps"
+    _, I, kh, kw = layer.weight_shape
+    if layer.groups == 1 and (kh, kw) == (1, 1) and not any(Geometry.of(node, layer).pads):
+        return "pointwise"
+    return "patches" if layer.groups == 1 and I * kh * kw <= FEW_COLUMNS else "taps"
 
 
 def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> None:
@@ -69,7 +75,7 @@ def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> 
     if form != "channel":
         emit("Conv", x, weight, bias, name=output, group=layer.groups, **geometry)
         return
-    plain = emit("Conv", x, weight, group=layer.groups, **geometry)
+    plain = emit("Conv", x, weight, name=_plain(layer), group=layer.groups, **geometry)
     zero, one = emit.constant(np.zeros(O)), emit.constant(np.ones(O))
     emit("BatchNormalization", plain, f"{layer.name}.scale", bias, zero, one, name=output, epsilon=0.0)
 
@@ -83,7 +89,7 @@ def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, traine
         return
     # The product comes first: what only it needs is free before the input gradient is made.
     if trained:
-        (_pointwise if form == "pointwise" else _taps)(tape, node, layer, dz)
+        {"pointwise": _pointwise, "taps": _taps, "patches": _patches}[form](tape, node, layer, dz)
     x, geometry = node.inputs[0], Geometry.of(node, layer)
     if x not in tape.wanted:
         return
@@ -101,7 +107,7 @@ def accumulate(tape: Tape, name: str, shape: Shape, value: str) -> None:
 def _pointwise(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
     columns = _by_channel(tape, *_subsampled(tape, node, layer))
     rows = _by_channel(tape, dz, tape.shapes[node.output])
-    _accumulate_gemm(tape, f"{layer.name}.product", layer, rows, columns)
+    _accumulate_gemm(tape, f"{layer.name}.product", layer.weight_shape[:2], rows, columns)
 
 
 def _subsampled(tape: Tape, node: Node, layer: Layer) -> tuple[str, Shape]:
@@ -123,33 +129,54 @@ def _by_channel(tape: Tape, x: str, shape: Shape) -> str:
     return tape.emit.reshape(x, (C, n * h * w))
 
 
-def _accumulate_gemm(tape: Tape, name: str, layer: Layer, dz: str, x: str) -> None:
-    """name (O, I) := acc + dz x^T, for dz (O, nP) and x (I, nP)."""
-    emit, shape = tape.emit, layer.weight_shape[:2]
+def _accumulate_gemm(tape: Tape, name: str, shape: Shape, dz: str, x: str) -> None:
+    """name (O, I), of that shape, := acc + dz x^T, for dz (O, nP) and x (I, nP)."""
+    emit = tape.emit
     emit("Gemm", dz, x, emit.input(f"acc:{name}", shape), name=emit.output(name, shape), transB=1)
 
 
 def _taps(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
-    """One product (O, I) per tap, from the pixels that the tap met: a strided window of the padded input."""
-    emit, geometry = tape.emit, Geometry.of(node, layer)
-    (n, C, _, _), (_, _, h, w) = tape.shapes[node.inputs[0]], tape.shapes[node.output]
+    """One product (O, I) per tap."""
+    shape = _window_shape(tape, node)
+    for k, window in enumerate(_windows(tape, node, layer)):
+        _tap_product(tape, layer, f"{layer.name}.product.{k}", dz, window, shape)
+
+
+def _patches(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
+    """All taps' products (O, K I) at once: their windows as one input of K I channels, tap by tap."""
+    O, I, kh, kw = layer.weight_shape
+    n, _, h, w = _window_shape(tape, node)
+    patches = tape.emit("Concat", *_windows(tape, node, layer), axis=1)
+    columns = _by_channel(tape, patches, (n, kh * kw * I, h, w))
+    rows = _by_channel(tape, dz, (n, O, h, w))
+    _accumulate_gemm(tape, f"{layer.name}.product", (O, kh * kw * I), rows, columns)
+
+
+def _window_shape(tape: Tape, node: Node) -> Shape:
+    """(n, C, h, w) of what one tap meets: the input's channels, the output's pixels."""
+    return (*tape.shapes[node.inputs[0]][:2], *tape.shapes[node.output][2:])
+
+
+def _windows(tape: Tape, node: Node, layer: Layer) -> Iterator[str]:
+    """For each tap the pixels that it met, (n, C, h, w): a strided window of the padded input."""
+    emit, geometry, x = tape.emit, Geometry.of(node, layer), node.inputs[0]
+    _, _, h, w = tape.shapes[node.output]
     top, left, bottom, right = geometry.pads
-    x = node.inputs[0]
     if any(geometry.pads):
         x = emit("Pad", x, emit.shape([0, 0, top, left, 0, 0, bottom, right]))
     steps = emit.shape(geometry.strides)
-    for k, (i, j) in enumerate(product(*map(range, geometry.kernel))):
+    for i, j in product(*map(range, geometry.kernel)):
         first = [i * geometry.dilations[0], j * geometry.dilations[1]]
         last = [first[0] + (h - 1) * geometry.strides[0] + 1, first[1] + (w - 1) * geometry.strides[1] + 1]
-        window = emit("Slice", x, emit.shape(first), emit.shape(last), emit.shape(SPATIAL), steps)
-        _tap_product(tape, layer, f"{layer.name}.product.{k}", dz, window, (n, C, h, w))
+        yield emit("Slice", x, emit.shape(first), emit.shape(last), emit.shape(SPATIAL), steps)
 
 
 def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shape: Shape) -> None:
     """Accumulate dz x_k^T over images and pixels, (O, I), for one tap's window (n, C, h, w)."""
     emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, shape
     if layer.groups == 1:
-        _accumulate_gemm(tape, name, layer, _by_channel(tape, dz, (n, O, h, w)), _by_channel(tape, window, shape))
+        rows, columns = _by_channel(tape, dz, (n, O, h, w)), _by_channel(tape, window, shape)
+        _accumulate_gemm(tape, name, (O, I), rows, columns)
     elif layer.is_depthwise:
         total = emit.sum(emit("Mul", dz, window), OVER_IMAGES)
         accumulate(tape, name, (O, I), emit.reshape(total, (O, 1)))
@@ -168,8 +195,15 @@ def _channel(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
         spread = emit("Conv", dz, flipped, group=layer.groups, **_flipped(geometry))
     else:
         spread = _spread(tape, node, layer, f"{layer.name}.weight", dz)
-    accumulate(tape, f"{layer.name}.product", layer.weight_shape[:1], emit.sum(emit("Mul", x, spread), OVER_IMAGES))
+    # With strides the conv's output is the smaller side of the identity, and so small that it can be kept.
+    left, right = (x, spread) if geometry.strides == (1, 1) else (_plain(layer), dz)
+    accumulate(tape, f"{layer.name}.product", layer.weight_shape[:1], emit.sum(emit("Mul", left, right), OVER_IMAGES))
     tape.add(x, spread, scale=f"{layer.name}.scale")
+
+
+def _plain(layer: Layer) -> str:
+    """conv(x, W) of the channel form, in front of the mask's scale."""
+    return f"~{layer.name}.plain"
 
 
 def _spread(tape: Tape, node: Node, layer: Layer, weight: str, dz: str) -> str:
@@ -179,11 +213,14 @@ def _spread(tape: Tape, node: Node, layer: Layer, weight: str, dz: str) -> str:
 
 
 def _pointwise_input_gradient(tape: Tape, node: Node, layer: Layer, dz: str, *, trained: bool) -> str:
-    """V^T dz without a transposed copy of V."""
+    """V^T dz without a transposed copy of V; for few pixels as (dz^T V)^T, which leaves V to be read row by row."""
     emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, tape.shapes[node.output]
     # V a second time, as a matrix: ONNX Runtime copies a graph input that is reshaped.
     matrix = f"{layer.name}.matrix"
     matrix = emit.input(matrix, (O, I)) if trained else emit.reshape(f"{layer.name}.weight", (O, I))
+    if n == 1 and h * w <= FEW_PIXELS:
+        turned = emit("Gemm", emit.reshape(dz, (O, h * w)), matrix, transA=1)  # (P, I)
+        return emit.reshape(emit("Transpose", turned, perm=[1, 0]), tape.shapes[node.inputs[0]])
     columns = emit("FusedMatMul", matrix, emit.reshape(dz, (n, O, h * w)), domain=CONTRIB, transA=1)
     return emit.reshape(columns, tape.shapes[node.inputs[0]])
 

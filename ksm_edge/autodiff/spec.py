@@ -23,6 +23,6 @@ class GradientSpec:
 
 
 def product_shape(form: str, layer: Layer) -> Shape:
-    """The accumulator's shape: (O, I), (K, O, I) or (O,)."""
+    """The accumulator's shape: (O, I), (K, O, I), (O, K I) or (O,)."""
     O, I, kh, kw = layer.weight_shape
-    return {"pointwise": (O, I), "taps": (kh * kw, O, I), "channel": (O,)}[form]
+    return {"pointwise": (O, I), "taps": (kh * kw, O, I), "patches": (O, kh * kw * I), "channel": (O,)}[form]

@@ -93,12 +93,17 @@ class TrainedLayer:
         if self.form == "channel":
             return product[:, None].copy()
         if self.settings.granularity == "element":
-            # A 1x1 product is (O, I); k x k taps are (kh kw, O, I).
-            taps = product if product.ndim == 3 else product[None]
-            return W * taps.transpose(1, 2, 0).reshape(O, I, kh, kw)
+            return W * self._taps().transpose(1, 2, 0).reshape(O, I, kh, kw)
         if self.form == "pointwise":
             return W[:, :, 0, 0] * product
-        return np.einsum("oik,koi->oi", W.reshape(O, I, kh * kw), product)
+        return np.einsum("oik,koi->oi", W.reshape(O, I, kh * kw), self._taps())
+
+    def _taps(self) -> np.ndarray:
+        """The product as (K, O, I), whichever of the forms that know single weights it has."""
+        O, I, kh, kw = self.pristine.weight.shape
+        if self.form == "patches":
+            return self.product.reshape(O, kh * kw, I).transpose(1, 0, 2)
+        return self.product.reshape(kh * kw, O, I)
 
     def _masked_sum(self, factor: np.ndarray) -> np.ndarray:
         """sum_i M S, (O,), from the weight that ran, W M f, by dividing by f; where f is 0, from W and M themselves."""
@@ -117,7 +122,7 @@ class TrainedLayer:
         if self.form == "pointwise":
             return np.einsum("oi,oi->o", weight[:, :, 0, 0], self.product)
         O, I, kh, kw = weight.shape
-        return np.einsum("oik,koi->o", weight.reshape(O, I, kh * kw), self.product)
+        return np.einsum("oik,koi->o", weight.reshape(O, I, kh * kw), self._taps())
 
     def mask(self) -> SoftMask:
         """The layer's soft mask, from its scores as they are now."""

@@ -163,6 +163,9 @@ def gradients(net: Net, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
             found[f"{name}.scale"] = outputs[f"{name}.product"]
         elif forms[name] == "pointwise":
             found[f"{name}.weight"] = outputs[f"{name}.product"].reshape(O, I, 1, 1)
+        elif forms[name] == "patches":
+            columns = outputs[f"{name}.product"].reshape(O, kh * kw, I)
+            found[f"{name}.weight"] = columns.transpose(0, 2, 1).reshape(O, I, kh, kw)
         else:
             taps = np.stack([outputs[f"{name}.product.{k}"] for k in range(kh * kw)])
             found[f"{name}.weight"] = taps.transpose(1, 2, 0).reshape(O, I, kh, kw)

@@ -134,13 +134,17 @@ TAPS = {
     "3x3, dilation 2": conv("c", "x", 5, 4, (3, 3), pads=[2] * 4, dilations=[2, 2]),
     "3x3, dilation 2 and stride 2": conv("c", "x", 5, 4, (3, 3), pads=[1] * 4, dilations=[2, 2], strides=[2, 2]),
     "2x4, stride 2, one-sided pads": conv("c", "x", 5, 4, (2, 4), pads=[0, 1, 1, 2], strides=[2, 2]),
-    "5x1": conv("c", "x", 5, 4, (5, 1), pads=[2, 0, 2, 0]),
-    "1x1 with pads": conv("c", "x", 5, 4, pads=[1] * 4),
     "7x7, stride 4": conv("c", "x", 5, 4, (7, 7), pads=[3] * 4, strides=[4, 4]),
     "grouped": conv("c", "x", 6, 2, (3, 3), 2, pads=[1] * 4),
     "grouped 1x1": conv("c", "x", 6, 2, (1, 1), 2),
     "grouped, stride 2": conv("c", "x", 6, 2, (3, 3), 3, pads=[1] * 4, strides=[2, 2]),
     "depthwise with two filters a channel": conv("c", "x", 8, 1, (3, 3), 4, pads=[1] * 4),
+}
+PATCHES = {
+    "5x1": conv("c", "x", 5, 4, (5, 1), pads=[2, 0, 2, 0]),
+    "1x1 with pads": conv("c", "x", 5, 4, pads=[1] * 4),
+    "2x3, stride 2, one-sided pads": conv("c", "x", 5, 4, (2, 3), pads=[0, 1, 1, 2], strides=[2, 2]),
+    "3x2, dilation 2": conv("c", "x", 5, 4, (3, 2), pads=[1] * 4, dilations=[2, 2]),
 }
 DEPTHWISE = {
     "3x3": conv("c", "x", 4, 1, (3, 3), 4, pads=[1] * 4),
@@ -164,6 +168,7 @@ def conv_nets() -> dict[str, Net]:
         for form, layers, wide in (
             ("pointwise", POINTWISE, False),
             ("taps", TAPS, False),
+            ("patches", PATCHES, False),
             ("taps", DEPTHWISE, True),
             ("channel", DEPTHWISE, False),
         ):
@@ -171,10 +176,13 @@ def conv_nets() -> dict[str, Net]:
                 nets[f"{form}: {name}, {size} pixels{' per weight' if wide else ''}"] = Net(
                     after(layer), size=size, per_weight=wide
                 )
-    for name, layer in {**POINTWISE, **TAPS, **DEPTHWISE}.items():
+    for name, layer in {**POINTWISE, **TAPS, **PATCHES, **DEPTHWISE}.items():
         nets[f"frozen: {layer.layer.groups} groups, {name}"] = Net(after(layer), frozen=["c"])
     # One image takes the way without a transposition.
-    nets |= {f"one image: {n}": Net(after(x), images=1) for n, x in (("1x1", POINTWISE["1x1"]), ("3x3", TAPS["3x3"]))}
+    nets |= {
+        f"one image: {n}": Net(after(x), images=1)
+        for n, x in (("1x1", POINTWISE["1x1"]), ("3x3", TAPS["3x3"]), ("5x1", PATCHES["5x1"]))
+    }
     # What a depthwise layer leaves pending, its scale, is taken up by each kind of rule in front of it.
     for activation in ("Relu", "HardSwish", "HardSigmoid", "Sigmoid"):
         nets[f"channel scale taken by {activation}"] = Net(after(DEPTHWISE["3x3"], activation), seed=3)
@@ -196,7 +204,7 @@ def test_every_rule_has_a_net() -> None:
 def test_the_conv_nets_show_each_form() -> None:
     for name, net in CONV_NETS.items():
         form = net.gradient_graph().forms["c"]
-        assert form == name.partition(":")[0] or not name.startswith(("pointwise", "taps", "channel:"))
+        assert form == name.partition(":")[0] or not name.startswith(("pointwise", "taps", "patches", "channel:"))
 
 
 @every_net

@@ -199,10 +199,15 @@ def test_float32_graphs_hold_no_float64_tensor() -> None:
         assert {x.type.tensor_type.elem_type for x in (*model.graph.input, *model.graph.output)} == {TensorProto.FLOAT}
 
 
-@pytest.mark.parametrize("form", ["pointwise", "taps"])
+@pytest.mark.parametrize("form", ["pointwise", "taps", "patches"])
 def test_a_layer_may_be_called_head(form: str) -> None:
     """A user's own network has any names: the engine's must not collide with them."""
-    net = Net([conv("head", "image", 4, 3, (3, 3) if form == "taps" else (1, 1)), op("Relu", "head", "y")])
+    net = Net(
+        [
+            conv("head", "image", 4, 3, {"pointwise": (1, 1), "taps": (4, 4), "patches": (3, 3)}[form]),
+            op("Relu", "head", "y"),
+        ]
+    )
     found = gradients(net, net.run_reference())
     assert found.keys() == {"head.weight", "head.bias", "head:weight", "head:bias"}
     for name, gradient in found.items():
