@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from ksm_edge.autodiff.graph import Node
 from ksm_edge.autodiff.tape import Gradient, Tape
@@ -19,16 +19,23 @@ from ksm_edge.errors import UnsupportedError
 
 Rule = Callable[[Tape, Node, Gradient], None]
 SPATIAL = (2, 3)
+BOOL, UINT8 = TensorProto.BOOL, TensorProto.UINT8
 
 
 def relu(tape: Tape, node: Node, dy: Gradient) -> None:
-    passed = tape.emit("Greater", node.output, tape.emit.constant(0.0))
-    tape.add(node.inputs[0], gate(tape, passed, dy))
+    tape.add(node.inputs[0], gate(tape, _is_positive(tape, node.output), dy))
 
 
 def clip(tape: Tape, node: Node, dy: Gradient) -> None:
     """Clip(min, max), ReLU6 being (0, 6): the gradient passes strictly between the bounds."""
-    tape.add(node.inputs[0], gate(tape, strictly_between(tape, node.output, *node.inputs[1:3]), dy))
+    y, low, high = node.output, *node.inputs[1:3]
+    above = _is_positive(tape, y) if not tape.emit.constants[low].any() else tape.emit("Greater", y, low)
+    tape.add(node.inputs[0], gate(tape, tape.emit("And", above, tape.emit("Less", y, high)), dy))
+
+
+def _is_positive(tape: Tape, y: str) -> str:
+    """Bool tensor: y > 0, for y that is never negative; a cast takes two thirds of a comparison's time."""
+    return tape.emit("Cast", y, to=BOOL)
 
 
 def strictly_between(tape: Tape, x: str, low: str, high: str) -> str:
@@ -39,14 +46,13 @@ def strictly_between(tape: Tape, x: str, low: str, high: str) -> str:
 def gate(tape: Tape, passed: str, dy: Gradient) -> str:
     """dy where `passed` (bool), 0 elsewhere, with dy's pending channel scale multiplied in by the same operator.
 
-    DequantizeLinear of the mask, with the scale as its per-channel scale, is the cheapest way to a float mask that
+    DequantizeLinear of the mask, with the scale as its per-channel scale, is the cheapest way to a scaled mask that
     ONNX Runtime has: 1.4 ms where Where takes 8.8, in a study on one AMD Zen 5 core, 38.5 MB.
     """
-    byte = tape.emit("Cast", passed, to=2)  # uint8
     if dy.scale is None:
-        mask = tape.emit("DequantizeLinear", byte, tape.emit.constant(1.0))
+        mask = tape.emit("Cast", passed, to=helper.np_dtype_to_tensor_dtype(np.dtype(tape.emit.dtype)))
     else:
-        mask = tape.emit("DequantizeLinear", byte, dy.scale, axis=1)
+        mask = tape.emit("DequantizeLinear", tape.emit("Cast", passed, to=UINT8), dy.scale, axis=1)
     return tape.emit("Mul", mask, dy.name)
 
 
@@ -67,7 +73,7 @@ def hard_swish(tape: Tape, node: Node, dy: Gradient) -> None:
     """y = x h(x), h = clip(x / 6 + 1/2, 0, 1): dy (h + x / 6 where -3 < x < 3). Its output does not say what x was."""
     x = node.inputs[0]
     inside = strictly_between(tape, x, tape.emit.constant(-3.0), tape.emit.constant(3.0))
-    sixth = tape.emit("DequantizeLinear", tape.emit("Cast", inside, to=2), tape.emit.constant(1 / 6))
+    sixth = tape.emit("DequantizeLinear", tape.emit("Cast", inside, to=UINT8), tape.emit.constant(1 / 6))
     h = tape.emit("HardSigmoid", x, alpha=1 / 6, beta=0.5)
     slope = tape.emit("Add", h, tape.emit("Mul", x, sixth))
     tape.add(x, tape.emit("Mul", tape.scaled(dy), slope))
