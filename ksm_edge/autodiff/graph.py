@@ -47,6 +47,7 @@ class Emitter:
     externals: dict[str, Shape] = field(default_factory=dict)
     inputs: dict[str, tuple[type[Any], Shape]] = field(default_factory=dict)
     outputs: dict[str, tuple[type[Any], Shape]] = field(default_factory=dict)
+    _views: dict[tuple[str, Shape], str] = field(default_factory=dict)
 
     def __call__(self, op: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
         """Append one node with one output and return the output's name."""
@@ -87,7 +88,15 @@ class Emitter:
         return name
 
     def reshape(self, x: str, shape: Sequence[int]) -> str:
-        return self("Reshape", x, self.shape(shape))
+        """x in another shape: the same memory, but 3 us a node, so that one view serves all who want it."""
+        key = (x, tuple(shape))
+        if key not in self._views:
+            self._views[key] = self("Reshape", x, self.shape(shape))
+        return self._views[key]
+
+    def slice(self, x: str, first: Sequence[int], last: Sequence[int], steps: Sequence[int] = ()) -> str:
+        """x[:, :, first:last:step] on rows and columns."""
+        return self("Slice", x, *map(self.shape, (first, last, (2, 3), *([steps] if steps else []))))
 
     def sum(self, x: str, axes: Sequence[int], *, keepdims: bool = False) -> str:
         return self("ReduceSum", x, self.shape(axes), keepdims=int(keepdims))
