@@ -1,8 +1,10 @@
-"""Resident memory of this process, as the kernel counts it."""
+"""Resident memory of this process: how much the kernel counts, and in which pages it lies."""
 
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +23,33 @@ def give_back() -> None:
     """Return freed memory to the system, where the C library can; glibc would keep it for later."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+MADV_COLLAPSE = 25  # Linux 6.1; an older kernel refuses it, which does no harm
+HUGE_PAGE = 2 << 20
+# START-END rw-p ... INODE, 0 for memory that no file stands behind, then the fields of the mapping
+MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 .*\n((?:[A-Z]\w+:.*\n)+)", re.MULTILINE)
+
+
+def use_huge_pages() -> None:
+    """Put this process's large blocks of memory into 2 MiB pages, where the kernel can: fewer misses of the TLB.
+
+    Only blocks that are resident already, nearly all of them, so that what is resident hardly grows. To be called when
+    all that will be used for long has been used once.
+    """
+    with suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        for start, size in _large_blocks():
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_COLLAPSE)
+
+
+def _large_blocks() -> Iterator[tuple[int, int]]:
+    """Start and size in bytes of private anonymous mappings of at least one huge page, nine tenths resident."""
+    for start, end, fields in MAPPING.findall(Path("/proc/self/smaps").read_text()):
+        first, size = int(start, 16), int(end, 16) - int(start, 16)
+        resident = re.search(r"^Rss: +(\d+) kB", fields, re.MULTILINE)
+        if size >= HUGE_PAGE and resident and int(resident[1]) * 1024 >= 0.9 * size:
+            yield first, size
 
 
 def _field(name: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ksm_edge.resident import use_huge_pages
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.onnxruntime import session_options
 
@@ -40,7 +41,7 @@ class GradientSession:
             self._binding.bind_ortvalue_output(name, self._values[name])
         self._plain, self._shrinking = ort.RunOptions(), ort.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._pattern_known = False
+        self._pattern_known = self._memory_settled = False
 
     def output(self, name: str) -> np.ndarray:
         """The array that holds the output `name` after a run, to be read before the next."""
@@ -55,3 +56,6 @@ class GradientSession:
         shrink = release or not self._pattern_known
         self._session.run_with_iobinding(self._binding, self._shrinking if shrink else self._plain)
         self._pattern_known = True
+        if not shrink and not self._memory_settled:
+            use_huge_pages()  # 5 % of a step's time for MobileNetV2 at 224 px, on one EPYC core in a virtual machine
+        self._memory_settled = not shrink

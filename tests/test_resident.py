@@ -1,0 +1,57 @@
+"""Memory as the kernel counts it, seen on blocks that the test makes itself."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+
+import pytest
+
+from ksm_edge.resident import HUGE_PAGE, peak_rss_bytes, rss_bytes, use_huge_pages
+
+BLOCK = 8 * HUGE_PAGE
+
+
+def test_peak_stays_where_resident_memory_falls_again():
+    before = rss_bytes()
+    block = mmap.mmap(-1, BLOCK)
+    block.write(b"x" * BLOCK)
+    assert rss_bytes() >= before + BLOCK // 2
+    block.close()
+    assert rss_bytes() < before + BLOCK // 2
+    assert peak_rss_bytes() >= before + BLOCK // 2
+
+
+def test_large_block_in_use_comes_to_lie_in_huge_pages():
+    if "[never]" in _setting():
+        pytest.skip("this kernel has no transparent huge pages, or has them switched off")
+    block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_NOHUGEPAGE)  # what it starts with is small pages
+    content = bytes(range(256)) * (BLOCK // 256)
+    block.write(content)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    before = _huge_bytes()
+    use_huge_pages()
+    if _huge_bytes() == before:
+        pytest.skip("the kernel refused: older than Linux 6.1, or no 2 MiB of memory in one piece")
+    assert _huge_bytes() >= before + BLOCK // 2
+    assert block[:] == content
+
+
+def test_block_that_is_hardly_used_does_not_become_resident():
+    block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block[0] = 1
+    before = rss_bytes()
+    use_huge_pages()
+    assert rss_bytes() < before + BLOCK // 2
+    block.close()
+
+
+def _setting() -> str:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.read_text() if path.exists() else "[never]"
+
+
+def _huge_bytes() -> int:
+    return 1024 * sum(int(kb) for kb in re.findall(r"AnonHugePages: +(\d+)", Path("/proc/self/smaps").read_text()))
