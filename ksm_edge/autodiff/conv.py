@@ -31,7 +31,10 @@ from ksm_edge.bundle.layers import Layer
 OVER_IMAGES = (0, *SPATIAL)
 FEW_COLUMNS = 27  # I kh kw: so few that a matrix product for each tap would be all overhead; 3 x 3 over RGB is 27
 FEW_TO_SPREAD = 1024  # pixels of dz, see `_channel_spread`
-FEW_PIXELS = 64  # 73 against 90 GFLOP/s for (1280, 320) and 7 x 7 pixels on one EPYC core; even at 14 x 14
+# V^T from a copy that is turned already: 75 against 56 GFLOP/s for (1280, 320) and 7 x 7 pixels, 74 against 55 for
+# (576, 96) and 14 x 14, on one EPYC core; from 28 x 28 on there is nothing in it.
+FEW_PIXELS = 256
+SMALL_WEIGHT = 2**19  # elements: the copy takes as much memory as the weight
 
 
 @dataclass(frozen=True)
@@ -232,17 +235,17 @@ def _spread(tape: Tape, node: Node, layer: Layer, weight: str, dz: str) -> str:
 
 
 def _pointwise_input_gradient(tape: Tape, node: Node, layer: Layer, dz: str, *, trained: bool) -> str:
-    """V^T dz without a transposed copy of V; for few pixels as (dz^T V)^T, which leaves V to be read row by row."""
+    """V^T dz, for few pixels from a transposed copy of V that the trainer keeps: (I, O) by (O, P)."""
     emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, tape.shapes[node.output]
-    # V a second time, as a matrix: ONNX Runtime copies a graph input that is reshaped.
-    matrix = f"{layer.name}.matrix"
-    matrix = emit.input(matrix, (O, I)) if trained else emit.reshape(f"{layer.name}.weight", (O, I))
-    if n == 1 and h * w <= FEW_PIXELS:
-        turned = emit("Gemm", emit.reshape(dz, (O, h * w)), matrix, transA=1)  # (P, I)
-        return emit.reshape(emit("Transpose", turned, perm=[1, 0]), tape.shapes[node.inputs[0]])
-    rows = emit.reshape(dz, (O, h * w) if n == 1 else (n, O, h * w))
-    columns = emit("FusedMatMul", matrix, rows, domain=CONTRIB, transA=1)
-    return emit.reshape(columns, tape.shapes[node.inputs[0]])
+    columns = emit.reshape(dz, (O, h * w) if n == 1 else (n, O, h * w))
+    if trained and h * w <= FEW_PIXELS and O * I <= SMALL_WEIGHT:
+        spread = emit("MatMul", emit.input(f"{layer.name}.turned", (I, O)), columns)
+    else:
+        # V a second time, as a matrix: ONNX Runtime copies a graph input that is reshaped.
+        matrix = f"{layer.name}.matrix"
+        matrix = emit.input(matrix, (O, I)) if trained else emit.reshape(f"{layer.name}.weight", (O, I))
+        spread = emit("FusedMatMul", matrix, columns, domain=CONTRIB, transA=1)
+    return emit.reshape(spread, tape.shapes[node.inputs[0]])
 
 
 def _flipped(geometry: Geometry, image: tuple[int, int], output: tuple[int, int]) -> dict[str, Any]:

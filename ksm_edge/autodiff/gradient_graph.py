@@ -39,9 +39,9 @@ def build(
     """Turn a frozen backbone (image -> features) into its gradient graph.
 
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head:weight` (C, F), `head:bias` (C,), and of each trained layer
-    `LAYER.weight` and `LAYER.bias` (1x1: also `LAYER.matrix`, the same weight as (O, I)), or `LAYER.scale` and
-    `LAYER.bias` where the form is `channel`. The weights of layers that are not trained, pristine ones of the channel
-    form and `LAYER.flipped` are external initializers.
+    `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. A 1x1 weight comes a
+    second time, as a matrix: `LAYER.matrix` (O, I) or `LAYER.turned` (I, O). The weights of layers that are not
+    trained, pristine ones of the channel form and `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
     the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.

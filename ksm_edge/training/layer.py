@@ -21,13 +21,17 @@ from ksm_edge.pack.record import LayerState
 from ksm_edge.training.adam import Adam
 from ksm_edge.training.settings import Settings
 
+TURNED_ROWS = 64  # of a matrix that is transposed at once: the lines they lie in stay in the first level of cache
 RUNNING = np.float32(0.1)  # share of a batch's statistics in the running ones, as torch has it
 
 
 class TrainedLayer:
     """State of one layer in training; `form` is how the gradient graph gives its product (see `autodiff.conv`)."""
 
-    def __init__(self, layer: Layer, weights: LayerWeights, form: str, settings: Settings) -> None:
+    def __init__(
+        self, layer: Layer, weights: LayerWeights, form: str, settings: Settings, *, turned: bool = False
+    ) -> None:
+        """`turned`: the graph also reads the weight of this 1x1 conv as (I, O)."""
         self.layer, self.pristine, self.form, self.settings = layer, weights, form, settings
         O = layer.weight_shape[0]
         self.batch_norm = settings.statistics == "batch" and layer.has_norm
@@ -43,6 +47,7 @@ class TrainedLayer:
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(layer.weight_shape if form != "channel" else (O,), np.float32)
+        self.turned = np.empty((layer.weight_shape[1], O), np.float32) if turned else None
         self.bias = np.empty(O, np.float32)
         self.fuse()
 
@@ -53,6 +58,8 @@ class TrainedLayer:
         arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
         if self.form == "pointwise":
             arrays[f"{name}.matrix"] = self.weight[:, :, 0, 0]
+        if self.turned is not None:
+            arrays[f"{name}.turned"] = self.turned
         if self.form == "taps":
             arrays |= {f"{name}.product.{k}": tap for k, tap in enumerate(self.product)}
         if self.batch_norm:
@@ -138,6 +145,10 @@ class TrainedLayer:
         """Make the weight and bias that the graph reads, in place."""
         factor = self._factor()
         self._fuse_into(self.weight, factor)
+        if self.turned is not None:
+            for rows in range(0, len(self.weight), TURNED_ROWS):
+                part = slice(rows, rows + TURNED_ROWS)
+                self.turned[:, part] = self.weight[part, :, 0, 0].T
         if self.batch_norm:
             self.bias[:] = self.pristine.bias
         else:

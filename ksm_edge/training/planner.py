@@ -56,25 +56,25 @@ def make_plan(
     def at(images: int) -> CompiledGraph:
         return compiled(bundle, gradient_spec(bundle, classes, settings, images))
 
-    def peak(activation_bytes: int) -> int:
-        return expected_peak_bytes(bundle, classes, settings, activation_bytes)
+    def peak(graph: CompiledGraph) -> int:
+        return expected_peak_bytes(bundle, classes, settings, graph)
 
     smallest = 1 if settings.statistics == "frozen" else settings.batch
     graph = at(micro_batch or smallest)
-    need = peak(_activation_bytes(graph))
+    need = peak(graph)
     if budget_bytes is not None and need > budget_bytes:
         raise BudgetError(_over_budget(bundle, settings, graph, need, budget_bytes))
     if micro_batch is None and settings.statistics == "frozen":
         graph = _widened(graph, at, peak, settings.batch, budget_bytes)
-    activations = _activation_bytes(graph)
     forward = compiled(bundle, forward_spec(graph.spec))
-    return Plan(settings.batch, graph.spec.micro_batch, threads, activations, peak(activations), graph, forward)
+    activations = _activation_bytes(graph)
+    return Plan(settings.batch, graph.spec.micro_batch, threads, activations, peak(graph), graph, forward)
 
 
 def _widened(
     single: CompiledGraph,
     at: Callable[[int], CompiledGraph],
-    peak: Callable[[int], int],
+    peak: Callable[[CompiledGraph], int],
     batch: int,
     budget_bytes: int | None,
 ) -> CompiledGraph:
@@ -85,7 +85,7 @@ def _widened(
     while count > 1:
         # Several images are transposed for their products, one is not: they may take more than their number says.
         graph = at(count)
-        if budget_bytes is None or peak(_activation_bytes(graph)) <= budget_bytes:
+        if budget_bytes is None or peak(graph) <= budget_bytes:
             return graph
         count //= 2
     return single
@@ -100,12 +100,13 @@ def _over_budget(bundle: Bundle, settings: Settings, graph: CompiledGraph, need:
     )
 
 
-def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, activation_bytes: int) -> int:
+def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, graph: CompiledGraph) -> int:
     """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch."""
     _, scores = _counts(bundle, settings)
-    stepping = activation_bytes + BATCHES_ALIVE * settings.batch * 3 * bundle.input.size**2 * FLOAT_BYTES
+    stepping = _activation_bytes(graph) + BATCHES_ALIVE * settings.batch * 3 * bundle.input.size**2 * FLOAT_BYTES
     packing = PACKING_BYTES * scores
-    return PROCESS_BYTES + parameter_bytes(bundle, classes, settings) + max(stepping, packing)
+    turned = FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(".turned"))
+    return PROCESS_BYTES + parameter_bytes(bundle, classes, settings) + turned + max(stepping, packing)
 
 
 def _activation_bytes(graph: CompiledGraph) -> int:

@@ -42,7 +42,13 @@ class Trainer:
         self.bundle, self.settings, self.steps, self.micro_batch = bundle, settings, steps, micro_batch
         self.count = 0  # optimizer steps done
         self.layers = {
-            layer.name: TrainedLayer(layer, bundle.weights[layer.name], graph.forms[layer.name], settings)
+            layer.name: TrainedLayer(
+                layer,
+                bundle.weights[layer.name],
+                graph.forms[layer.name],
+                settings,
+                turned=f"{layer.name}.turned" in graph.inputs,
+            )
             for layer in bundle.layers
             if layer.name in graph.spec.trained
         }

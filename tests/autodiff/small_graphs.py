@@ -106,8 +106,9 @@ class Net:
         given = {"image": self.image, "target": self.target, **self.weights, **self.norm}
         given |= {f"{name}.scale": scale for name, scale in self.scale.items()}
         for name, shape in graph.inputs.items():
-            if name.endswith(".matrix"):
-                given[name] = given[f"{name.removesuffix('.matrix')}.weight"].reshape(shape)
+            layer, _, kind = name.rpartition(".")
+            if kind in ("matrix", "turned"):
+                given[name] = _second(given[f"{layer}.weight"], kind)
             elif name.startswith("head:"):
                 given[name] = rng.standard_normal(shape) / np.sqrt(shape[-1])
             elif name.startswith("acc:"):
@@ -180,11 +181,17 @@ def finite_difference(net: Net, name: str, direction: np.ndarray, step: float = 
     for sign in (1, -1):
         moved = feeds[name] + sign * step * direction
         changed = {name: moved}
-        matrix = name.replace(".weight", ".matrix")
-        if matrix in feeds:
-            changed[matrix] = moved.reshape(feeds[matrix].shape)
+        layer, _, parameter = name.rpartition(".")
+        for kind in ("matrix", "turned"):
+            if parameter == "weight" and f"{layer}.{kind}" in feeds:
+                changed[f"{layer}.{kind}"] = _second(moved, kind)
         loss.append(float(evaluate(graph.model, {**feeds, **changed}, externals)["loss"]))
     return (loss[0] - loss[1]) / (2 * step)
+
+
+def _second(weight: np.ndarray, kind: str) -> np.ndarray:
+    """A 1x1 weight as the backward pass reads it."""
+    return weight[:, :, 0, 0] if kind == "matrix" else weight[:, :, 0, 0].T
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
