@@ -2,11 +2,14 @@
 
     KsmEdgeError                     1  failure
     ├── UsageError                   2  the call itself is off
-    │   └── DataError                2  images or folders that cannot be learned from
+    │   ├── DataError                2  images or folders that cannot be learned from
+    │   └── KeyFileError             2  a file given as a key that is none of the kind needed
     ├── FileError                    3  a file that must not be used
     │   ├── DamagedFileError         3  bytes are not what they were when written
     │   ├── WrongBackboneError       3  a pack of another backbone
-    │   └── UnsupportedVersionError  3  a format version or codec this release does not know
+    │   ├── UnsupportedVersionError  3  a format version or codec this release does not know
+    │   └── SignatureError           3  a signature that fits no given key
+    │       └── UnsignedError        3  no signature where one is required
     ├── UnsupportedError             4  an operator or runtime that is not there
     └── BudgetError                  5  more memory than the budget allows
 
@@ -32,6 +35,10 @@ class DataError(UsageError):
     """Images or folders that cannot be learned from: one class, no readable image, a missing split."""
 
 
+class KeyFileError(UsageError):
+    """A file given as a key holds none of the kind needed; the message says what it holds."""
+
+
 class FileError(KsmEdgeError):
     """A file that must not be used."""
 
@@ -48,6 +55,14 @@ class WrongBackboneError(FileError):
 
 class UnsupportedVersionError(FileError):
     """A format version or codec that this release does not know."""
+
+
+class SignatureError(FileError):
+    """A pack's signature fits none of the keys given: signed by another, or changed since."""
+
+
+class UnsignedError(SignatureError):
+    """A pack has no signature where one is required."""
 
 
 class UnsupportedError(KsmEdgeError):

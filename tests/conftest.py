@@ -1,12 +1,16 @@
-"""Fixtures for all tests, and the folder of the tests' own modules (`tiny`, `torch_oracle`) on the path."""
+"""Fixtures for all tests, and the folder of the tests' own modules (`tiny`, `signing`, `torch_oracle`) on the path."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from signing import KeyFiles
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,3 +28,11 @@ def shared_data() -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compiled graphs go into the run's own folder, so that no test sees an older run's."""
     os.environ["KSM_EDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def key_files(tmp_path_factory: pytest.TempPathFactory) -> KeyFiles:
+    """Two pairs of Ed25519 keys in PEM files."""
+    from signing import write_key_files
+
+    return write_key_files(tmp_path_factory.mktemp("keys"))

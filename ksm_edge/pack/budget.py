@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ksm_edge.pack.container import read_container
+from ksm_edge.pack.signature import SIGNATURE
 
 # What a person asks about -> the streams that make it up.
 PARTS = {
@@ -12,6 +13,7 @@ PARTS = {
     "head": ("head", "bias"),
     "steps": ("steps",),
     "golden": ("golden",),
+    "signature": (SIGNATURE,),
 }
 
 

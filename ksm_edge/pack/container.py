@@ -36,13 +36,25 @@ def read_container(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
             f"this safetensors file is no task pack: it has no {METADATA_KEY!r} in its metadata. "
             "Packs are written by `ksm-edge adapt`"
         )
-    streams, used = {}, 0
-    for name, entry in header.items():
-        streams[name] = _stream(name, entry, body)
-        used += streams[name].nbytes
+    streams = {name: _stream(name, entry, body) for name, entry in header.items()}
+    used = 0
+    for start, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+        if start != used:  # a byte of two streams has two meanings, a byte of none is covered by no checksum
+            raise DamagedFileError(
+                f"the streams overlap or leave a gap: one ends at byte {used}, the next is at {start}"
+            )
+        used = end
     if used != len(body):
         raise DamagedFileError(f"the streams hold {used} bytes, the file {len(body)} behind its header")
     return metadata[METADATA_KEY], streams
+
+
+def place(data: bytes, name: str) -> slice:
+    """Where in the file's bytes the stream `name` lies, for `data` that `read_container` has passed."""
+    header, body = _split(data)
+    start, end = header[name]["data_offsets"]
+    first = len(data) - len(body)
+    return slice(first + start, first + end)
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ksm_edge.atomic import atomic_write
 from ksm_edge.bundle.layers import Bundle, InputContract
@@ -12,22 +14,32 @@ from ksm_edge.pack.container import MAX_FILE_BYTES
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.reader import decode
 from ksm_edge.pack.record import Pack
+from ksm_edge.pack.signature import require_signature
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 SUFFIX = ".ksm"
 
 
-def load_pack(path: str | os.PathLike[str]) -> Pack:
+def load_pack(path: str | os.PathLike[str], keys: Sequence[Ed25519PublicKey] | None = None) -> Pack:
     """Read a task pack; needs neither its backbone nor a runtime.
 
-    Raises FileError where there is no such file, and what `ksm_edge.pack.reader.decode` raises, with the path in front.
+    `keys`, from `ksm_edge.pack.keys.load_public_key`: one of them must have signed it, which is checked before anything
+    of it is decoded. Raises FileError where there is no such file, and with the path in front UnsignedError or
+    SignatureError, and what `ksm_edge.pack.reader.decode` raises.
     """
-    return load_pack_and_bytes(path)[0]
+    return load_pack_and_bytes(path, keys)[0]
 
 
-def load_pack_and_bytes(path: str | os.PathLike[str]) -> tuple[Pack, bytes]:
+def load_pack_and_bytes(
+    path: str | os.PathLike[str], keys: Sequence[Ed25519PublicKey] | None = None
+) -> tuple[Pack, bytes]:
     """The same, and the file's bytes, for who wants to know where they go."""
     data = _read(path)
     try:
+        if keys is not None:
+            require_signature(data, keys)
         return decode(data), data
     except FileError as error:
         raise type(error)(f"{os.fspath(path)}: {error}") from error

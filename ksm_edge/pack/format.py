@@ -10,6 +10,8 @@ head     U8, coded     int8 codes of the head's weight (C, F)
 bias     F32 (C,)      the head's bias
 own      F32           mean and var of the layers that have their own
 golden   F32 (n, C)    logits for the bundle's n golden inputs
+
+A signed pack has one more, put in by `ksm_edge.pack.signature`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from ksm_edge.pack.format import encode
 from ksm_edge.pack.metadata import Metadata, checksum, read_metadata
 from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale
 from ksm_edge.pack.record import LayerState, Pack
+from ksm_edge.pack.signature import take_signature
 
 STREAMS = {"bits": "u1", "scales": "u1", "norm": "u1", "head": "u1"} | dict.fromkeys(
     ("ranges", "steps", "bias", "own", "golden"), "f4"
@@ -28,6 +29,7 @@ def decode(data: bytes) -> Pack:
     codec that this release does not know.
     """
     text, streams = read_container(data)
+    take_signature(streams)  # whether it fits is for who has the key: see `require_signature`
     metadata = read_metadata(text)
     _check_streams(metadata, streams)
     head, bias = _read_head(metadata, streams)

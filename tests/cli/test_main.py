@@ -19,10 +19,13 @@ EXIT_CODES = {
     "KsmEdgeError": 1,
     "UsageError": 2,
     "DataError": 2,
+    "KeyFileError": 2,
     "FileError": 3,
     "DamagedFileError": 3,
     "WrongBackboneError": 3,
     "UnsupportedVersionError": 3,
+    "SignatureError": 3,
+    "UnsignedError": 3,
     "UnsupportedError": 4,
     "BudgetError": 5,
 }
@@ -110,6 +113,7 @@ def test_every_verb_has_the_same_face(verb: str, capsys: pytest.CaptureFixture[s
 
 
 HEAVY = ("torch", "torchvision", "onnxruntime", "onnx", "numpy", "PIL", "safetensors", "sklearn", "psutil", "tqdm")
+HEAVY += ("cryptography",)
 LOADED = """
 import json, sys
 {statement}

@@ -265,3 +265,11 @@ def test_a_bomb_in_any_coded_stream_takes_no_memory(name: str) -> None:
         decode(data)
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
+
+
+def test_streams_that_share_bytes_are_damage_though_their_sizes_add_up() -> None:
+    header, body = split()
+    start = header["own"]["data_offsets"][0]
+    header["bias"]["data_offsets"] = [start, start + 12]
+    with pytest.raises(DamagedFileError, match=r"the streams overlap or leave a gap: one ends at byte \d+, the next"):
+        decode(joined(header, body))
