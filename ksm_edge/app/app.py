@@ -16,9 +16,10 @@ import numpy as np
 from ksm_edge.app.images import as_input
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
-from ksm_edge.errors import UsageError
+from ksm_edge.errors import UnsignedError, UsageError
 from ksm_edge.fuse import fuse
 from ksm_edge.pack.files import load_pack, require_backbone
+from ksm_edge.pack.keys import load_public_key
 from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes import DEFAULT, load_runtime
 from ksm_edge.runtimes.base import Session
@@ -58,11 +59,16 @@ class App:
         threads: int | None = None,
         limit: int = 8,
         runtime: str = DEFAULT,
+        require_signature: str | os.PathLike[str] | None = None,
     ) -> None:
-        """`bundle`: a Bundle, the path of one, or "embedded"; `threads`: all of this process's cores if not given."""
+        """`bundle`: a Bundle, the path of one, or "embedded"; `threads`: all of this process's cores if not given.
+
+        `require_signature`: a PEM file with an Ed25519 public key; a pack that it does not fit is refused undecoded.
+        """
         if limit < 1:
             raise UsageError(f"limit {limit}: an app keeps at least one session")
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(Path(bundle))
+        self._keys = None if require_signature is None else (load_public_key(require_signature),)
         self._runtime = load_runtime(runtime)
         self._threads = threads or len(os.sched_getaffinity(0))
         self._limit = limit
@@ -79,9 +85,15 @@ class App:
     def load(self, pack: Pack | str | os.PathLike[str], name: str | None = None) -> str:
         """Load a task and return its name, the pack's own if none is given; the first one loaded becomes current.
 
-        Raises WrongBackboneError for a pack of another backbone, UsageError for a name that is taken.
+        Raises WrongBackboneError for a pack of another backbone, UsageError for a name that is taken, UnsignedError or
+        SignatureError where a signature is required.
         """
-        pack = pack if isinstance(pack, Pack) else load_pack(pack)
+        if not isinstance(pack, Pack):
+            pack = load_pack(pack, self._keys)
+        elif self._keys is not None:
+            raise UnsignedError(
+                f"pack {pack.task!r} is in memory, where it has no signature: give the path of its file"
+            )
         require_backbone(pack, self.bundle)
         name = pack.task if name is None else name
         with self._lock:

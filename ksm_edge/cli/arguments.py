@@ -34,6 +34,12 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=None, metavar="N", help="threads (default: the device's)")
 
 
+def add_require_signature(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--require-signature", metavar="PUBLIC.pem", help="refuse a pack that this Ed25519 key did not sign"
+    )
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text)

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from ksm_edge.cli.arguments import add_bundle, add_json, add_threads
+from ksm_edge.cli.arguments import add_bundle, add_json, add_require_signature, add_threads
 
 HELP = "measure a task pack's accuracy on a folder or zip of labelled images"
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_bundle(parser)
     add_threads(parser)
+    add_require_signature(parser)
     add_json(parser)
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ksm_edge.data.digits import digits
     from ksm_edge.data.image_set import open_image_set
 
-    with App(args.bundle, args.threads) as app:
+    with App(args.bundle, args.threads, require_signature=args.require_signature) as app:
         task = app.load(args.pack)
         images = digits() if args.data is None else open_image_set(args.data, least_classes=1)
         report = {"pack": args.pack, "task": task} | evaluate(app, images, _progress)

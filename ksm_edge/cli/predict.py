@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ksm_edge.cli.arguments import add_bundle, add_json, add_threads
+from ksm_edge.cli.arguments import add_bundle, add_json, add_require_signature, add_threads
 
 HELP = "classify images, or folders of images, with a task pack"
 
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=3, metavar="N", help="how many classes to name (default: 3)")
     add_bundle(parser)
     add_threads(parser)
+    add_require_signature(parser)
     add_json(parser)
 
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     good = 0
     listed: list[dict[str, Any]] = []
-    with App(args.bundle, args.threads) as app:
+    with App(args.bundle, args.threads, require_signature=args.require_signature) as app:
         task = app.load(args.pack)
         for path in image_files(args.images):
             try:

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from signing import KeyFiles
 from tiny import FEATURES, tiny_bundle, tiny_pack
 
 from ksm_edge.app.app import App
 from ksm_edge.data.image import open_rgb, to_input
-from ksm_edge.errors import DataError, UsageError, WrongBackboneError
+from ksm_edge.errors import DataError, KeyFileError, SignatureError, UnsignedError, UsageError, WrongBackboneError
 from ksm_edge.fuse import fuse
 from ksm_edge.pack.files import save_pack
+from ksm_edge.pack.keys import load_private_key
+from ksm_edge.pack.signature import signed
 from ksm_edge.runtimes.reference import Session as Reference
 
 
@@ -164,3 +167,33 @@ def test_a_switch_between_two_runs_does_not_mix_tasks_in_one_answer(
     app.switch("a")
     monkeypatch.setattr(App, "logits", switching)
     assert app.predict([photo] * 20) == expected
+
+
+def test_an_app_that_requires_a_signature_refuses_all_else(tmp_path: Path, key_files: KeyFiles) -> None:
+    path = tmp_path / "a.ksm"
+    save_pack(tiny_pack(), path)
+    with App(tiny_bundle(tmp_path / "bundle"), threads=1, require_signature=key_files.public) as app:
+        with pytest.raises(UnsignedError, match=r"a\.ksm: the pack is not signed"):
+            app.load(path)
+        with pytest.raises(UnsignedError, match="in memory, where it has no signature: give the path of its file"):
+            app.load(tiny_pack())
+        plain = path.read_bytes()
+        path.write_bytes(signed(plain, load_private_key(key_files.other, bytes)))
+        with pytest.raises(SignatureError, match=r"a\.ksm: the pack's signature fits none"):
+            app.load(path)
+        assert app.tasks == ()
+        path.write_bytes(signed(plain, load_private_key(key_files.private, bytes)))
+        assert app.load(path) == "tiny kernel"
+
+
+def test_a_key_that_cannot_verify_is_refused_when_the_app_is_made(tmp_path: Path, key_files: KeyFiles) -> None:
+    with pytest.raises(KeyFileError, match="needed an Ed25519 public key"):
+        App(tiny_bundle(tmp_path), threads=1, require_signature=key_files.private)
+
+
+def test_without_that_an_app_takes_signed_packs_too(tmp_path: Path, key_files: KeyFiles) -> None:
+    path = tmp_path / "a.ksm"
+    save_pack(tiny_pack(), path)
+    path.write_bytes(signed(path.read_bytes(), load_private_key(key_files.private, bytes)))
+    with App(tiny_bundle(tmp_path / "bundle"), threads=1) as app:
+        assert app.load(path) == "tiny kernel"
