@@ -11,6 +11,7 @@ from ksm_edge.cli.arguments import add_json
 if TYPE_CHECKING:
     from ksm_edge.pack.record import Pack
 
+SIGNED = "yes; whose signature it is, tells: ksm-edge verify PACK --public PUBLIC.pem"
 HELP = "show what a task pack holds and where its bytes go"
 
 
@@ -50,6 +51,7 @@ def describe(path: str, pack: Pack, data: bytes) -> dict[str, Any]:
         "input_size": pack.input.size,
         "fused_digest": pack.fused_digest,
         "record": dict(pack.record),
+        "signed": parts["signature"] > 0,
         "pack_bytes": len(data),
         "part_bytes": parts,
         "kernels": kernels,
@@ -82,6 +84,7 @@ def _as_text(report: dict[str, Any], verbose: bool) -> str:
         f"  input        {report['input_size']} x {report['input_size']} pixels",
         f"  masks        {masks}, granularity {report['granularity']}; batch-norm statistics {report['statistics']}",
         *_mask_lines(report),
+        f"  signed       {SIGNED if report['signed'] else 'no'}",
         "  bytes",
         *(f"    {part.replace('_', ' '):<11}{size:>10,}" for part, size in report["part_bytes"].items()),
     ]
