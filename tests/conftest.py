@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,3 +37,7 @@ def key_files(tmp_path_factory: pytest.TempPathFactory) -> KeyFiles:
     from signing import write_key_files
 
     return write_key_files(tmp_path_factory.mktemp("keys"))
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Ctrl-C works as in a terminal, also where the tests run in a shell's background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
