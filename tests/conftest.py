@@ -37,6 +37,8 @@ def key_files(tmp_path_factory: pytest.TempPathFactory) -> KeyFiles:
     from signing import write_key_files
 
     return write_key_files(tmp_path_factory.mktemp("keys"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
     """Ctrl-C works as in a terminal, also where the tests run in a shell's background, which ignores it."""

@@ -18,7 +18,7 @@ runtimes
 autodiff
 fuse
 bundle pack data
-mask bitcode device limits
+mask coding device limits
 resources atomic resident
 errors
 """

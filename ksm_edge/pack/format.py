@@ -1,12 +1,12 @@
 """A pack as bytes, the writing side: quantize, code, and put into few streams.
 
 stream   dtype         holds
-bits     U8, coded     keep bits of all layers, in the order of the layer table
+bits     U8, coded     keep bits of all layers, in the order of the layer table (see `ksm_edge.coding.keep`)
 ranges   F32 (n, 2)    least and greatest cut score of the n layers that have any kernel cut
 scales   U8, coded     a code for every cut kernel of those layers; none where scales are all 0 (binary masks)
-norm     U8, coded     int8 codes: differences of gamma, then of beta, layer by layer; none where a step is 0
+norm     U8, coded     codes of the differences of gamma, then of beta, layer by layer; none where a step is 0
 steps    F32 (2 L + C) what those codes count in: gamma and beta of each of L layers, then each row of the head
-head     U8, coded     int8 codes of the head's weight (C, F)
+head     U8, coded     codes of the head's weight (C, F)
 bias     F32 (C,)      the head's bias
 own      F32           mean and var of the layers that have their own
 golden   F32 (n, C)    logits for the bundle's n golden inputs
@@ -20,16 +20,17 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ksm_edge.bitcode import BYTES, deflate, encode_keep
+from ksm_edge.coding.deflate import DEFLATE, encode_codes
+from ksm_edge.coding.keep import encode_keep
 from ksm_edge.errors import UsageError
 from ksm_edge.mask import score_shape
 from ksm_edge.pack.container import write_container
 from ksm_edge.pack.metadata import Metadata, checksum, write_metadata
-from ksm_edge.pack.quantize import quantize_difference, quantize_scale
+from ksm_edge.pack.quantize import quantize_difference, quantize_scale, unsigned
 from ksm_edge.pack.record import LayerState, Pack
 
 # `adapt` judges and reports a task as these bits hold it.
-SCALE_BITS, NORM_BITS, HEAD_BITS = 4, 8, 8
+SCALE_BITS, NORM_BITS, HEAD_BITS = 2, 4, 5
 
 
 def encode(
@@ -53,9 +54,9 @@ def encode(
     own = [part for state in states for part in (state.mean, state.var) if part is not None]
     coded = {
         "bits": keep_bits,
-        "scales": deflate(_joined(scales, np.uint8).tobytes()),
-        "norm": deflate(_joined((codes for codes, step in norm if step), np.int8).tobytes()),
-        "head": deflate(_joined((codes for codes, _ in head), np.int8).tobytes()),
+        "scales": encode_codes(_joined(scales, np.uint8), scale_bits),
+        "norm": encode_codes(unsigned(_joined((codes for codes, step in norm if step), np.int8), norm_bits), norm_bits),
+        "head": encode_codes(unsigned(_joined((codes for codes, _ in head), np.int8), head_bits), head_bits),
     }
     streams = {name: np.frombuffer(data, np.uint8) for name, data in coded.items()} | {
         "ranges": np.array([(mask.low, mask.high) for mask in cut], "<f4").reshape(-1, 2),
@@ -77,7 +78,7 @@ def encode(
         own_statistics=tuple(i for i, state in enumerate(states) if state.mean is not None),
         features=pack.head_weight.shape[1],
         bits=bits,
-        codecs=dict.fromkeys(coded, BYTES) | {"bits": codec},
+        codecs=dict.fromkeys(coded, DEFLATE) | {"bits": codec},
         checksums={name: checksum(stream.tobytes()) for name, stream in streams.items()},
         fused_digest=pack.fused_digest,
         record=dict(pack.record),

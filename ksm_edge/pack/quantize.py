@@ -37,6 +37,16 @@ def quantize_difference(difference: np.ndarray, bits: int) -> tuple[np.ndarray, 
     return np.clip(np.rint(difference / step), -limit, limit).astype(np.int8), step
 
 
+def unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes in [-q, q] as uint8 in [0, 2 q], q = 2^(bits - 1) - 1."""
+    return (codes.astype(np.int16) + (2 ** (bits - 1) - 1)).astype(np.uint8)
+
+
+def signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Undo `unsigned`, int16; the one code over 2 q comes out as q + 1, which stands for nothing."""
+    return codes.astype(np.int16) - np.int16(2 ** (bits - 1) - 1)
+
+
 def dequantize_difference(codes: np.ndarray, step: np.ndarray | np.float32) -> np.ndarray:
     """The float32 values that the codes stand for; steps of several rows as (rows, 1)."""
     return codes.astype(np.float32) * step

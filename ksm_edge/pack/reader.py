@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ksm_edge.bitcode import BYTES, decode_keep, inflate
+from ksm_edge.coding.deflate import DEFLATE, decode_codes
+from ksm_edge.coding.keep import decode_keep
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
 from ksm_edge.mask import SoftMask
 from ksm_edge.pack.container import read_container
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.metadata import Metadata, checksum, read_metadata
-from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale
+from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale, signed
 from ksm_edge.pack.record import LayerState, Pack
 from ksm_edge.pack.signature import take_signature
 
@@ -78,29 +79,28 @@ def _check_streams(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> Non
         if stream.dtype == np.float32 and not np.isfinite(stream).all():
             raise DamagedFileError(f"stream {name!r} holds values that are not finite")
     for name in ("scales", "norm", "head"):
-        if metadata.codecs.get(name) != BYTES:
+        if metadata.codecs.get(name) != DEFLATE:
             raise UnsupportedVersionError(
-                f"stream {name!r} is coded as {metadata.codecs.get(name)!r}; this release knows {BYTES}"
+                f"stream {name!r} is coded as {metadata.codecs.get(name)!r}; this release knows {DEFLATE}"
             )
 
 
 def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[SoftMask | None]:
     shapes = metadata.score_shapes
     codec = metadata.codecs.get("bits", "nothing")
-    keeps = decode_keep(codec, streams["bits"].tobytes(), [math.prod(shape) for shape in shapes])
+    keeps = decode_keep(codec, streams["bits"].tobytes(), [(shape[0], math.prod(shape[1:])) for shape in shapes])
     counts = [0 if keep is None else int(keep.size - np.count_nonzero(keep)) for keep in keeps]
     ranges = _shaped(streams, "ranges", (sum(count > 0 for count in counts), 2))
-    codes = inflate(streams["scales"].tobytes(), exactly=sum(counts) if metadata.soft else 0)
-    scales = dequantize_scale(np.frombuffer(codes, np.uint8), metadata.bits["scale"])
-    if scales.size and scales.max() > 0.5:
-        raise DamagedFileError("stream 'scales' holds a code over its bits")
+    bits = metadata.bits["scale"]
+    codes = decode_codes(streams["scales"].tobytes(), bits, sum(counts) if metadata.soft else 0)
+    scales = dequantize_scale(codes, bits)
     masks: list[SoftMask | None] = []
     row = first = 0
     for keep, count, shape in zip(keeps, counts, shapes, strict=True):
         if keep is None:
             masks.append(None)
             continue
-        scale = np.zeros(keep.size, np.float32)
+        scale = np.zeros(keep.shape, np.float32)
         if metadata.soft:
             scale[~keep] = scales[first : first + count]
         low, high = ranges[row].tolist()
@@ -114,7 +114,7 @@ def _read_norm(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[tu
     steps = streams["steps"][: 2 * len(metadata.layers)].reshape(-1, 2)
     filters = [O for _, O, *_ in metadata.layers]
     size = sum(O * int(np.count_nonzero(pair)) for O, pair in zip(filters, steps, strict=True))
-    codes = np.frombuffer(inflate(streams["norm"].tobytes(), exactly=size), np.int8)
+    codes = _signed_codes(metadata, streams, "norm", size)
     position, pairs = 0, []
     for O, pair in zip(filters, steps, strict=True):
         parts = []
@@ -134,8 +134,16 @@ def _read_head(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> tuple[n
     steps = _shaped(streams, "steps", (2 * L + C,))
     if (steps < 0).any():
         raise DamagedFileError("stream 'steps' holds a step below 0")
-    codes = np.frombuffer(inflate(streams["head"].tobytes(), exactly=C * F), np.int8).reshape(C, F)
+    codes = _signed_codes(metadata, streams, "head", C * F).reshape(C, F)
     return dequantize_difference(codes, steps[2 * L :, None]), _shaped(streams, "bias", (C,))
+
+
+def _signed_codes(metadata: Metadata, streams: Mapping[str, np.ndarray], name: str, count: int) -> np.ndarray:
+    bits = metadata.bits[name]
+    codes = signed(decode_codes(streams[name].tobytes(), bits, count), bits)
+    if codes.size and codes.max() >= 2 ** (bits - 1):
+        raise DamagedFileError(f"stream {name!r} holds a code that no value has")
+    return codes
 
 
 def _read_own(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
