@@ -166,10 +166,11 @@ class Job:
         validation = self._accuracy(pack) if self.held_out else None
         with interrupt_held_back():
             progress.finish_epoch(validation)
-            # Equal accuracy: the later epoch, whose rates are lower. Without a split: the last.
-            if validation is None or validation >= progress.best_accuracy:
+            # Equal accuracy: the later epoch, whose rates are lower. Without a split: the last. None that is not yet
+            # thinned: its pack would be larger than was asked for.
+            if self.trainer.is_thinned and (validation is None or validation >= progress.best_accuracy):
                 progress.best_accuracy = -1.0 if validation is None else validation
-                progress.best_epoch, self.best = progress.epoch, encode(pack)
+                progress.best_epoch, self.best = progress.epoch, encode(pack, **self.settings.pack_bits)
         give_back()
         self._observer.epoch(progress.history[-1], self.settings.epochs)
 

@@ -120,7 +120,7 @@ def _finish(job: Job, out: Path, skipped: list[tuple[str, str]], provenance: Map
         **provenance,
     }
     pack = finished(decode(job.best), job.bundle, job.judge, record)
-    size = save_pack(pack, out)
+    size = save_pack(pack, out, **job.settings.pack_bits)
     job.checkpoint.unlink(missing_ok=True)
     return Adapted(
         pack_path=out,

@@ -28,6 +28,12 @@ NUMBERS = {
     "head_rate": "learning rate of the head",
     "label_smoothing": "label smoothing",
     "validation": "share of the training images held out for choosing",
+    "thin": "share of the cut kernels, those that matter least, put back late in training",
+}
+BITS = {
+    "scale_bits": "bits of each mask scale in the pack, 1 to 8",
+    "norm_bits": "bits of each batch-norm difference, 2 to 8",
+    "head_bits": "bits of each weight of the head, 2 to 8",
 }
 
 
@@ -60,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, meaning in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
+    parser.add_argument(
+        "--small", action="store_true", help="a pack about half as large, by more thinning and fewer bits"
+    )
+    for name, meaning in BITS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=meaning)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     add_json(parser)
 
@@ -132,11 +143,11 @@ def _images(data: str | None) -> ImageSet:
 
 
 def _settings(args: argparse.Namespace, device: Device) -> Settings:
-    from ksm_edge.training.settings import Settings
+    from ksm_edge.training.settings import SMALL, Settings
 
-    names = ("epochs", "batch", "method", "granularity", "statistics", "seed", *NUMBERS)
+    names = ("epochs", "batch", "method", "granularity", "statistics", "seed", *NUMBERS, *BITS)
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    defaults: dict[str, Any] = {"batch": device.batch}
+    defaults: dict[str, Any] = {"batch": device.batch, **(SMALL if args.small else {})}
     if args.data is None:
         defaults["epochs"] = DEMO_EPOCHS
     return Settings(**{**defaults, **given}, soft=not args.binary, flip=args.flip, balanced=args.balanced)

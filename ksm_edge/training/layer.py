@@ -16,7 +16,16 @@ import numpy as np
 from ksm_edge.autodiff.spec import product_shape
 from ksm_edge.bundle.layers import Layer, LayerWeights
 from ksm_edge.fuse import fuse_layer, fused_bias, fused_weight, norm_factor
-from ksm_edge.mask import INITIAL_SCORE, SoftMask, expand, keep_gradient, reduce_kernels, score_shape, soft_mask
+from ksm_edge.mask import (
+    INITIAL_SCORE,
+    THRESHOLD,
+    SoftMask,
+    expand,
+    keep_gradient,
+    reduce_kernels,
+    score_shape,
+    soft_mask,
+)
 from ksm_edge.pack.record import LayerState
 from ksm_edge.training.adam import Adam
 from ksm_edge.training.settings import Settings
@@ -44,6 +53,7 @@ class TrainedLayer:
             self.learning["gamma"] = Adam(self.gamma)
         if masked:
             self.learning["score"] = Adam(self.score)
+        self.settled = False  # True: kept kernels stay kept, see `settle`
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(layer.weight_shape if form != "channel" else (O,), np.float32)
@@ -74,10 +84,24 @@ class TrainedLayer:
 
     def step(self, rates: dict[str, float], count: int) -> None:
         """One optimizer step from what the accumulators hold, then the next fused weights."""
+        kept = self.score == INITIAL_SCORE if self.settled else None
         for name, gradient in self.gradients().items():
             if name in self.learning:
                 chain = keep_gradient if name == "score" else None
                 self.learning[name].step(gradient, rates[name], count, chain)
+        if kept is not None:
+            self.score[kept] = INITIAL_SCORE
+        self.fuse()
+
+    def settle(self, stays: np.ndarray) -> None:
+        """Of the cut kernels only those stay cut that `stays`, in the order of the scores, is True for.
+
+        All others are at the initial score from here on, and to be at that score is to stay there.
+        """
+        cut = self.score < THRESHOLD
+        cut[cut] = stays
+        self.score[~cut] = INITIAL_SCORE
+        self.settled = True
         self.fuse()
 
     def gradients(self) -> dict[str, np.ndarray]:

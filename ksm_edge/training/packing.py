@@ -38,7 +38,8 @@ def to_pack(trainer: Trainer, task: str, classes: tuple[str, ...]) -> Pack:
             record={},
             fused_digest="",
             golden_logits=np.zeros((0, len(classes)), np.float32),
-        )
+        ),
+        **settings.pack_bits,
     )
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ksm_edge.errors import UsageError
 from ksm_edge.mask import group_size
+from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
+FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
+# What makes a pack about half as large as the default, for a point of accuracy.
+SMALL: Mapping[str, Any] = {"thin": 0.75, "scale_bits": 1, "norm_bits": 3, "head_bits": 4}
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,16 @@ class Settings:
     score_rate: float = 2e-4
     norm_rate: float = 1e-3
     head_rate: float = 2e-3
+    thin: float = 0.5  # share of the cut kernels, those that change least, put back to 1 late in training
     warmup: float = 0.05  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
     seed: int = 0
+    scale_bits: int = SCALE_BITS  # of each cut kernel's scale in the pack, 1 to 8
+    norm_bits: int = NORM_BITS  # of each difference of gamma and beta, 2 to 8
+    head_bits: int = HEAD_BITS  # of each weight of the head, 2 to 8
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -38,12 +48,20 @@ class Settings:
             group_size(self.granularity)
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: must not be negative")
+        for name, fewest in FEWEST_BITS.items():
+            if not fewest <= getattr(self, name) <= 8:
+                raise UsageError(f"{name} {getattr(self, name)}: must be {fewest} to 8")
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must be at least 1")
-        for name in ("score_rate", "norm_rate", "head_rate", "warmup", "label_smoothing", "validation"):
+        for name in ("score_rate", "norm_rate", "head_rate", "thin", "warmup", "label_smoothing", "validation"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
+
+    @property
+    def pack_bits(self) -> dict[str, int]:
+        """As `ksm_edge.pack.format.encode` takes them."""
+        return {name: getattr(self, name) for name in FEWEST_BITS}
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import Settings
+from ksm_edge.training.thinning import thin, thinning_step
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,19 @@ class Trainer:
         rates = {name: rate * factor for name, rate in rates.items()}
         for layer in self.layers.values():
             layer.step(rates, self.count)
+        if self._thins and self.count == thinning_step(self.steps):
+            thin(self.layers.values(), settings.thin)
         for name, adam in self.head_learning.items():
             adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
+
+    @property
+    def _thins(self) -> bool:
+        return self.settings.method == "ksm" and self.settings.thin > 0
+
+    @property
+    def is_thinned(self) -> bool:
+        """Whether the masks have lost what they will lose, which without `thin` is nothing."""
+        return not self._thins or self.count >= thinning_step(self.steps)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that changes, by name; the arrays themselves, not copies."""
@@ -134,6 +146,7 @@ class Trainer:
             array[:] = state[name]
         self.count = count
         for layer in self.layers.values():
+            layer.settled = self._thins and self.is_thinned
             layer.fuse()
 
 

@@ -320,7 +320,7 @@ def test_ctrl_c_in_the_middle_of_anything_leaves_a_whole_state(
 def test_ctrl_c_behind_the_last_epoch_costs_nothing(
     bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **bits: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import LAYERS, tiny_weights
+
+from ksm_edge.mask import INITIAL_SCORE, THRESHOLD, expand
+from ksm_edge.training.layer import TrainedLayer
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.thinning import salience, thin, thinning_step
+
+TABLE = {layer.name: layer for layer in LAYERS}
+
+
+def layer(name: str, granularity: str = "kernel", form: str = "pointwise", seed: int = 1) -> TrainedLayer:
+    """A layer some of whose scores are cut."""
+    result = TrainedLayer(TABLE[name], tiny_weights()[name], form, Settings(granularity=granularity))
+    result.score[...] = np.random.default_rng(seed).normal(8e-3, 5e-3, result.score.shape)
+    result.fuse()
+    return result
+
+
+FORMS = {"project": "pointwise", "stem": "taps"}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("granularity", ["kernel", "group:3", "channel", "element"])
+def test_salience_is_the_squared_change_of_the_weights_over_their_filters_mean(name: str, granularity: str) -> None:
+    subject = layer(name, granularity, FORMS[name])
+    mask, weight = subject.mask(), subject.pristine.weight
+    found = salience(subject)
+    assert found.shape == ((~mask.keep).sum(),)
+    for place, value in zip(np.argwhere(~mask.keep), found, strict=True):
+        changed = mask.values.copy()
+        others = np.ones_like(changed)
+        others[tuple(place)] = changed[tuple(place)]
+        change = weight - weight * expand(others, weight.shape, granularity)
+        scores_of_filter = mask.keep[0].size
+        expected = np.square(change).sum() / (np.square(weight[place[0]]).sum() / scores_of_filter)
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_least_salient_of_all_layers_go_back_and_the_others_stay() -> None:
+    subjects = [layer("stem", form="taps", seed=1), layer("project", seed=2)]
+    before = [(salience(subject), subject.score < THRESHOLD) for subject in subjects]
+    thin(subjects, 0.5)
+    median = np.quantile(np.concatenate([values for values, _ in before]), 0.5)
+    for subject, (values, was_cut) in zip(subjects, before, strict=True):
+        is_cut = subject.score < THRESHOLD
+        np.testing.assert_array_equal(is_cut[was_cut], values >= median)
+        assert (subject.score[~is_cut] == np.float32(INITIAL_SCORE)).all()
+        np.testing.assert_array_equal(subject.mask().keep, ~is_cut)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
+def test_so_many_go_back_as_were_asked_for(share: float) -> None:
+    subjects = [layer("stem", form="taps", seed=1), layer("project", seed=2)]
+    count = sum((subject.score < THRESHOLD).sum() for subject in subjects)
+    thin(subjects, share)
+    assert sum((subject.score < THRESHOLD).sum() for subject in subjects) == count - int(share * count)
+
+
+def test_what_is_kept_stays_and_what_is_cut_still_learns() -> None:
+    subject = layer("project")
+    thin([subject], 0.5)
+    before = subject.score.copy()
+    rng = np.random.default_rng(0)
+    for count in range(1, 4):
+        subject.product[...] = rng.standard_normal(subject.product.shape)
+        subject.step({"score": 1e-3, "gamma": 1e-3, "beta": 1e-3}, count)
+    is_cut = before < THRESHOLD
+    np.testing.assert_array_equal(subject.score[~is_cut], before[~is_cut])
+    assert (subject.score[is_cut] != before[is_cut]).all()
+
+
+def test_nothing_cut_is_nothing_to_thin() -> None:
+    subject = TrainedLayer(TABLE["project"], tiny_weights()["project"], "pointwise", Settings())
+    thin([subject], 0.5)
+    assert subject.mask().keep.all()
+    thin([], 0.5)
+
+
+def test_thinning_leaves_steps_to_learn_to_do_without() -> None:
+    assert thinning_step(1) == 1
+    assert all(1 <= thinning_step(steps) < steps for steps in range(3, 500))
