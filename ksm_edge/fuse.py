@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
-from ksm_edge.mask import expand
+from ksm_edge.mask import SoftMask, expand
 from ksm_edge.pack.files import require_backbone
 from ksm_edge.pack.record import LayerState, Pack
 
@@ -36,25 +36,46 @@ def fused_bias(beta: np.ndarray, bias: np.ndarray, mean: np.ndarray, factor: np.
     return beta + (bias - mean) * factor
 
 
+def fuse_weight_into(
+    out: np.ndarray, weight: np.ndarray, mask: SoftMask | None, factor: np.ndarray, granularity: str
+) -> None:
+    """V into `out`, (O, I, kh, kw) float32; the bits of `fused_weight`, in one pass where one score is a kernel's."""
+    if mask is not None and granularity != "kernel":
+        out[:] = fused_weight(weight, expand(mask.values, weight.shape, granularity), factor)
+        return
+    np.multiply(weight, factor[:, None, None, None], out=out)
+    if mask is not None:
+        # Few kernels are cut: those are made again. The others have the same bits, as W 1 is W.
+        O, I, kh, kw = weight.shape
+        kernels = weight.reshape(O * I, kh * kw)[mask.cut] * mask.cut_scale[:, None]
+        out.reshape(O * I, kh * kw)[mask.cut] = kernels * factor[mask.cut // I, None]
+
+
 def fuse_layer(
-    layer: Layer, weights: LayerWeights, state: LayerState | None, granularity: str = "kernel"
+    layer: Layer,
+    weights: LayerWeights,
+    state: LayerState | None,
+    granularity: str = "kernel",
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One layer's V (O, I, kh, kw) and v (O,); `state` None is the backbone as it is."""
+    """One layer's V (O, I, kh, kw), in `out` if that is given, and v (O,); `state` None is the backbone as it is."""
     gamma, beta, mean, var, mask = weights.gamma, weights.beta, weights.mean, weights.var, None
     if state is not None:
         gamma, beta = gamma + state.gamma_delta, beta + state.beta_delta
         mean = mean if state.mean is None else state.mean
         var = var if state.var is None else state.var
-        if state.mask is not None:
-            mask = expand(state.mask.values, layer.weight_shape, granularity)
+        mask = state.mask
     factor = norm_factor(gamma, var, layer.eps)
-    return fused_weight(weights.weight, mask, factor), fused_bias(beta, weights.bias, mean, factor)
+    weight = np.empty_like(weights.weight) if out is None else out
+    fuse_weight_into(weight, weights.weight, mask, factor, granularity)
+    return weight, fused_bias(beta, weights.bias, mean, factor)
 
 
-def fuse(bundle: Bundle, pack: Pack | None) -> dict[str, np.ndarray]:
+def fuse(bundle: Bundle, pack: Pack | None, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """All weights a session needs, by initializer name: `LAYER.weight` (O, I, kh, kw) and `LAYER.bias` (O,), float32.
 
-    `pack` None is the plain backbone. Raises WrongBackboneError for a pack of another one.
+    `pack` None is the plain backbone. `out`: what an earlier call gave, to be written over: no memory is taken.
+    Raises WrongBackboneError for a pack of another one.
     """
     if pack is not None:
         require_backbone(pack, bundle)
@@ -62,8 +83,9 @@ def fuse(bundle: Bundle, pack: Pack | None) -> dict[str, np.ndarray]:
     for layer in bundle.layers:
         state = None if pack is None else pack.layers.get(layer.name)
         granularity = "kernel" if pack is None else pack.granularity
-        weight, bias = fuse_layer(layer, bundle.weights[layer.name], state, granularity)
-        fused[f"{layer.name}.weight"], fused[f"{layer.name}.bias"] = weight, bias
+        names = f"{layer.name}.weight", f"{layer.name}.bias"
+        ready = None if out is None else out[names[0]]
+        fused[names[0]], fused[names[1]] = fuse_layer(layer, bundle.weights[layer.name], state, granularity, ready)
     return fused
 
 

@@ -32,17 +32,34 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SoftMask:
-    """What a layer's scores say: `keep` bits, `scale` in [0, 0.5] (0 where kept), and the range it was made from."""
+    """What a layer's scores say, told by what is cut, a few hundredths of it, and the range it was made from."""
 
-    keep: np.ndarray  # bool, score-shaped
-    scale: np.ndarray  # float32, score-shaped
+    cut: np.ndarray  # (n,) int32: flat places of the cut scores, ascending
+    cut_scale: np.ndarray  # (n,) float32: their scales, in [0, 0.5]
+    shape: Shape  # of the scores
     low: float
     high: float
 
     @property
+    def keep(self) -> np.ndarray:
+        """b, bool, score-shaped."""
+        keep = np.ones(self.shape, bool)
+        keep.reshape(-1)[self.cut] = False
+        return keep
+
+    @property
+    def scale(self) -> np.ndarray:
+        """a, score-shaped: 0 where kept."""
+        scale = np.zeros(self.shape, self.cut_scale.dtype)
+        scale.reshape(-1)[self.cut] = self.cut_scale
+        return scale
+
+    @property
     def values(self) -> np.ndarray:
-        """The soft mask M = keep + scale, float32, score-shaped: 1 where kept, elsewhere in [0, 0.5]."""
-        return self.keep + self.scale
+        """The soft mask M = keep + scale, score-shaped: 1 where kept, elsewhere in [0, 0.5]."""
+        values = np.ones(self.shape, self.cut_scale.dtype)
+        values.reshape(-1)[self.cut] = self.cut_scale
+        return values
 
 
 def score_shape(weight_shape: Shape, granularity: str) -> Shape:
@@ -75,23 +92,23 @@ def soft_mask(score: np.ndarray, *, soft: bool = True) -> SoftMask:
     The range is taken over the WHOLE layer of score * (1 - keep), so the zeros of kept kernels take part.
     """
     number = score.dtype.type
-    keep = score >= number(THRESHOLD)
-    is_cut = ~keep
-    cut = score[is_cut]  # few: work on these alone
-    scale = np.zeros_like(score)
+    places = np.flatnonzero(~(score >= number(THRESHOLD))).astype(np.int32)
+    cut = score.reshape(-1)[places]
+    scale = np.zeros_like(cut)
     low, high = (float(cut.min()), float(cut.max())) if cut.size else (0.0, 0.0)
     if cut.size < score.size:
         low, high = min(low, 0.0), max(high, 0.0)
     if soft and high - low > SMALLEST_RANGE:
         # Rounding may pass the ends by an ulp.
-        scale[is_cut] = np.clip((cut - number(low)) * number(SCALE_LIMIT / (high - low)), 0, SCALE_LIMIT)
-    return SoftMask(keep, scale, low, high)
+        scale = np.clip((cut - number(low)) * number(SCALE_LIMIT / (high - low)), 0, SCALE_LIMIT)
+    return SoftMask(places, scale.astype(score.dtype, copy=False), score.shape, low, high)
 
 
 def score_from_scale(mask: SoftMask) -> np.ndarray:
     """Scores that would give this mask: cut ones back from their scale, kept ones at the initial score."""
-    cut = mask.low + (mask.high - mask.low) / SCALE_LIMIT * mask.scale
-    return np.where(mask.keep, np.float32(INITIAL_SCORE), cut).astype(np.float32)
+    score = np.full(mask.shape, INITIAL_SCORE, np.float32)
+    score.reshape(-1)[mask.cut] = mask.low + (mask.high - mask.low) / SCALE_LIMIT * mask.cut_scale
+    return score
 
 
 def expand(mask: np.ndarray, weight_shape: Shape, granularity: str) -> np.ndarray:

@@ -69,7 +69,7 @@ def _layer(pack: Pack, name: str) -> dict[str, Any]:
     O, I, *_ = shape = pack.weight_shapes[name]
     mask = pack.layers[name].mask
     scores = math.prod(score_shape(shape, pack.granularity))
-    kept = scores if mask is None else int(mask.keep.sum())
+    kept = scores - (0 if mask is None else mask.cut.size)
     return {"name": name, "weight_shape": list(shape), "kernels": O * I, "scores": scores, "kept": kept}
 
 

@@ -37,7 +37,8 @@ def decode(data: bytes | memoryview, divisors: np.ndarray) -> tuple[np.ndarray, 
     """Gaps (n,) int64 for the divisors (n,), and how many bytes they took; DamagedFileError where `data` is too short
     or is not filled up with zeros.
     """
-    bits = np.unpackbits(np.frombuffer(data, np.uint8))
+    octets = np.frombuffer(data, np.uint8)
+    bits = np.unpackbits(octets)
     count = divisors.size
     ends = np.flatnonzero(bits == 0)[:count]
     if ends.size < count:
@@ -45,7 +46,7 @@ def decode(data: bytes | memoryview, divisors: np.ndarray) -> tuple[np.ndarray, 
     start = int(ends[-1]) + 1 if count else 0
     quotients = np.diff(ends, prepend=-1) - 1
     widths, cutoffs = _truncated(divisors)
-    remainders, start = _take(bits, start, widths)
+    remainders, start = _take(octets, start, widths)
     is_long = (remainders >= cutoffs) & (divisors > 1)
     end = start + int(np.count_nonzero(is_long))
     if end > bits.size:
@@ -77,14 +78,13 @@ def _put(values: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return bits
 
 
-def _take(bits: np.ndarray, start: int, widths: np.ndarray) -> tuple[np.ndarray, int]:
-    """Undo `_put` from `start` on; also where it ended."""
+def _take(octets: np.ndarray, start: int, widths: np.ndarray) -> tuple[np.ndarray, int]:
+    """Undo `_put` from bit `start` on; also where it ended. Widths are at most 25, so four bytes hold every value."""
     ends = start + np.cumsum(widths)
     end = int(ends[-1]) if ends.size else start
-    if end > bits.size:
+    if end > 8 * octets.size:
         raise DamagedFileError("Golomb codes: remainders are missing")
-    values = np.zeros(widths.size, np.int64)
-    for place in range(int(widths.max(initial=0))):
-        has = widths > place
-        values[has] |= bits[ends[has] - 1 - place].astype(np.int64) << place
-    return values, end
+    begins = ends - widths
+    first, padded = begins >> 3, np.concatenate([octets, np.zeros(4, np.uint8)]).astype(np.int64)
+    window = padded[first] << 24 | padded[first + 1] << 16 | padded[first + 2] << 8 | padded[first + 3]
+    return window >> (32 - (begins & 7) - widths) & (1 << widths) - 1, end

@@ -1,4 +1,4 @@
-"""Keep bits of all layers, coded to about their entropy.
+"""Keep bits of all layers, told by the places of what is cut, coded to about their entropy.
 
 Cut kernels are rare and cluster: some filters (rows) and some in-channels (columns) hold many more than others. So a
 layer's rows and columns may each be told apart as calm or busy, which splits its kernels into up to four groups, and in
@@ -11,8 +11,10 @@ its groups; which rows and columns are busy, of all layers in one; the gaps of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -30,33 +32,70 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows and which columns of a layer are busy: bool (O,) and (X,); all False where they are not told apart."""
+    """Which rows and which columns of a layer (O, X) are busy: bool (O,) and (X,); None where they are not told apart.
 
-    rows: np.ndarray
-    columns: np.ndarray
+    Its groups are numbered calm rows first, and within these calm columns first.
+    """
 
-    def groups(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Row and column numbers of each group that has any cells: calm rows first, calm columns first."""
-        for row_class in (False, True):
-            for column_class in (False, True):
-                rows, columns = np.flatnonzero(self.rows == row_class), np.flatnonzero(self.columns == column_class)
-                if rows.size and columns.size:
-                    yield rows, columns
+    shape: Shape
+    rows: np.ndarray | None
+    columns: np.ndarray | None
+
+    @property
+    def classes(self) -> tuple[int, int]:
+        """Of rows and of columns: 1 or 2."""
+        return 1 + (self.rows is not None), 1 + (self.columns is not None)
+
+    @cached_property
+    def cells(self) -> list[int]:
+        """The number of scores in each group."""
+        return [rows.size * columns.size for rows, columns in self._groups]
+
+    def apart(self, cut: np.ndarray) -> list[np.ndarray]:
+        """Places in the layer -> for each group the places in it, ascending."""
+        rows, columns = np.divmod(cut, self.shape[1])
+        (row_class, row), (column_class, column) = (
+            (flags[places].astype(np.int8), _ranks(flags)[places]) if flags is not None else (0, places)
+            for flags, places in ((self.rows, rows), (self.columns, columns))
+        )
+        group = np.broadcast_to(row_class * self.classes[1] + column_class, cut.shape)
+        widths = [numbers.size for numbers in _numbers(self.columns, self.shape[1])] * self.classes[0]
+        return [row[group == g] * width + column[group == g] for g, width in enumerate(widths)]
+
+    def together(self, groups: Sequence[np.ndarray]) -> np.ndarray:
+        """Undo `apart`: int32."""
+        if self.classes == (1, 1):
+            return groups[0].astype(np.int32)
+        parts = []
+        for (rows, columns), places in zip(self._groups, groups, strict=True):
+            row, column = np.divmod(places, max(1, columns.size))
+            parts.append(rows[row] * self.shape[1] + columns[column])
+        return np.sort(np.concatenate(parts)).astype(np.int32)
+
+    @cached_property
+    def _groups(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Row and column numbers of each group."""
+        by_row, by_column = _numbers(self.rows, self.shape[0]), _numbers(self.columns, self.shape[1])
+        return [(rows, columns) for rows in by_row for columns in by_column]
 
 
-def encode_keep(keeps: Sequence[np.ndarray]) -> tuple[str, bytes]:
-    """Keep bits of all layers, each a bool array (O, ...) -> the id of the smaller codec, and its bytes."""
-    tables = [keep.reshape(len(keep), -1) for keep in keeps]
-    grouped, packed = _encode_groups(tables), _pack(tables)
-    if 2 * len(grouped) < len(packed):  # far from what deflate could reach, and that takes most of the time
+def table_shape(shape: tuple[int, ...]) -> Shape:
+    """(O, X): scores of any granularity as a table of one row for each filter."""
+    return shape[0], math.prod(shape[1:])
+
+
+def encode_keep(cuts: Sequence[np.ndarray], shapes: Sequence[Shape]) -> tuple[str, bytes]:
+    """The smaller codec's id, and its bytes, of what is cut: of each table (O, X) the flat places, ascending."""
+    grouped, raw_bytes = _encode_groups(cuts, shapes), -(-sum(O * X for O, X in shapes) // 8)
+    if 2 * len(grouped) < raw_bytes:  # far from what deflate could reach, and that takes most of the time
         return GROUPS, grouped
-    candidates = {GROUPS: grouped, PACKED: deflate(packed)}
+    candidates = {GROUPS: grouped, PACKED: deflate(_pack(cuts, shapes))}
     codec = min(candidates, key=lambda name: len(candidates[name]))
     return codec, candidates[codec]
 
 
-def decode_keep(codec: str, data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray | None]:
-    """The keep bits of layers of `shapes` (O, X), each (O, X) bool; None where every bit is set.
+def decode_keep(codec: str, data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """Undo `encode_keep`: int32 places for each of the tables.
 
     Raises UnsupportedVersionError for a codec not known here, DamagedFileError where the bytes do not fit the shapes.
     """
@@ -67,38 +106,34 @@ def decode_keep(codec: str, data: bytes, shapes: Sequence[Shape]) -> list[np.nda
     raise UnsupportedVersionError(f"keep bits are coded as {codec!r}; this release knows {GROUPS} and {PACKED}")
 
 
-def _encode_groups(tables: Sequence[np.ndarray]) -> bytes:
+def _encode_groups(cuts: Sequence[np.ndarray], shapes: Sequence[Shape]) -> bytes:
     table_of_contents, busy = bytearray(), []
-    gaps, divisors = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for keep in tables:
-        if keep.all():
+    groups: list[tuple[int, np.ndarray]] = []
+    for cut, shape in zip(cuts, shapes, strict=True):
+        if not cut.size:
             table_of_contents += _varint(NOTHING_CUT)
             continue
-        is_cut = ~keep
-        split = _best_split(is_cut)
-        table_of_contents += _varint(WHOLE + split.rows.any() + 2 * split.columns.any())
-        busy += [flags for flags in (split.rows, split.columns) if flags.any()]
-        for rows, columns in split.groups():
-            places = np.flatnonzero(is_cut[np.ix_(rows, columns)])
+        split = _best_split(cut, shape)
+        table_of_contents += _varint(WHOLE + (split.rows is not None) + 2 * (split.columns is not None))
+        busy += [flags for flags in (split.rows, split.columns) if flags is not None]
+        for places, cells in zip(split.apart(cut), split.cells, strict=True):
             table_of_contents += _varint(places.size)
-            if places.size:
-                gaps.append(np.diff(places, prepend=-1) - 1)
-                divisors.append(np.full(places.size, golomb.divisor(rows.size * columns.size, places.size)))
+            groups.append((cells, places))
     flags = np.concatenate(busy) if busy else np.zeros(0, bool)
     places = np.flatnonzero(flags)
     table_of_contents += _varint(places.size)
-    coded_flags = golomb.encode(np.diff(places, prepend=-1) - 1, _divisors(flags.size, places.size))
-    return bytes(table_of_contents) + coded_flags + golomb.encode(np.concatenate(gaps), np.concatenate(divisors))
+    return bytes(table_of_contents) + _golomb([(flags.size, places)]) + _golomb(groups)
 
 
-def _best_split(is_cut: np.ndarray) -> Split:
-    O, X = is_cut.shape
-    return Split(_busy(is_cut.sum(axis=1), X), _busy(is_cut.sum(axis=0), O))
+def _best_split(cut: np.ndarray, shape: Shape) -> Split:
+    rows, columns = np.divmod(cut, shape[1])
+    by_row, by_column = np.bincount(rows, minlength=shape[0]), np.bincount(columns, minlength=shape[1])
+    return Split(shape, _busy(by_row, shape[1]), _busy(by_column, shape[0]))
 
 
-def _busy(counts: np.ndarray, cells: int) -> np.ndarray:
+def _busy(counts: np.ndarray, cells: int) -> np.ndarray | None:
     """Which of the rows, given each one's count of cut kernels among its cells, to tell apart: those over the threshold
-    that makes the whole shortest.
+    that makes the whole shortest. None where all in one are as short.
     """
     ordered = np.sort(counts)
     below, number = np.cumsum(ordered)[:-1], np.arange(1, counts.size)
@@ -106,98 +141,101 @@ def _busy(counts: np.ndarray, cells: int) -> np.ndarray:
     split = _entropy(below, number * cells) + _entropy(total - below, (counts.size - number) * cells)
     split += _entropy(number, counts.size) + SPLIT_COST
     split[ordered[1:] == ordered[:-1]] = np.inf  # equal counts stay together
-    if not split.size or split.min() >= cost:
-        return np.zeros(counts.size, bool)
-    return counts > ordered[split.argmin()]
+    return counts > ordered[split.argmin()] if split.size and split.min() < cost else None
 
 
 def _entropy(events: np.ndarray | int, cells: np.ndarray | int) -> np.ndarray:
     """Bits that so many events among so many cells take: cells H(events / cells)."""
     p = np.asarray(events) / cells
-    q = 1 - p
-    terms = [x * np.log2(np.where(x > 0, x, 1)) for x in (p, q)]
+    terms = [x * np.log2(np.where(x > 0, x, 1)) for x in (p, 1 - p)]
     return -np.asarray(cells) * (terms[0] + terms[1])
 
 
-def _decode_groups(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray | None]:
+def _decode_groups(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
     reader = _Reader(data)
-    kinds, counts = [], []
+    kinds, events = [], []
     for _ in shapes:
         kinds.append(reader.varint())
         if kinds[-1] > BY_BOTH:
             raise DamagedFileError(f"keep bits: a layer is split in way {kinds[-1]}, {BY_BOTH} is the last one known")
-        counts.append([reader.varint() for _ in range({NOTHING_CUT: 0, WHOLE: 1, BY_BOTH: 4}.get(kinds[-1], 2))])
+        events.append([reader.varint() for _ in range({NOTHING_CUT: 0, WHOLE: 1, BY_BOTH: 4}.get(kinds[-1], 2))])
     splits = _read_splits(reader, kinds, shapes)
-    groups = [(i, *group) for i, split in enumerate(splits) for group in split.groups() if kinds[i] != NOTHING_CUT]
-    events = [count for layer in counts for count in layer]
-    if len(groups) != len(events):
-        raise DamagedFileError("keep bits: a layer is split, but all its rows or columns are of one kind")
-    cells = [rows.size * columns.size for _, rows, columns in groups]
-    if any(count > size for count, size in zip(events, cells, strict=True)):
+    cells = [split.cells if counts else [] for split, counts in zip(splits, events, strict=True)]
+    groups = [pair for layer in zip(cells, events, strict=True) for pair in zip(*layer, strict=True)]
+    if any(count > size for size, count in groups):
         raise DamagedFileError("keep bits: more kernels are cut than there are")
-    divisors = [_divisors(size, count) for size, count in zip(cells, events, strict=True)]
-    gaps = reader.gaps(np.concatenate([np.zeros(0, np.int64), *divisors]))
+    parts = iter(reader.places(groups))
     reader.end()
-    keeps: list[np.ndarray | None] = [
-        None if kind == NOTHING_CUT else np.ones(shape, bool) for kind, shape in zip(kinds, shapes, strict=True)
+    return [
+        split.together([next(parts) for _ in sizes]) if sizes else np.zeros(0, np.int32)
+        for split, sizes in zip(splits, cells, strict=True)
     ]
-    for (layer, rows, columns), part, size in zip(groups, _parts(gaps, events), cells, strict=True):
-        places = _places(part, size)
-        keep = keeps[layer]
-        assert keep is not None
-        keep[rows[places // columns.size], columns[places % columns.size]] = False
-    return [None if keep is None or keep.all() else keep for keep in keeps]
 
 
 def _read_splits(reader: _Reader, kinds: Sequence[int], shapes: Sequence[Shape]) -> list[Split]:
     """Each layer's split, from the busy rows and columns of all of them."""
-    by_row = [kind in (BY_ROW, BY_BOTH) for kind in kinds]
-    by_column = [kind in (BY_COLUMN, BY_BOTH) for kind in kinds]
+    told_apart = [(kind in (BY_ROW, BY_BOTH), kind in (BY_COLUMN, BY_BOTH)) for kind in kinds]
     lengths = [
-        size * told
-        for (O, X), *told_apart in zip(shapes, by_row, by_column, strict=True)
-        for size, told in zip((O, X), told_apart, strict=True)
+        size
+        for shape, told in zip(shapes, told_apart, strict=True)
+        for size, is_told in zip(shape, told, strict=True)
+        if is_told
     ]
     count, total = reader.varint(), sum(lengths)
     if count > total:
         raise DamagedFileError(f"keep bits: {count} rows and columns are busy out of {total}")
     flags = np.zeros(total, bool)
-    flags[_places(reader.gaps(_divisors(total, count)), total)] = True
+    flags[reader.places([(total, count)])[0]] = True
     parts = iter(_parts(flags, lengths))
-    splits = []
-    for O, X in shapes:
-        rows, columns = next(parts), next(parts)
-        splits.append(Split(rows if rows.size else np.zeros(O, bool), columns if columns.size else np.zeros(X, bool)))
-    return splits
+    return [
+        Split(shape, *(next(parts) if is_told else None for is_told in told))
+        for shape, told in zip(shapes, told_apart, strict=True)
+    ]
 
 
-def _divisors(cells: int, events: int) -> np.ndarray:
-    return np.full(events, golomb.divisor(cells, events) if events else 1, np.int64)
+def _numbers(flags: np.ndarray | None, size: int) -> list[np.ndarray]:
+    """The row (or column) numbers of each class."""
+    return [np.arange(size)] if flags is None else [np.flatnonzero(~flags), np.flatnonzero(flags)]
+
+
+def _ranks(flags: np.ndarray) -> np.ndarray:
+    """The place of each row (or column) among those of its class."""
+    return np.where(flags, np.cumsum(flags), np.cumsum(~flags)) - 1
+
+
+def _golomb(groups: Sequence[tuple[int, np.ndarray]]) -> bytes:
+    """The places of events in groups of so many cells."""
+    gaps = [np.diff(places.astype(np.int64), prepend=-1) - 1 for _, places in groups]
+    return golomb.encode(_joined(gaps), _divisors([(cells, places.size) for cells, places in groups]))
+
+
+def _divisors(groups: Sequence[tuple[int, int]]) -> np.ndarray:
+    """One for every event, from the cells and events of each group."""
+    each = [golomb.divisor(cells, events) if events else 1 for cells, events in groups]
+    return np.repeat(np.array(each, np.int64), [events for _, events in groups])
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _parts(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     return np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
 
 
-def _places(gaps: np.ndarray, cells: int) -> np.ndarray:
-    """Where the events are, from the gaps in front of them."""
-    places = np.cumsum(gaps + 1) - 1
-    if places.size and places[-1] >= cells:
-        raise DamagedFileError(f"keep bits: something at {places[-1]} among {cells}")
-    return places
+def _pack(cuts: Sequence[np.ndarray], shapes: Sequence[Shape]) -> bytes:
+    keeps = [np.ones(O * X, bool) for O, X in shapes]
+    for keep, cut in zip(keeps, cuts, strict=True):
+        keep[cut] = False
+    return np.packbits(np.concatenate([np.zeros(0, bool), *keeps])).tobytes()
 
 
-def _pack(tables: Sequence[np.ndarray]) -> bytes:
-    return np.packbits(np.concatenate([keep.ravel() for keep in tables])).tobytes() if tables else b""
-
-
-def _unpack(raw: bytes, shapes: Sequence[Shape]) -> list[np.ndarray | None]:
+def _unpack(raw: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
     bits = np.unpackbits(np.frombuffer(raw, np.uint8)).view(bool)
     sizes = [O * X for O, X in shapes]
     if bits[sum(sizes) :].any():
         raise DamagedFileError("keep bits: bits are set behind the last layer")
-    keeps = _parts(bits[: sum(sizes)], sizes)
-    return [None if keep.all() else keep.reshape(shape) for keep, shape in zip(keeps, shapes, strict=True)]
+    return [np.flatnonzero(~keep).astype(np.int32) for keep in _parts(bits[: sum(sizes)], sizes)]
 
 
 def _varint(number: int) -> bytes:
@@ -226,10 +264,19 @@ class _Reader:
                 return number
         raise DamagedFileError("keep bits: a count cannot be read")
 
-    def gaps(self, divisors: np.ndarray) -> np.ndarray:
-        gaps, used = golomb.decode(self._rest, divisors)
+    def places(self, groups: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Where the events of each group are, given its cells and how many events it has."""
+        gaps, used = golomb.decode(self._rest, _divisors(groups))
         self._rest = self._rest[used:]
-        return gaps
+        counts = np.array([events for _, events in groups], np.int64)
+        cells = np.repeat(np.array([size for size, _ in groups], np.int64), counts)
+        passed = np.concatenate([[0], np.cumsum(gaps + 1)])  # cells up to each event, those of groups before included
+        begins = passed[np.cumsum(counts) - counts]
+        places = passed[1:] - 1 - np.repeat(begins, counts)
+        if (places >= cells).any():
+            outside = int((places >= cells).argmax())
+            raise DamagedFileError(f"keep bits: something at {places[outside]} among {cells[outside]}")
+        return _parts(places, counts.tolist())
 
     def end(self) -> None:
         if self._rest:

@@ -16,14 +16,15 @@ A signed pack has one more, put in by `ksm_edge.pack.signature`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
 from ksm_edge.coding.deflate import DEFLATE, encode_codes
-from ksm_edge.coding.keep import encode_keep
+from ksm_edge.coding.keep import encode_keep, table_shape
 from ksm_edge.errors import UsageError
-from ksm_edge.mask import score_shape
+from ksm_edge.mask import SoftMask, score_shape
 from ksm_edge.pack.container import write_container
 from ksm_edge.pack.metadata import Metadata, checksum, write_metadata
 from ksm_edge.pack.quantize import quantize_difference, quantize_scale, unsigned
@@ -46,11 +47,11 @@ def encode(
         raise UsageError(f"bits {bits}: expected 1 to 8 for scale, 2 to 8 for norm and head")
     _check_shapes(pack)
     states = list(pack.layers.values())
-    codec, keep_bits = encode_keep([_keep(pack, name) for name in pack.layers])
-    cut = [state.mask for state in states if state.mask is not None and not state.mask.keep.all()]
+    codec, keep_bits = encode_keep(*_cuts(pack))
+    cut = [state.mask for state in states if state.mask is not None and state.mask.cut.size]
     norm = [quantize_difference(part, norm_bits) for s in states for part in (s.gamma_delta, s.beta_delta)]
     head = [quantize_difference(row, head_bits) for row in pack.head_weight]
-    scales = [quantize_scale(mask.scale[~mask.keep], scale_bits) for mask in cut] if pack.soft else []
+    scales = [quantize_scale(mask.cut_scale, scale_bits) for mask in cut] if pack.soft else []
     own = [part for state in states for part in (state.mean, state.var) if part is not None]
     coded = {
         "bits": keep_bits,
@@ -90,9 +91,12 @@ def _joined(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *(part.ravel() for part in parts)])
 
 
-def _keep(pack: Pack, name: str) -> np.ndarray:
-    mask = pack.layers[name].mask
-    return np.ones(score_shape(pack.weight_shapes[name], pack.granularity), bool) if mask is None else mask.keep
+def _cuts(pack: Pack) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """Flat places of each layer's cut scores, and the shape (O, X) that they count in."""
+    masks = [state.mask for state in pack.layers.values()]
+    cuts = [np.zeros(0, np.int32) if mask is None else mask.cut for mask in masks]
+    shapes = [score_shape(pack.weight_shapes[name], pack.granularity) for name in pack.layers]
+    return cuts, [table_shape(shape) for shape in shapes]
 
 
 def _check_shapes(pack: Pack) -> None:
@@ -115,9 +119,15 @@ def _check_layer(name: str, state: LayerState, shape: tuple[int, int, int, int],
     if (state.mean is None) != (state.var is None):
         raise UsageError(f"{name}: mean and var come together")
     if state.mask is not None:
-        for part in ("keep", "scale"):
-            _check(f"{name}: mask {part}", getattr(state.mask, part), score_shape(shape, granularity))
+        _check_mask(name, state.mask, score_shape(shape, granularity))
         _check(f"{name}: mask range", np.array([state.mask.low, state.mask.high], np.float32), (2,))
+
+
+def _check_mask(name: str, mask: SoftMask, shape: tuple[int, ...]) -> None:
+    cut = mask.cut
+    if mask.shape != shape or (cut.size and (cut[0] < 0 or cut[-1] >= math.prod(shape) or (np.diff(cut) <= 0).any())):
+        raise UsageError(f"{name}: a mask of shape {mask.shape} with {cut.size} scores cut does not fit {shape}")
+    _check(f"{name}: mask scale", mask.cut_scale, cut.shape)
 
 
 def _check(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from ksm_edge.coding.deflate import DEFLATE, decode_codes
-from ksm_edge.coding.keep import decode_keep
+from ksm_edge.coding.keep import decode_keep, table_shape
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
 from ksm_edge.mask import SoftMask
 from ksm_edge.pack.container import read_container
@@ -88,24 +87,22 @@ def _check_streams(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> Non
 def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[SoftMask | None]:
     shapes = metadata.score_shapes
     codec = metadata.codecs.get("bits", "nothing")
-    keeps = decode_keep(codec, streams["bits"].tobytes(), [(shape[0], math.prod(shape[1:])) for shape in shapes])
-    counts = [0 if keep is None else int(keep.size - np.count_nonzero(keep)) for keep in keeps]
+    cuts = decode_keep(codec, streams["bits"].tobytes(), [table_shape(shape) for shape in shapes])
+    counts = [cut.size for cut in cuts]
     ranges = _shaped(streams, "ranges", (sum(count > 0 for count in counts), 2))
     bits = metadata.bits["scale"]
     codes = decode_codes(streams["scales"].tobytes(), bits, sum(counts) if metadata.soft else 0)
     scales = dequantize_scale(codes, bits)
     masks: list[SoftMask | None] = []
     row = first = 0
-    for keep, count, shape in zip(keeps, counts, shapes, strict=True):
-        if keep is None:
+    for cut, shape in zip(cuts, shapes, strict=True):
+        if not cut.size:
             masks.append(None)
             continue
-        scale = np.zeros(keep.shape, np.float32)
-        if metadata.soft:
-            scale[~keep] = scales[first : first + count]
+        scale = scales[first : first + cut.size] if metadata.soft else np.zeros(cut.size, np.float32)
         low, high = ranges[row].tolist()
-        masks.append(SoftMask(keep.reshape(shape), scale.reshape(shape), low, high))
-        row, first = row + 1, first + count
+        masks.append(SoftMask(cut, scale, shape, low, high))
+        row, first = row + 1, first + cut.size
     return masks
 
 

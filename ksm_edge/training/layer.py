@@ -15,12 +15,11 @@ import numpy as np
 
 from ksm_edge.autodiff.spec import product_shape
 from ksm_edge.bundle.layers import Layer, LayerWeights
-from ksm_edge.fuse import fuse_layer, fused_bias, fused_weight, norm_factor
+from ksm_edge.fuse import fuse_layer, fuse_weight_into, fused_bias, norm_factor
 from ksm_edge.mask import (
     INITIAL_SCORE,
     THRESHOLD,
     SoftMask,
-    expand,
     keep_gradient,
     reduce_kernels,
     score_shape,
@@ -180,29 +179,20 @@ class TrainedLayer:
 
     def show(self, state: LayerState) -> None:
         """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""
-        weight, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity)
-        if self.form != "channel":
-            self.weight[:] = weight
-            return
-        var = self.pristine.var if state.var is None else state.var
-        factor = norm_factor(self.pristine.gamma + state.gamma_delta, var, self.layer.eps)
-        self.weight[:] = factor if state.mask is None else state.mask.values[:, 0].reshape(-1) * factor
+        ready = self.weight if self.form != "channel" else None
+        _, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity, ready)
+        if self.form == "channel":
+            var = self.pristine.var if state.var is None else state.var
+            factor = norm_factor(self.pristine.gamma + state.gamma_delta, var, self.layer.eps)
+            self.weight[:] = factor if state.mask is None else state.mask.values[:, 0].reshape(-1) * factor
 
     def _fuse_into(self, out: np.ndarray, factor: np.ndarray) -> None:
         """W M f as `fuse.fused_weight` makes it, or M f in the channel form."""
         mask = self.mask() if "score" in self.learning else None
         if self.form == "channel":
             out[:] = factor if mask is None else mask.values[:, 0].reshape(-1) * factor
-        elif mask is None or self.settings.granularity != "kernel":
-            values = None if mask is None else expand(mask.values, out.shape, self.settings.granularity)
-            out[:] = fused_weight(self.pristine.weight, values, factor)
         else:
-            # Few kernels are cut: fuse as if none were, then those again. The same bits, as W 1 is W.
-            np.multiply(self.pristine.weight, factor[:, None, None, None], out=out)
-            cut = np.flatnonzero(~mask.keep)  # of the kernels, row by row: filter cut // I
-            kernels = self.pristine.weight.reshape(mask.keep.size, -1)[cut]
-            masked = kernels * mask.scale.reshape(-1, 1)[cut]
-            out.reshape(mask.keep.size, -1)[cut] = masked * factor[cut // mask.keep.shape[1], None]
+            fuse_weight_into(out, self.pristine.weight, mask, factor, self.settings.granularity)
 
     def observe(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
         """Move the running statistics towards a batch's, `var` being biased, over `count` values a channel."""

@@ -47,7 +47,7 @@ def _layer_state(layer: TrainedLayer) -> LayerState:
     gamma, beta = layer.gamma - layer.pristine.gamma, layer.beta - layer.pristine.beta
     mask = layer.mask() if "score" in layer.learning else None
     own = (layer.mean.copy(), layer.var.copy()) if layer.batch_norm else (None, None)
-    return LayerState(mask if mask is not None and not mask.keep.all() else None, gamma, beta, *own)
+    return LayerState(mask if mask is not None and mask.cut.size else None, gamma, beta, *own)
 
 
 def finished(pack: Pack, bundle: Bundle, judge: Judge, record: Mapping[str, Any]) -> Pack:

@@ -35,10 +35,10 @@ def salience(layer: TrainedLayer) -> np.ndarray:
     """How much each cut kernel changes its filter, in the order of the scores: (1 - M)^2 |W_k|^2 over their mean."""
     mask = layer.mask()
     energy = reduce(np.square(layer.pristine.weight), layer.settings.granularity)
-    mean = energy.reshape(len(energy), -1).mean(axis=1)
-    filters, *_ = np.nonzero(~mask.keep)
-    change = np.square(1 - mask.scale[~mask.keep]) * energy[~mask.keep]
-    return change / np.maximum(mean[filters], np.finfo(np.float32).tiny)
+    energy = energy.reshape(len(energy), -1)
+    change = np.square(1 - mask.cut_scale) * energy.reshape(-1)[mask.cut]
+    mean = energy.mean(axis=1)[mask.cut // energy.shape[1]]
+    return change / np.maximum(mean, np.finfo(np.float32).tiny)
 
 
 def _least(values: np.ndarray, share: float) -> float:
