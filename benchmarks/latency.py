@@ -15,17 +15,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Record, add_backbone, add_output, backbone, output, print_table, share_warning
+from measure import CUT, Record, add_backbone, add_output, backbone, output, print_table, random_pack, share_warning
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ksm_edge.bundle.layers import Bundle
-    from ksm_edge.pack.record import Pack
 
 LEAST_FOR_P95 = 100
 WARM_UP = 5
-CUT = 0.03  # share of kernels a short training takes away from 1
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -92,7 +90,7 @@ def _measure(bundle: Bundle, pack_path: Path | None, runs: int) -> tuple[dict[st
     from ksm_edge.pack.files import load_pack, require_backbone
     from ksm_edge.runtimes.onnxruntime import Session
 
-    pack = load_pack(pack_path) if pack_path else _random_pack(bundle)
+    pack = load_pack(pack_path) if pack_path else random_pack(bundle)
     require_backbone(pack, bundle)
     tasks = {"plain": None, "fused": pack, "plain again": None}
     sessions = {name: Session(bundle.graph_path, fuse(bundle, task), 1) for name, task in tasks.items()}
@@ -121,38 +119,6 @@ def _check(features: dict[str, np.ndarray], isfinite: Any) -> None:
         raise SystemExit("WRONG ANSWER: the plain backbone differs from itself")
     if (features["plain"] == features["fused"]).all():
         raise SystemExit("WRONG ANSWER: the fused task answers as the plain backbone does")
-
-
-def _random_pack(bundle: Bundle) -> Pack:
-    """Masks and batch-norm as a short training leaves them; what the values are does not matter to the time."""
-    import numpy as np
-
-    from ksm_edge.mask import INITIAL_SCORE, THRESHOLD, score_shape, soft_mask
-    from ksm_edge.pack.record import LayerState, Pack
-
-    rng, layers = np.random.default_rng(0), {}
-    for layer in bundle.layers:
-        shape, filters = score_shape(layer.weight_shape, "kernel"), layer.weight_shape[0]
-        score = np.where(rng.random(shape) < CUT, rng.uniform(0, THRESHOLD, shape), INITIAL_SCORE).astype(np.float32)
-        gamma, beta = (rng.normal(0, 0.01, filters).astype(np.float32) for _ in range(2))
-        layers[layer.name] = LayerState(soft_mask(score), gamma * layer.has_norm, beta)
-    return Pack(
-        task="random",
-        classes=("a", "b"),
-        backbone=bundle.digest,
-        recipe=bundle.recipe,
-        granularity="kernel",
-        soft=True,
-        statistics="frozen",
-        input=bundle.input,
-        layers=layers,
-        weight_shapes={layer.name: layer.weight_shape for layer in bundle.layers},
-        head_weight=np.zeros((2, bundle.features), np.float32),
-        head_bias=np.zeros(2, np.float32),
-        record={},
-        fused_digest="",
-        golden_logits=np.zeros((0, 2), np.float32),
-    )
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ksm_edge.bundle.layers import Bundle
+    from ksm_edge.pack.record import Pack
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -156,29 +160,30 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def backbone(given: Path | None, size: int, *, random: bool = True) -> Iterator[Path]:
-    """A MobileNetV2 bundle: the given one, or a new one that is gone afterwards.
+def backbone(given: Path | None, size: int, *, random: bool = True, recipe: str = "mobilenet_v2") -> Iterator[Path]:
+    """A bundle of the recipe: the given one, or a new one that is gone afterwards.
 
-    Its weights are those of the data folder; without them seeded random ones if `random`, which times do not mind.
+    MobileNetV2 has the weights of the data folder; what has none there gets seeded random ones if `random`, which times
+    do not mind.
     """
     if given is not None:
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="ksm-edge-bundle-") as folder:
-        weights, bundle = data_folder() / WEIGHTS, Path(folder, "mobilenet_v2")
-        if not weights.is_file():
+        weights, bundle = data_folder() / WEIGHTS, Path(folder, recipe)
+        if recipe != "mobilenet_v2" or not weights.is_file():
             if not random:
                 raise SystemExit(
                     f"{weights}: no such file; set KSM_EDGE_DATA to a folder that has it, or give --bundle"
                 )
-            print(f"{weights} is not there: random weights", file=sys.stderr)
-            weights = _random_weights(Path(folder, "random.safetensors"))
-        export = ("export", "mobilenet_v2", "--weights", str(weights), "--size", str(size), "--out", str(bundle))
+            print(f"{recipe} with random weights", file=sys.stderr)
+            weights = _random_weights(Path(folder, "random.safetensors"), recipe)
+        export = ("export", recipe, "--weights", str(weights), "--size", str(size), "--out", str(bundle))
         fresh([*KSM_EDGE, *export])
         yield bundle
 
 
-def _random_weights(path: Path) -> Path:
+def _random_weights(path: Path, recipe: str) -> Path:
     """A state dict for the recipe's graph: convs in the manner of He et al. (2015), batch-norm that does nothing."""
     import numpy as np
     import onnx
@@ -187,7 +192,7 @@ def _random_weights(path: Path) -> Path:
     from ksm_edge.bundle.recipe import load_recipe
 
     rng, tensors = np.random.default_rng(0), {}
-    for value in onnx.load(load_recipe("mobilenet_v2").graph_path).graph.input[1:]:
+    for value in onnx.load(load_recipe(recipe).graph_path).graph.input[1:]:
         shape = tuple(side.dim_value for side in value.type.tensor_type.shape.dim)
         if len(shape) > 1:
             tensor = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
@@ -196,6 +201,41 @@ def _random_weights(path: Path) -> Path:
         tensors[value.name] = tensor.astype(np.float32)
     save_file(tensors, path)
     return path
+
+
+CUT = 0.03  # share of kernels that a short training cuts
+
+
+def random_pack(bundle: Bundle) -> Pack:
+    """Masks and batch-norm as a short training leaves them; what the values are does not matter to the time."""
+    import numpy as np
+
+    from ksm_edge.mask import INITIAL_SCORE, THRESHOLD, score_shape, soft_mask
+    from ksm_edge.pack.record import LayerState, Pack
+
+    rng, layers = np.random.default_rng(0), {}
+    for layer in bundle.layers:
+        shape, filters = score_shape(layer.weight_shape, "kernel"), layer.weight_shape[0]
+        score = np.where(rng.random(shape) < CUT, rng.uniform(0, THRESHOLD, shape), INITIAL_SCORE).astype(np.float32)
+        gamma, beta = (rng.normal(0, 0.01, filters).astype(np.float32) for _ in range(2))
+        layers[layer.name] = LayerState(soft_mask(score), gamma * layer.has_norm, beta)
+    return Pack(
+        task="random",
+        classes=("a", "b"),
+        backbone=bundle.digest,
+        recipe=bundle.recipe,
+        granularity="kernel",
+        soft=True,
+        statistics="frozen",
+        input=bundle.input,
+        layers=layers,
+        weight_shapes={layer.name: layer.weight_shape for layer in bundle.layers},
+        head_weight=np.zeros((2, bundle.features), np.float32),
+        head_bias=np.zeros(2, np.float32),
+        record={},
+        fused_digest="",
+        golden_logits=np.zeros((0, 2), np.float32),
+    )
 
 
 # The record

@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_COMMAND = "pip install '.[demo]' && ksm-edge adapt --device jetson"
-BENCHMARKS = ("step", "accuracy", "latency", "demo", "startup")
+BENCHMARKS = ("step", "accuracy", "latency", "pack", "demo", "startup")
 TASKS = ("flowers5", "trashnet", "pacs_sketch7", "gtsrb43")
 SEEDS = (0, 1, 2)
 FORMAT_VERSION = 1
@@ -83,6 +83,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         *_step_rows(summaries["step"], results["step"]["settings"]),
         *_accuracy_rows(summaries["accuracy"]),
         *_latency_rows(summaries["latency"]),
+        *_pack_rows(summaries["pack"]),
         *_start_rows(summaries["startup"]),
         *_demo_rows(summaries["demo"]),
     ]
@@ -126,6 +127,14 @@ def _latency_rows(latency: dict[str, Any]) -> list[Row]:
     fused, plain = latency["sessions"]["fused"], latency["sessions"]["plain"]
     beside = f"plain backbone: {plain['p50_ms']:.1f} ms (ratio {fused['p50_ratio']:.2f})"
     return [("Inference with a task fused, p50", f"{fused['p50_ms']:.1f} ms", beside)]
+
+
+def _pack_rows(pack: dict[str, Any]) -> list[Row]:
+    times = pack["times"]["mobilenet_v2"]
+    beside = f"making an ONNX Runtime session: {times['session_ms']:.0f} ms (ratio {times['ratio']:.2f})"
+    return [
+        ("A task from its pack's bytes to fused weights", f"{times['decode_ms'] + times['fuse_ms']:.1f} ms", beside)
+    ]
 
 
 def _start_rows(startup: dict[str, Any]) -> list[Row]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("accuracy", "demo", "latency", "startup", "step")
+SCRIPTS = ("accuracy", "demo", "latency", "pack", "startup", "step")
 
 
 @pytest.fixture
@@ -55,6 +56,27 @@ def test_percentiles_are_measured_values(load: Any) -> None:
     rows = load("latency").summary({"plain": [float(i) for i in range(1, 101)], "fused": [2.0] * 100})["sessions"]
     assert (rows["plain"]["p50_ms"], rows["plain"]["p95_ms"]) == (50.0, 95.0)
     assert rows["fused"]["p50_ratio"] == 2 / 50
+
+
+def test_keep_bits_are_held_against_what_they_would_take_at_best(load: Any) -> None:
+    pack, rng = load("pack"), np.random.default_rng(0)
+    even = rng.random((400, 300)) < 0.03
+    entropy = pack.layer_entropy(even)
+    assert entropy == pytest.approx(even.size * 0.1944, rel=0.02)  # H(0.03)
+    assert pack.layer_entropy(np.ones((4, 4), bool)) == 0
+    assert 0.99 * entropy < pack.best_model(even) < 1.01 * entropy
+    uneven = rng.random((400, 300)) < 0.03 * rng.choice([0.2, 4], (400, 1))
+    assert pack.best_model(uneven) < 0.9 * pack.layer_entropy(uneven)
+
+
+def test_packs_of_one_task_are_summed_up_over_their_seeds(load: Any) -> None:
+    row = {"classes": 7, "scores": 1000, "cut": 10, "layer_entropy_bytes": 50.0, "best_model_bytes": 40.0}
+    rows = [
+        {**row, "pack": f"a_b-{seed}.ksm", "bytes": 100 + seed, "parts": {"keep_bits": 50 + seed}} for seed in (0, 2)
+    ]
+    (found,) = load("pack").summary(rows).values()
+    assert (found["packs"], found["bytes"], found["parts"]) == (2, 101, {"keep_bits": 51})
+    assert (found["against_layer_entropy"], found["against_best_model"]) == pytest.approx((1.02, 1.275))
 
 
 def test_a_quick_look_writes_nothing_unless_told_where(load: Any, tmp_path: Path) -> None:
@@ -147,7 +169,8 @@ def test_only_the_latest_default_settings_are_reported(load: Any) -> None:
 @pytest.fixture
 def results(load: Any, tmp_path: Path) -> Path:
     """A folder with a small file of every benchmark."""
-    step, latency, startup, accuracy = (load(n) for n in ("step", "latency", "startup", "accuracy"))
+    step, latency, pack, startup, accuracy = (load(n) for n in ("step", "latency", "pack", "startup", "accuracy"))
+    times = {"decode_ms": [4.0, 5.0, 9.0], "fuse_ms": [2.0], "session_ms": [28.0]}
     common = {"version": 1, "machine": MACHINE, "after": AFTER, "warnings": []}
     size = {"size": 224, "batch": 8, "threads": 1}
     falling = [2.0, 1.0]
@@ -159,6 +182,7 @@ def results(load: Any, tmp_path: Path) -> Path:
     files = {
         "step": {**common, "settings": size, "summary": steps},
         "latency": {**common, "summary": latency.summary({"plain": [10.0] * 100, "fused": [11.0] * 100})},
+        "pack": {**common, "summary": {"times": {"mobilenet_v2": pack.medians(times)}}},
         "startup": {**common, "summary": startup.summary(commands), "warnings": ["busy"]},
         "demo": {**common, "summary": demo},
         "accuracy": {**common, "runs": runs, "summary": accuracy.summary(runs)},
@@ -188,6 +212,7 @@ def test_the_readme_says_what_the_results_say(results: Path, tmp_path: Path) -> 
         "| 200 ms | torch, full fine-tuning: 800 ms (ratio 0.25) |",
         "| 91.0 % (90.0 to 92.0, 3 seeds) | linear probe: 89.3 % |",
         "| 11.0 ms | plain backbone: 10.0 ms (ratio 1.10) |",
+        "| 7.0 ms | making an ONNX Runtime session: 28 ms (ratio 0.25) |",
         "| 96.0 % of held-out digits in 73 s | pack 30 kB, peak RSS 157 MiB |",
         "Some CPU, 2 cores; 2026-01-02. Something else ran on the machine during: startup.",
     ):

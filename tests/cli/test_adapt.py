@@ -19,6 +19,7 @@ from tiny import saved_tiny_bundle, tiny_pack
 from ksm_edge.cli.main import main
 from ksm_edge.device import Device
 from ksm_edge.pack.files import load_pack, save_pack
+from ksm_edge.training.settings import SMALL
 
 KEYS = {
     "device", "emulated", "backbone", "task", "classes", "steps", "epochs", "validation_accuracy", "pack_path",
@@ -101,6 +102,12 @@ def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path
     assert (pack.record["device"], pack.record["emulated"]) == ("host", False)
 
 
+def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bundle: Path, tmp_path: Path) -> None:
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--small", "--norm-bits", 6)) == 0
+    chosen = load_pack(tmp_path / "a.ksm").record["settings"]
+    assert {name: chosen[name] for name in SMALL} == SMALL | {"norm_bits": 6}
+
+
 def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tmp_path: Path) -> None:
     arguments = call(photos, bundle, tmp_path / "a.ksm", "--device", "jetson-nano", "--epochs", 1)
     at = arguments.index("--batch")
@@ -115,6 +122,7 @@ REFUSED = {
     "no such device": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--device", "toaster"], "toaster"),
     "no such granularity": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--granularity", "pixel"], "kernel, group:N"),
     "rate out of range": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--head-rate", "7"], "head_rate"),
+    "too few bits": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--norm-bits", "1"], "norm_bits 1: must be 2 to 8"),
     "negative seed": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--seed", "-1"], "seed -1"),
     "nothing to resume": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--resume"], "leave out --resume"),
     "nowhere to write": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", "absent/a.ksm"], "no folder absent"),
