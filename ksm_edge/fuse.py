@@ -46,9 +46,11 @@ def fuse_weight_into(
     np.multiply(weight, factor[:, None, None, None], out=out)
     if mask is not None:
         # Few kernels are cut: those are made again. The others have the same bits, as W 1 is W.
-        O, I, kh, kw = weight.shape
-        kernels = weight.reshape(O * I, kh * kw)[mask.cut] * mask.cut_scale[:, None]
-        out.reshape(O * I, kh * kw)[mask.cut] = kernels * factor[mask.cut // I, None]
+        I, size = weight.shape[1], weight[0, 0].size
+        # One weight a kernel is the common case, and numpy gathers from one axis several times faster than rows of one.
+        shape, column = ((-1,), (slice(None),)) if size == 1 else ((-1, size), (slice(None), None))
+        masked = weight.reshape(shape)[mask.cut] * mask.cut_scale[column]
+        out.reshape(shape)[mask.cut] = masked * factor[mask.cut // I][column]
 
 
 def fuse_layer(

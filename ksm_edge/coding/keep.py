@@ -46,11 +46,6 @@ class Split:
         """Of rows and of columns: 1 or 2."""
         return 1 + (self.rows is not None), 1 + (self.columns is not None)
 
-    @cached_property
-    def cells(self) -> list[int]:
-        """The number of scores in each group."""
-        return [rows.size * columns.size for rows, columns in self._groups]
-
     def apart(self, cut: np.ndarray) -> list[np.ndarray]:
         """Places in the layer -> for each group the places in it, ascending."""
         rows, columns = np.divmod(cut, self.shape[1])
@@ -62,21 +57,16 @@ class Split:
         widths = [numbers.size for numbers in _numbers(self.columns, self.shape[1])] * self.classes[0]
         return [row[group == g] * width + column[group == g] for g, width in enumerate(widths)]
 
-    def together(self, groups: Sequence[np.ndarray]) -> np.ndarray:
-        """Undo `apart`: int32."""
-        if self.classes == (1, 1):
-            return groups[0].astype(np.int32)
-        parts = []
-        for (rows, columns), places in zip(self._groups, groups, strict=True):
-            row, column = np.divmod(places, max(1, columns.size))
-            parts.append(rows[row] * self.shape[1] + columns[column])
-        return np.sort(np.concatenate(parts)).astype(np.int32)
-
     @cached_property
-    def _groups(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    def groups(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Row and column numbers of each group."""
         by_row, by_column = _numbers(self.rows, self.shape[0]), _numbers(self.columns, self.shape[1])
         return [(rows, columns) for rows in by_row for columns in by_column]
+
+    @property
+    def cells(self) -> list[int]:
+        """The number of scores in each group."""
+        return [rows.size * columns.size for rows, columns in self.groups]
 
 
 def table_shape(shape: tuple[int, ...]) -> Shape:
@@ -164,12 +154,31 @@ def _decode_groups(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
     groups = [pair for layer in zip(cells, events, strict=True) for pair in zip(*layer, strict=True)]
     if any(count > size for size, count in groups):
         raise DamagedFileError("keep bits: more kernels are cut than there are")
-    parts = iter(reader.places(groups))
+    places = reader.places(groups)
     reader.end()
-    return [
-        split.together([next(parts) for _ in sizes]) if sizes else np.zeros(0, np.int32)
-        for split, sizes in zip(splits, cells, strict=True)
-    ]
+    return _together(splits, events, places)
+
+
+def _together(splits: Sequence[Split], events: Sequence[Sequence[int]], places: np.ndarray) -> list[np.ndarray]:
+    """Undo `Split.apart` for all layers in one pass: from the places in each group, int32 places in each layer."""
+    all_rows, all_columns, table = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
+    first_row = first_column = origin = 0
+    for split, counts in zip(splits, events, strict=True):
+        for (rows, columns), count in zip(split.groups, counts, strict=False):  # no counts: nothing is cut
+            table.append((max(1, columns.size), first_row, first_column, split.shape[1], origin, count))
+            all_rows.append(rows)
+            all_columns.append(columns)
+            first_row, first_column = first_row + rows.size, first_column + columns.size
+        origin += split.shape[0] * split.shape[1]
+    columns_of_table = np.array(table, np.int64).reshape(-1, 6).T
+    width, row, column, pitch, begin = (np.repeat(values, columns_of_table[5]) for values in columns_of_table[:5])
+    in_row, in_column = np.divmod(places, width)
+    flat = begin + np.concatenate(all_rows)[row + in_row] * pitch + np.concatenate(all_columns)[column + in_column]
+    flat.sort()
+    sizes = [split.shape[0] * split.shape[1] for split in splits]
+    origins = np.cumsum([0, *sizes])
+    parts = _parts(flat, [sum(counts) for counts in events])
+    return [(part - before).astype(np.int32) for part, before in zip(parts, origins[:-1], strict=True)]
 
 
 def _read_splits(reader: _Reader, kinds: Sequence[int], shapes: Sequence[Shape]) -> list[Split]:
@@ -185,7 +194,7 @@ def _read_splits(reader: _Reader, kinds: Sequence[int], shapes: Sequence[Shape])
     if count > total:
         raise DamagedFileError(f"keep bits: {count} rows and columns are busy out of {total}")
     flags = np.zeros(total, bool)
-    flags[reader.places([(total, count)])[0]] = True
+    flags[reader.places([(total, count)])] = True
     parts = iter(_parts(flags, lengths))
     return [
         Split(shape, *(next(parts) if is_told else None for is_told in told))
@@ -264,8 +273,8 @@ class _Reader:
                 return number
         raise DamagedFileError("keep bits: a count cannot be read")
 
-    def places(self, groups: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Where the events of each group are, given its cells and how many events it has."""
+    def places(self, groups: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Where the events of each group are, one group behind the other, given its cells and how many it has."""
         gaps, used = golomb.decode(self._rest, _divisors(groups))
         self._rest = self._rest[used:]
         counts = np.array([events for _, events in groups], np.int64)
@@ -276,7 +285,7 @@ class _Reader:
         if (places >= cells).any():
             outside = int((places >= cells).argmax())
             raise DamagedFileError(f"keep bits: something at {places[outside]} among {cells[outside]}")
-        return _parts(places, counts.tolist())
+        return places
 
     def end(self) -> None:
         if self._rest:

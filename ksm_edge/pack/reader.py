@@ -110,19 +110,13 @@ def _read_norm(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[tu
     """Differences of gamma and beta of each layer."""
     steps = streams["steps"][: 2 * len(metadata.layers)].reshape(-1, 2)
     filters = [O for _, O, *_ in metadata.layers]
-    size = sum(O * int(np.count_nonzero(pair)) for O, pair in zip(filters, steps, strict=True))
-    codes = _signed_codes(metadata, streams, "norm", size)
-    position, pairs = 0, []
-    for O, pair in zip(filters, steps, strict=True):
-        parts = []
-        for step in pair:
-            if step == 0:
-                parts.append(np.zeros(O, np.float32))
-            else:
-                parts.append(dequantize_difference(codes[position : position + O], step))
-                position += O
-        pairs.append((parts[0], parts[1]))
-    return pairs
+    step_of_each = np.repeat(steps.reshape(-1), np.repeat(filters, 2))
+    values, coded = np.zeros(step_of_each.size, np.float32), step_of_each > 0
+    codes = _signed_codes(metadata, streams, "norm", int(np.count_nonzero(coded)))
+    values[coded] = dequantize_difference(codes, step_of_each[coded])
+    ends = np.cumsum(np.repeat(filters, 2))
+    parts = np.split(values, ends[:-1])
+    return list(zip(parts[0::2], parts[1::2], strict=True))
 
 
 def _read_head(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
