@@ -25,6 +25,7 @@ from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
 GROUPS, PACKED = "groups-golomb", "bits-deflate"
 NOTHING_CUT, WHOLE, BY_ROW, BY_COLUMN, BY_BOTH = range(5)
 MAX_VARINT_BITS = 35
+MANY = 4  # one cut score in so many: groups gain little over packed bits, and take some 100 bytes of memory for each
 SPLIT_COST = 16  # bits: another count, and what coding two groups apart loses
 
 Shape = tuple[int, int]
@@ -76,8 +77,11 @@ def table_shape(shape: tuple[int, ...]) -> Shape:
 
 def encode_keep(cuts: Sequence[np.ndarray], shapes: Sequence[Shape]) -> tuple[str, bytes]:
     """The smaller codec's id, and its bytes, of what is cut: of each table (O, X) the flat places, ascending."""
-    grouped, raw_bytes = _encode_groups(cuts, shapes), -(-sum(O * X for O, X in shapes) // 8)
-    if 2 * len(grouped) < raw_bytes:  # far from what deflate could reach, and that takes most of the time
+    scores = sum(O * X for O, X in shapes)
+    if MANY * sum(cut.size for cut in cuts) > scores:
+        return PACKED, deflate(_pack(cuts, shapes))
+    grouped = _encode_groups(cuts, shapes)
+    if 16 * len(grouped) < scores:  # far from what deflate could reach, and that takes most of the time
         return GROUPS, grouped
     candidates = {GROUPS: grouped, PACKED: deflate(_pack(cuts, shapes))}
     codec = min(candidates, key=lambda name: len(candidates[name]))

@@ -59,7 +59,7 @@ def test_layers_that_keep_everything_cost_a_byte() -> None:
     assert len(data) == 51  # and one for the number of busy rows and columns
 
 
-@pytest.mark.parametrize("share", [0.003, 0.027, 0.1, 0.3])
+@pytest.mark.parametrize("share", [0.003, 0.027, 0.1, 0.2])
 def test_cuts_at_random_cost_within_a_hundredth_of_their_entropy(share: float) -> None:
     keep = np.random.default_rng(0).random((1000, 500)) >= share
     _, data = encoded([keep])
@@ -81,7 +81,7 @@ def test_where_most_is_cut_no_more_than_raw_bits_are_written(share: float) -> No
     keep = np.random.default_rng(0).random((800, 100)) >= share
     codec, data = encoded([keep])
     assert len(data) <= keep.size // 8 + 10
-    assert share == 0.5 or codec == PACKED
+    assert codec == PACKED
     assert_comes_back([keep], codec, data)
 
 
