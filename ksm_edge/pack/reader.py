@@ -109,13 +109,12 @@ def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[S
 def _read_norm(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Differences of gamma and beta of each layer."""
     steps = streams["steps"][: 2 * len(metadata.layers)].reshape(-1, 2)
-    filters = [O for _, O, *_ in metadata.layers]
-    step_of_each = np.repeat(steps.reshape(-1), np.repeat(filters, 2))
+    sizes = np.repeat(np.array([O for _, O, *_ in metadata.layers], np.int64), 2)
+    step_of_each = np.repeat(steps.reshape(-1), sizes)
     values, coded = np.zeros(step_of_each.size, np.float32), step_of_each > 0
     codes = _signed_codes(metadata, streams, "norm", int(np.count_nonzero(coded)))
     values[coded] = dequantize_difference(codes, step_of_each[coded])
-    ends = np.cumsum(np.repeat(filters, 2))
-    parts = np.split(values, ends[:-1])
+    parts = np.split(values, np.cumsum(sizes)[:-1]) if sizes.size else []
     return list(zip(parts[0::2], parts[1::2], strict=True))
 
 
