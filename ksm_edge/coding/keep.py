@@ -156,6 +156,8 @@ def _decode_groups(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
     splits = _read_splits(reader, kinds, shapes)
     cells = [split.cells if counts else [] for split, counts in zip(splits, events, strict=True)]
     groups = [pair for layer in zip(cells, events, strict=True) for pair in zip(*layer, strict=True)]
+    if not all(size for size, _ in groups):
+        raise DamagedFileError("keep bits: a layer is split, but all its rows or columns are of one kind")
     if any(count > size for size, count in groups):
         raise DamagedFileError("keep bits: more kernels are cut than there are")
     places = reader.places(groups)
@@ -279,6 +281,9 @@ class _Reader:
 
     def places(self, groups: Sequence[tuple[int, int]]) -> np.ndarray:
         """Where the events of each group are, one group behind the other, given its cells and how many it has."""
+        total, bits = sum(events for _, events in groups), 8 * len(self._rest)
+        if total > bits:  # each takes a bit at least: no room is made for what cannot be there
+            raise DamagedFileError(f"keep bits: {total} gaps declared, {bits} bits are left")
         gaps, used = golomb.decode(self._rest, _divisors(groups))
         self._rest = self._rest[used:]
         counts = np.array([events for _, events in groups], np.int64)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -98,9 +99,9 @@ def deflated(data: bytes) -> bytes:
         (GROUPS, b"\x05", (2, 2), "split in way 5"),
         (GROUPS, b"\x01\x05\x00", (2, 2), "more kernels are cut than there are"),
         (GROUPS, b"\x02\x00\x00\x03", (2, 2), "3 rows and columns are busy out of 2"),
-        (GROUPS, b"\x02\x00\x01\x00\x00", (2, 2), "more kernels are cut than there are"),
-        (GROUPS, b"\x02\x01\x00\x02\x00\x00", (2, 2), "more kernels are cut than there are"),
-        (GROUPS, b"\x01\x01\x00", (2, 2), "1 gaps declared, 0 found"),
+        (GROUPS, b"\x02\x00\x00\x00", (2, 2), "all its rows or columns are of one kind"),
+        (GROUPS, b"\x02\x00\x00\x02\x00", (2, 2), "all its rows or columns are of one kind"),
+        (GROUPS, b"\x01\x01\x00", (2, 2), "1 gaps declared, 0 bits are left"),
         (GROUPS, b"\x01\x01\x00\xff", (2, 2), "1 gaps declared, 0 found"),
         (GROUPS, b"\x01\x01\x00\xf8", (2, 2), "something at 10 among 4"),
         (GROUPS, b"\x01\x01\x00\x20", (2, 2), "bits are set behind the last gap"),
@@ -116,6 +117,22 @@ def test_bytes_that_do_not_fit_the_layers_are_refused(
 ) -> None:
     with pytest.raises(DamagedFileError, match=message):
         decode_keep(codec, data, [shape])
+
+
+@pytest.mark.parametrize(
+    ("data", "shape"),
+    [(b"\x01\x80\x80\x80\x0a\x00", (4096, 5120)), (b"\x03\x00\x00\x80\x80\x80\x0a", (1, 4096 * 5120))],
+    ids=["kernels", "columns"],
+)
+def test_no_room_is_made_for_more_gaps_than_there_are_bits(data: bytes, shape: tuple[int, int]) -> None:
+    events = 10 << 21  # as a number of 7 bits a byte: 80 80 80 0a
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedFileError, match=f"{events} gaps declared, 0 bits are left"):
+            decode_keep(GROUPS, data, [shape])
+        assert tracemalloc.get_traced_memory()[1] < 2 * events
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_cut_kernel_where_every_byte_says_so() -> None:
