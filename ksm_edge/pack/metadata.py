@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ksm_edge.bundle.layers import InputContract
 from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
@@ -22,10 +22,13 @@ from ksm_edge.pack.record import BATCH, STATISTICS
 
 FORMAT = 1
 MAX_VALUES = 1 << 25  # of all layers and the head: ResNet-50 with a score for every weight has 23.5 M
+MAX_LAYERS = 2048  # ResNet-152 has 155; each costs a reader time, however little it holds
 MAX_PIXELS = 4096  # of an input's side
 OPENING = '{"checksum":"'
 CHECKSUM_DIGITS = 16
 COVERED_FROM = len(OPENING) + CHECKSUM_DIGITS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,46 +77,52 @@ def write_metadata(metadata: Metadata) -> str:
 def read_metadata(text: str) -> Metadata:
     """Check and parse; DamagedFileError for what does not hold, UnsupportedVersionError for another format version."""
     found = text[len(OPENING) : COVERED_FROM]
-    if not text.startswith(OPENING) or checksum(text[COVERED_FROM:].encode()) != found:
+    # Half a surrogate pair cannot be encoded; whoever has a checksum for "?" in its place is found out below.
+    if not text.startswith(OPENING) or checksum(text[COVERED_FROM:].encode(errors="replace")) != found:
         raise DamagedFileError("the pack's metadata is not what was written: its checksum does not hold. Copy it again")
     try:
         values = json.loads(text)
         version = values["format"]
+        # Whatever could not be written again: NaN, 1e999, half a surrogate pair.
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
     except (KeyError, ValueError, RecursionError) as error:
         raise DamagedFileError(f"the pack's metadata cannot be read: {error}") from error
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise UnsupportedVersionError(
             f"the pack has format version {version}; this release reads {FORMAT}. Install a newer ksm-edge to read it"
         )
     try:
         metadata = _parse(values)
         _check(metadata)
-    except (KeyError, TypeError, ValueError, KsmEdgeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, KsmEdgeError) as error:
         raise DamagedFileError(f"the pack's metadata does not make sense: {error!r}") from error
     return metadata
 
 
 def _parse(values: Mapping[str, Any]) -> Metadata:
-    given = values["input"]
+    given = _is(dict, values["input"])
     return Metadata(
-        **{name: str(values[name]) for name in ("task", "backbone", "recipe", "granularity", "statistics")},
-        fused_digest=str(values["fused_digest"]),
-        classes=tuple(str(name) for name in values["classes"]),
-        soft=bool(values["soft"]),
-        input=InputContract(int(given["size"]), int(given["resize"]), _three(given["mean"]), _three(given["std"])),
-        layers=tuple((str(name), int(O), int(I), int(kh), int(kw)) for name, O, I, kh, kw in values["layers"]),
-        own_statistics=tuple(int(index) for index in values["own_statistics"]),
-        features=int(values["features"]),
-        bits={name: int(values["bits"][name]) for name in ("scale", "norm", "head")},
-        codecs={str(name): str(codec) for name, codec in values["codecs"].items()},
-        checksums={str(name): str(digits) for name, digits in values["checksums"].items()},
-        record=dict(values["record"]),
+        **{name: _is(str, values[name]) for name in ("task", "backbone", "recipe", "granularity", "statistics")},
+        fused_digest=_is(str, values["fused_digest"]),
+        classes=_all(str, values["classes"]),
+        soft=_is(bool, values["soft"]),
+        input=InputContract(
+            _is(int, given["size"]), _is(int, given["resize"]), _three(given["mean"]), _three(given["std"])
+        ),
+        layers=tuple((_is(str, name), *_four(shape)) for name, *shape in _is(list, values["layers"])),
+        own_statistics=_all(int, values["own_statistics"]),
+        features=_is(int, values["features"]),
+        bits={name: _is(int, values["bits"][name]) for name in ("scale", "norm", "head")},
+        codecs={name: _is(str, codec) for name, codec in _is(dict, values["codecs"]).items()},
+        checksums={name: _is(str, digits) for name, digits in _is(dict, values["checksums"]).items()},
+        record=_is(dict, values["record"]),
     )
 
 
 def _check(metadata: Metadata) -> None:
     """ValueError for what no writer of this format would write."""
     names = [name for name, *_ in metadata.layers]
+    _hold(len(names) <= MAX_LAYERS, f"{len(names)} layers; at most {MAX_LAYERS} are possible")
     _hold(len(set(names)) == len(names), "two layers have one name")
     _hold(all(size > 0 for _, *shape in metadata.layers for size in shape), "a layer has an empty dimension")
     _hold(metadata.features > 0 and len(metadata.classes) > 0, "there are no features or no classes")
@@ -137,6 +146,22 @@ def _hold(condition: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
+def _is(kind: type[T], value: Any) -> T:
+    """`value`, of that very type: true is no 1, 3.0 and "3" are no 3."""
+    if type(value) is not kind:
+        raise TypeError(f"a {type(value).__name__} where {kind.__name__} is needed")
+    return value
+
+
+def _all(kind: type[T], values: Any) -> tuple[T, ...]:
+    return tuple(_is(kind, value) for value in _is(list, values))
+
+
+def _four(values: list[Any]) -> tuple[int, int, int, int]:
+    O, I, kh, kw = _all(int, values)
+    return O, I, kh, kw
+
+
 def _three(values: Any) -> tuple[float, float, float]:
-    first, second, third = values
-    return float(first), float(second), float(third)
+    first, second, third = (float(value if type(value) is int else _is(float, value)) for value in _is(list, values))
+    return first, second, third

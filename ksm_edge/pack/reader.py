@@ -20,6 +20,7 @@ from ksm_edge.pack.signature import take_signature
 STREAMS = {"bits": "u1", "scales": "u1", "norm": "u1", "head": "u1"} | dict.fromkeys(
     ("ranges", "steps", "bias", "own", "golden"), "f4"
 )
+MAX_STEP = np.float32(2**120)  # 127 of them are finite in float32
 
 
 def decode(data: bytes) -> Pack:
@@ -122,8 +123,8 @@ def _read_head(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> tuple[n
     """The head's weight (C, F) and bias (C,); here the steps are checked for the norm as well."""
     C, F, L = len(metadata.classes), metadata.features, len(metadata.layers)
     steps = _shaped(streams, "steps", (2 * L + C,))
-    if (steps < 0).any():
-        raise DamagedFileError("stream 'steps' holds a step below 0")
+    if (steps < 0).any() or (steps > MAX_STEP).any():
+        raise DamagedFileError(f"stream 'steps' holds a step below 0 or above {MAX_STEP:.1e}")
     codes = _signed_codes(metadata, streams, "head", C * F).reshape(C, F)
     return dequantize_difference(codes, steps[2 * L :, None]), _shaped(streams, "bias", (C,))
 

@@ -16,7 +16,7 @@ from ksm_edge.coding.keep import PACKED
 from ksm_edge.errors import DamagedFileError, FileError, UnsupportedVersionError
 from ksm_edge.pack.container import MAX_FILE_BYTES, MAX_HEADER_BYTES, read_container, write_container
 from ksm_edge.pack.format import encode
-from ksm_edge.pack.metadata import COVERED_FROM, OPENING, checksum
+from ksm_edge.pack.metadata import COVERED_FROM, MAX_LAYERS, OPENING, checksum
 from ksm_edge.pack.reader import STREAMS, decode
 
 GOOD = encode(tiny_pack(statistics="batch"))
@@ -162,9 +162,11 @@ def test_missing_and_unknown_streams_are_named() -> None:
         decode(write_container(text, streams | {"extra": np.zeros(1, np.uint8)}))
 
 
-def test_a_newer_format_version_is_told_from_damage() -> None:
-    with pytest.raises(UnsupportedVersionError, match=r"format version 2; this release reads 1\. Install a newer"):
-        decode(rewritten(lambda metadata: metadata.update(format=2)))
+@pytest.mark.parametrize("version", [2, 0, True, "1"])
+def test_another_format_version_is_told_from_damage(version: object) -> None:
+    message = rf"format version {version}; this release reads 1\. Install a newer"
+    with pytest.raises(UnsupportedVersionError, match=message):
+        decode(rewritten(lambda metadata: metadata.update(format=version)))
 
 
 @pytest.mark.parametrize("name", ["bits", "scales", "norm", "head"])
@@ -221,6 +223,48 @@ def test_no_entry_of_the_metadata_can_be_left_out(key: str) -> None:
         decode(rewritten(lambda metadata: metadata.pop(key)))
 
 
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ('"features":10', '"features":1e999'),
+        ('"features":10', '"features":10.0'),
+        ('"features":10', '"features":"10"'),
+        ('"features":10', '"features":true'),
+        ('"format":1', '"format":NaN'),
+        ('"mean":[0.485', '"mean":[1' + 400 * "0"),
+        ('"mean":[0.485', '"mean":["0.485"'),
+        ('"own_statistics":[0', '"own_statistics":[false'),
+        ('"record":{', '"record":{"loss":Infinity,'),
+        ('"record":{', '"record":{"note":' + 5000 * "[" + 5000 * "]" + ","),
+        ('"soft":true', '"soft":"no"'),
+        ('"task":"tiny kernel"', '"task":["tiny kernel"]'),
+        ('"task":"tiny kernel"', r'"task":"half a pair: \ud83d"'),
+        ('["class 0","class 1","class 2"]', '"abc"'),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_metadata_of_another_type_is_damage_rather_than_converted(written: str, instead: str) -> None:
+    text, streams = read_container(GOOD)
+    assert written in text
+    covered = text[COVERED_FROM:].replace(written, instead)
+    with pytest.raises(DamagedFileError, match=r"metadata (cannot be read|does not make sense)"):
+        decode(write_container(OPENING + checksum(covered.encode()) + covered, streams))
+
+
+def test_half_a_surrogate_pair_in_the_header_is_damage() -> None:
+    header, body = split()
+    text = header["__metadata__"]["ksm_edge"]
+    header["__metadata__"]["ksm_edge"] = text.replace("tiny kernel", "tiny \ud83d")
+    with pytest.raises(DamagedFileError, match="metadata is not what was written"):
+        decode(joined(header, body))
+
+
+def test_more_layers_than_any_backbone_has_are_refused() -> None:
+    layers = [[str(number), 1, 1, 1, 1] for number in range(MAX_LAYERS + 1)]
+    with pytest.raises(DamagedFileError, match=f"{MAX_LAYERS + 1} layers; at most {MAX_LAYERS} are possible"):
+        decode(rewritten(change("layers", layers)))
+
+
 def test_metadata_that_is_no_json_object_is_damage() -> None:
     _, streams = read_container(GOOD)
     covered = '",nonsense'
@@ -243,6 +287,7 @@ def test_metadata_that_is_no_json_object_is_damage() -> None:
         ("ranges", np.full((4, 2), np.nan, np.float32)),
         ("steps", np.zeros(12, np.float32)),
         ("steps", np.full(13, -1, np.float32)),
+        ("steps", np.full(13, 1.4e36, np.float32)),
         ("steps", np.full(13, np.inf, np.float32)),
         ("bias", np.zeros(4, np.float32)),
         ("bias", np.zeros((3, 1), np.float32)),
