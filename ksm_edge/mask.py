@@ -81,7 +81,7 @@ def score_shape(weight_shape: Shape, granularity: str) -> Shape:
 def group_size(granularity: str) -> int:
     """N of `group:N`; raises UsageError for what is no granularity at all."""
     kind, _, size = granularity.partition(":")
-    if kind != "group" or not size.isdecimal() or int(size) < 1:
+    if kind != "group" or not (size.isascii() and size.isdecimal()) or int(size) < 1:
         raise UsageError(f"granularity {granularity!r}: expected kernel, group:N with N >= 1, channel or element")
     return int(size)
 

@@ -49,12 +49,26 @@ def read_container(data: bytes) -> tuple[str, dict[str, np.ndarray]]:
     return metadata[METADATA_KEY], streams
 
 
+def parse_json(text: str) -> Any:
+    """What the text says; ValueError or RecursionError where it is not JSON, or where a name comes twice in one object,
+    of which two readers might each take another one.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
 def place(data: bytes, name: str) -> slice:
     """Where in the file's bytes the stream `name` lies, for `data` that `read_container` has passed."""
     header, body = _split(data)
     start, end = header[name]["data_offsets"]
     first = len(data) - len(body)
     return slice(first + start, first + end)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return found
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
@@ -68,7 +82,7 @@ def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
             "This is no task pack, or it is cut short"
         )
     try:
-        header = json.loads(data[8 : 8 + length].decode("utf-8"))
+        header = parse_json(data[8 : 8 + length].decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"the header cannot be read: {error}") from error
     if not isinstance(header, dict):

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from ksm_edge.bundle.layers import InputContract
 from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
 from ksm_edge.mask import score_shape
+from ksm_edge.pack.container import parse_json
 from ksm_edge.pack.record import BATCH, STATISTICS
 
 FORMAT = 1
@@ -81,7 +82,7 @@ def read_metadata(text: str) -> Metadata:
     if not text.startswith(OPENING) or checksum(text[COVERED_FROM:].encode(errors="replace")) != found:
         raise DamagedFileError("the pack's metadata is not what was written: its checksum does not hold. Copy it again")
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         version = values["format"]
         # Whatever could not be written again: NaN, 1e999, half a surrogate pair.
         json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
@@ -113,7 +114,7 @@ def _parse(values: Mapping[str, Any]) -> Metadata:
         own_statistics=_all(int, values["own_statistics"]),
         features=_is(int, values["features"]),
         bits={name: _is(int, values["bits"][name]) for name in ("scale", "norm", "head")},
-        codecs={name: _is(str, codec) for name, codec in _is(dict, values["codecs"]).items()},
+        codecs={name: _is(str, values["codecs"][name]) for name in ("bits", "scales", "norm", "head")},
         checksums={name: _is(str, digits) for name, digits in _is(dict, values["checksums"]).items()},
         record=_is(dict, values["record"]),
     )
