@@ -57,6 +57,12 @@ class Metadata:
     def score_shapes(self) -> list[tuple[int, ...]]:
         return [score_shape((O, I, kh, kw), self.granularity) for _, O, I, kh, kw in self.layers]
 
+    @property
+    def values(self) -> int:
+        """What a reader makes room for: scores, filters (batch-norm has them whatever the granularity) and the head."""
+        scores = sum(math.prod(shape) for shape in self.score_shapes)
+        return scores + sum(O for _, O, *_ in self.layers) + len(self.classes) * self.features
+
 
 def checksum(data: bytes | memoryview) -> str:
     """16 hex digits that change with any bit of `data`."""
@@ -136,10 +142,7 @@ def _check(metadata: Metadata) -> None:
     own = metadata.own_statistics
     _hold(all(0 <= index < len(names) for index in own) and len(set(own)) == len(own), "own_statistics is off")
     _hold(not own or metadata.statistics == BATCH, "frozen statistics, and yet some of its own")
-    # Scores, and the filters that batch-norm has whatever the granularity, are what a reader makes room for.
-    scores = sum(math.prod(shape) for shape in metadata.score_shapes)
-    room = scores + sum(O for _, O, *_ in metadata.layers) + len(metadata.classes) * metadata.features
-    _hold(room <= MAX_VALUES, f"{room} values in all; at most {MAX_VALUES} are possible")
+    _hold(metadata.values <= MAX_VALUES, f"{metadata.values} values in all; at most {MAX_VALUES} are possible")
 
 
 def _hold(condition: bool, otherwise: str) -> None:
