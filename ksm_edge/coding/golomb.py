@@ -14,6 +14,8 @@ import numpy as np
 
 from ksm_edge.errors import DamagedFileError
 
+BLOCK = 1 << 16  # gaps or bits decoded at a time: a gap may be one bit of a file, and takes ten numbers on the way
+
 
 def divisor(cells: int, events: int) -> int:
     """The best m for so many events in so many cells, in whole numbers: 0.693 cells / events + 0.15, rounded down."""
@@ -38,24 +40,40 @@ def decode(data: bytes | memoryview, divisors: np.ndarray) -> tuple[np.ndarray, 
     or is not filled up with zeros.
     """
     octets = np.frombuffer(data, np.uint8)
-    bits = np.unpackbits(octets)
-    count = divisors.size
-    ends = np.flatnonzero(bits == 0)[:count]
-    if ends.size < count:
-        raise DamagedFileError(f"Golomb codes: {count} gaps declared, {ends.size} found")
-    start = int(ends[-1]) + 1 if count else 0
-    quotients = np.diff(ends, prepend=-1) - 1
-    widths, cutoffs = _truncated(divisors)
-    remainders, start = _take(octets, start, widths)
-    is_long = (remainders >= cutoffs) & (divisors > 1)
-    end = start + int(np.count_nonzero(is_long))
-    if end > bits.size:
-        raise DamagedFileError("Golomb codes: the last remainders are missing")
-    remainders[is_long] = 2 * remainders[is_long] + bits[start:end] - cutoffs[is_long]
+    bits, padded = np.unpackbits(octets), np.concatenate([octets, np.zeros(4, np.uint8)])
+    gaps, start = _take_unary(bits, divisors.size)
+    blocks = [slice(first, first + BLOCK) for first in range(0, divisors.size, BLOCK)]
+    end = start + sum(int(_truncated(divisors[block])[0].sum()) for block in blocks)
+    for block in blocks:
+        m = divisors[block]
+        widths, cutoffs = _truncated(m)
+        remainders, start = _take(padded, start, widths)
+        is_long = (remainders >= cutoffs) & (m > 1)
+        last = bits[end : end + int(np.count_nonzero(is_long))]
+        end += np.count_nonzero(is_long)
+        if end > bits.size:
+            raise DamagedFileError("Golomb codes: the last remainders are missing")
+        remainders[is_long] = 2 * remainders[is_long] + last - cutoffs[is_long]
+        gaps[block] = gaps[block] * m + remainders
     used = -(-end // 8)
     if bits[end : 8 * used].any():
         raise DamagedFileError("Golomb codes: bits are set behind the last gap")
-    return quotients * divisors + remainders, used
+    return gaps, used
+
+
+def _take_unary(bits: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """The quotients, (count,) int64, and where they end."""
+    quotients, found, last = np.empty(count, np.int64), 0, -1
+    for first in range(0, bits.size, BLOCK):
+        if found == count:
+            break
+        ends = first + np.flatnonzero(bits[first : first + BLOCK] == 0)[: count - found]
+        quotients[found : found + ends.size] = np.diff(ends, prepend=last) - 1
+        found += ends.size
+        last = int(ends[-1]) if ends.size else last
+    if found < count:
+        raise DamagedFileError(f"Golomb codes: {count} gaps declared, {found} found")
+    return quotients, last + 1
 
 
 def _truncated(divisors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,13 +96,16 @@ def _put(values: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return bits
 
 
-def _take(octets: np.ndarray, start: int, widths: np.ndarray) -> tuple[np.ndarray, int]:
-    """Undo `_put` from bit `start` on; also where it ended. Widths are at most 25, so four bytes hold every value."""
+def _take(padded: np.ndarray, start: int, widths: np.ndarray) -> tuple[np.ndarray, int]:
+    """Undo `_put` from bit `start` on; also where it ended. `padded`: the bytes and four more, of which each value is
+    read, as widths are at most 25.
+    """
     ends = start + np.cumsum(widths)
     end = int(ends[-1]) if ends.size else start
-    if end > 8 * octets.size:
+    if end > 8 * (padded.size - 4):
         raise DamagedFileError("Golomb codes: remainders are missing")
     begins = ends - widths
-    first, padded = begins >> 3, np.concatenate([octets, np.zeros(4, np.uint8)]).astype(np.int64)
-    window = padded[first] << 24 | padded[first + 1] << 16 | padded[first + 2] << 8 | padded[first + 3]
+    window = np.zeros(widths.size, np.int64)
+    for place in range(4):
+        window = window << 8 | padded[(begins >> 3) + place]
     return window >> (32 - (begins & 7) - widths) & (1 << widths) - 1, end

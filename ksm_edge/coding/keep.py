@@ -166,25 +166,40 @@ def _decode_groups(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
 
 
 def _together(splits: Sequence[Split], events: Sequence[Sequence[int]], places: np.ndarray) -> list[np.ndarray]:
-    """Undo `Split.apart` for all layers in one pass: from the places in each group, int32 places in each layer."""
-    all_rows, all_columns, table = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
-    first_row = first_column = origin = 0
+    """Undo `Split.apart` for all layers: from the places in each group, int32 places in each layer.
+
+    Many groups are small, so numpy gets as many at once as there are events in a block; and no more, for its memory.
+    """
+    all_rows, all_columns, pieces = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
+    first_row = first_column = 0
     for split, counts in zip(splits, events, strict=True):
         for (rows, columns), count in zip(split.groups, counts, strict=False):  # no counts: nothing is cut
-            table.append((max(1, columns.size), first_row, first_column, split.shape[1], origin, count))
+            how = (columns.size, split.shape[1], first_row, first_column)
+            pieces += [(min(golomb.BLOCK, count - done), *how) for done in range(0, count, golomb.BLOCK)]
             all_rows.append(rows)
             all_columns.append(columns)
             first_row, first_column = first_row + rows.size, first_column + columns.size
-        origin += split.shape[0] * split.shape[1]
-    columns_of_table = np.array(table, np.int64).reshape(-1, 6).T
-    width, row, column, pitch, begin = (np.repeat(values, columns_of_table[5]) for values in columns_of_table[:5])
-    in_row, in_column = np.divmod(places, width)
-    flat = begin + np.concatenate(all_rows)[row + in_row] * pitch + np.concatenate(all_columns)[column + in_column]
-    flat.sort()
-    sizes = [split.shape[0] * split.shape[1] for split in splits]
-    origins = np.cumsum([0, *sizes])
-    parts = _parts(flat, [sum(counts) for counts in events])
-    return [(part - before).astype(np.int32) for part, before in zip(parts, origins[:-1], strict=True)]
+    found = _places_in_layers(pieces, np.concatenate(all_rows), np.concatenate(all_columns), places)
+    parts = _parts(found, [sum(counts) for counts in events])
+    for part in parts:
+        part.sort()
+    return parts
+
+
+def _places_in_layers(
+    pieces: Sequence[tuple[int, ...]], rows: np.ndarray, columns: np.ndarray, places: np.ndarray
+) -> np.ndarray:
+    """`pieces`: how many events, the width of group and layer, and where the group begins in `rows` and `columns`."""
+    found, done = np.empty(places.size, np.int32), 0
+    table = np.array(pieces, np.int64).reshape(-1, 5)
+    block = np.cumsum(table[:, 0]) // golomb.BLOCK
+    for part in np.split(table, np.flatnonzero(np.diff(block)) + 1):
+        width, pitch, row, column = np.repeat(part[:, 1:], part[:, 0], axis=0).T
+        here = slice(done, done + width.size)
+        in_row, in_column = np.divmod(places[here], width)
+        found[here] = rows[row + in_row] * pitch + columns[column + in_column]
+        done += width.size
+    return found
 
 
 def _read_splits(reader: _Reader, kinds: Sequence[int], shapes: Sequence[Shape]) -> list[Split]:
@@ -227,7 +242,7 @@ def _golomb(groups: Sequence[tuple[int, np.ndarray]]) -> bytes:
 def _divisors(groups: Sequence[tuple[int, int]]) -> np.ndarray:
     """One for every event, from the cells and events of each group."""
     each = [golomb.divisor(cells, events) if events else 1 for cells, events in groups]
-    return np.repeat(np.array(each, np.int64), [events for _, events in groups])
+    return np.repeat(np.array(each, np.int32), [events for _, events in groups])
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -286,15 +301,13 @@ class _Reader:
             raise DamagedFileError(f"keep bits: {total} gaps declared, {bits} bits are left")
         gaps, used = golomb.decode(self._rest, _divisors(groups))
         self._rest = self._rest[used:]
-        counts = np.array([events for _, events in groups], np.int64)
-        cells = np.repeat(np.array([size for size, _ in groups], np.int64), counts)
-        passed = np.concatenate([[0], np.cumsum(gaps + 1)])  # cells up to each event, those of groups before included
-        begins = passed[np.cumsum(counts) - counts]
-        places = passed[1:] - 1 - np.repeat(begins, counts)
-        if (places >= cells).any():
-            outside = int((places >= cells).argmax())
-            raise DamagedFileError(f"keep bits: something at {places[outside]} among {cells[outside]}")
-        return places
+        gaps += 1
+        for (cells, count), places in zip(groups, _parts(gaps, [count for _, count in groups]), strict=True):
+            np.cumsum(places, out=places)
+            places -= 1
+            if count and places[-1] >= cells:
+                raise DamagedFileError(f"keep bits: something at {places[-1]} among {cells}")
+        return gaps
 
     def end(self) -> None:
         if self._rest:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksm_edge.coding.golomb import decode, divisor, encode
+from ksm_edge.coding.golomb import BLOCK, decode, divisor, encode
 from ksm_edge.errors import DamagedFileError
 
 pairs = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 700)), max_size=200)
@@ -22,6 +22,16 @@ def test_gaps_come_back_and_leave_what_is_behind_them(gaps: list[tuple[int, int]
     data = encode(values, divisors)
     found, used = decode(data + rest, divisors)
     np.testing.assert_array_equal(found, values)
+    assert used == len(data)
+
+
+def test_gaps_of_several_blocks_come_back() -> None:
+    rng = np.random.default_rng(0)
+    divisors = rng.integers(1, 40, 3 * BLOCK + 5)
+    gaps = rng.geometric(1 / (divisors + 1)) - 1
+    data = encode(gaps, divisors)
+    found, used = decode(data, divisors)
+    np.testing.assert_array_equal(found, gaps)
     assert used == len(data)
 
 

@@ -135,6 +135,17 @@ def test_no_room_is_made_for_more_gaps_than_there_are_bits(data: bytes, shape: t
         tracemalloc.stop()
 
 
+def test_kernels_that_cost_a_bit_each_take_little_memory() -> None:
+    data = b"\x01\x80\x80\x80\x01\x00" + bytes(1 << 18)  # 2^21 cut of as many: divisor 1, and every gap the bit 0
+    tracemalloc.start()
+    try:
+        (cut,) = decode_keep(GROUPS, data, [(1024, 2048)])
+        assert tracemalloc.get_traced_memory()[1] < 20 * cut.size  # 4 of which are what comes back
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(cut, np.arange(1024 * 2048))
+
+
 def test_a_cut_kernel_where_every_byte_says_so() -> None:
     # One group, 1 cut, none busy; 1 of 4: divisor 2, gap 3 = 2 + 1: unary 10, then the bit 1.
     (cut,) = decode_keep(GROUPS, b"\x01\x01\x00\xa0", [(2, 2)])
