@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,25 +16,6 @@ def test_a_saved_pack_is_loaded_and_its_size_told(tmp_path: Path) -> None:
     size = save_pack(tiny_pack(), tmp_path / "a.ksm")
     assert size == (tmp_path / "a.ksm").stat().st_size
     assert encode(load_pack(tmp_path / "a.ksm")) == (tmp_path / "a.ksm").read_bytes()
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_pack_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    path = tmp_path / "a.ksm"
-    save_pack(tiny_pack(seed=1), path)
-    before = path.read_bytes()
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, failing, full)
-    with pytest.raises(OSError, match="No space left"):
-        save_pack(tiny_pack(seed=2), path)
-    monkeypatch.undo()
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_begins_with_the_path(tmp_path: Path) -> None:
