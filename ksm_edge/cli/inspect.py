@@ -57,6 +57,7 @@ def describe(path: str, pack: Pack, data: bytes) -> dict[str, Any]:
         "kernels": kernels,
         "kept_share": sum(layer["kept"] for layer in layers) / scores if scores else 1.0,
         "bits_per_kernel": 8 * (parts["keep_bits"] + parts["scales"]) / kernels if kernels else 0.0,
+        "keep_bits_per_kernel": 8 * parts["keep_bits"] / kernels if kernels else 0.0,
         "layers": layers,
     }
 
@@ -103,7 +104,8 @@ def _mask_lines(report: dict[str, Any]) -> list[str]:
         return ["  kept         everything: the pack names no layer, only its head is its own"]
     return [
         f"  kept         {report['kept_share']:.2%} of the masks' entries, in {report['kernels']:,} kernels",
-        f"  coded in     {report['bits_per_kernel']:.3f} bits per kernel (keep bits and scales)",
+        f"  coded in     {report['bits_per_kernel']:.3f} bits per kernel, "
+        f"{report['keep_bits_per_kernel']:.3f} of them for keep bits, the rest for scales",
     ]
 
 

@@ -72,6 +72,19 @@ def test_inspect_json_adds_up(pack: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report["record"] == {"steps": 7, "validation_accuracy": 0.5}
 
 
+def test_inspect_tells_bits_per_kernel(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(inspect, pack, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    keep_bytes, scale_bytes = (report["part_bytes"][part] for part in ("keep_bits", "scales"))
+    assert keep_bytes > 0
+    assert scale_bytes > 0
+    assert report["keep_bits_per_kernel"] == 8 * keep_bytes / report["kernels"]
+    assert report["bits_per_kernel"] == 8 * (keep_bytes + scale_bytes) / report["kernels"]
+    assert call(inspect, pack) == 0
+    expected = f"{report['bits_per_kernel']:.3f} bits per kernel, {report['keep_bits_per_kernel']:.3f} of them for keep"
+    assert expected in capsys.readouterr().out
+
+
 def test_inspect_needs_no_runtime(pack: Path) -> None:
     code = (
         "import argparse, sys\nfrom ksm_edge.cli import inspect\n"
