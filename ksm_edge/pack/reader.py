@@ -91,6 +91,8 @@ def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[S
     cuts = decode_keep(codec, streams["bits"].tobytes(), [table_shape(shape) for shape in shapes])
     counts = [cut.size for cut in cuts]
     ranges = _shaped(streams, "ranges", (sum(count > 0 for count in counts), 2))
+    if (ranges[:, 0] > ranges[:, 1]).any():
+        raise DamagedFileError("stream 'ranges' holds one whose least score is above its greatest")
     bits = metadata.bits["scale"]
     codes = decode_codes(streams["scales"].tobytes(), bits, sum(counts) if metadata.soft else 0)
     scales = dequantize_scale(codes, bits)

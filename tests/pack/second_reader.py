@@ -224,6 +224,7 @@ def read_masks(m: dict[str, Any], streams: dict[str, Any]) -> list[dict[str, np.
     keeps = [keep.reshape(shape) for keep, shape in zip(read(streams["bits"], tables), shapes, strict=True)]
     cuts = [int((~keep).sum()) for keep in keeps]
     ranges = shaped(streams, "ranges", (sum(cut > 0 for cut in cuts), 2))
+    require(bool((ranges[:, 0] <= ranges[:, 1]).all()), "ranges (10)")
     b = m["bits"]["scale"]
     codes = read_codes(streams["scales"], b, sum(cuts) if m["soft"] else 0)
     scales = codes.astype(F32) * F32.type(0.5 / (2**b - 1))

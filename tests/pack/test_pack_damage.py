@@ -300,6 +300,7 @@ def test_metadata_that_is_no_json_object_is_damage() -> None:
         ("head", deflated(b"\x00" * 31)),
         ("ranges", np.zeros((9, 2), np.float32)),
         ("ranges", np.full((4, 2), np.nan, np.float32)),
+        ("ranges", np.array([[0, -1]] * 4, np.float32)),
         ("steps", np.zeros(12, np.float32)),
         ("steps", np.full(13, -1, np.float32)),
         ("steps", np.full(13, 1.4e36, np.float32)),
