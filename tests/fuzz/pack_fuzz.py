@@ -3,8 +3,9 @@
     scripts/fuzz [--seconds N | --mutations N] [--seed S] [--atheris] [FILE ...]
 
 Packs are made as `pack_mutations` does from those in tests/pack/golden/. With --atheris, libFuzzer follows what makes
-the reader take new paths (pip install atheris, which has wheels for Linux). FILEs are read as they are instead. What
-is found is written to fuzz-findings/ of the current folder, and the exit code is 1.
+the reader take new paths (pip install atheris, which has wheels for Linux) and keeps it in fuzz-findings/corpus/ for the
+next time. FILEs are read as they are instead. What is found is written to fuzz-findings/ of the current folder, and the
+exit code is 1.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def fuzz_with_atheris(seed: int, seconds: float, mutations: int | None) -> None:
 
     atheris.instrument_all()
     limit = f"-max_total_time={int(seconds)}" if mutations is None else f"-runs={mutations}"
-    options = [sys.argv[0], limit, f"-seed={seed}", "-max_len=2000000", str(GOLDEN)]
+    corpus = FINDINGS / "corpus"  # the first folder is where libFuzzer puts what takes a new path
+    corpus.mkdir(parents=True, exist_ok=True)
+    options = [sys.argv[0], limit, f"-seed={seed}", "-max_len=2000000", str(corpus), str(GOLDEN)]
     atheris.Setup(options, one, custom_mutator=mutator)
     atheris.Fuzz()
 

@@ -35,6 +35,15 @@ def test_a_seed_gives_the_same_packs_again() -> None:
     assert len(set(first)) > 40
 
 
+@pytest.mark.parametrize("rounds", [1, 30])
+def test_what_has_been_mutated_before_can_be_mutated_again(rounds: int) -> None:
+    seeds = pack_fuzz.golden()
+    for number in range(20):
+        random, data = Random(number), seeds[0]
+        for _ in range(rounds):
+            data = mutated(random, data, seeds)[:5000]
+
+
 def test_checksums_are_made_right_behind_a_change() -> None:
     data = pack_fuzz.golden()[0]
     text, streams = read_container(data)
