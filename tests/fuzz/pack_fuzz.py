@@ -3,8 +3,8 @@
     scripts/fuzz [--seconds N | --mutations N] [--seed S] [--atheris] [FILE ...]
 
 Packs are made as `pack_mutations` does from those in tests/pack/golden/. With --atheris, libFuzzer follows what makes
-the reader take new paths (pip install atheris, which has wheels for Linux) and keeps it in fuzz-findings/corpus/ for the
-next time. FILEs are read as they are instead. What is found is written to fuzz-findings/ of the current folder, and the
+the reader take new paths (pip install atheris, which has wheels for Linux) and keeps it in fuzz-findings/corpus/ for
+the next time. FILEs are read as they are instead. What is found is written to fuzz-findings/ of the current folder, and the
 exit code is 1.
 """
 
