@@ -4,8 +4,8 @@
 
 Packs are made as `pack_mutations` does from those in tests/pack/golden/. With --atheris, libFuzzer follows what makes
 the reader take new paths (pip install atheris, which has wheels for Linux) and keeps it in fuzz-findings/corpus/ for
-the next time. FILEs are read as they are instead. What is found is written to fuzz-findings/ of the current folder, and the
-exit code is 1.
+the next time. FILEs are read as they are instead. What is found is written to fuzz-findings/ of the current folder, and
+the exit code is 1.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def mutated(random: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
         for way in ways:
             text = way(random, text, streams, seeds)
         return behind_checksums(text, streams)
-    except (DamagedFileError, LookupError, TypeError, ValueError):  # what a fuzzer goes on from need not be good
+    except (DamagedFileError, LookupError, RecursionError, TypeError, ValueError):  # what it goes on from may be broken
         return _bytes(random, data)
 
 
