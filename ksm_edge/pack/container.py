@@ -96,7 +96,7 @@ def _stream(name: str, entry: Any, body: memoryview) -> np.ndarray:
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, end = entry["data_offsets"]
         fits = (
-            all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            all(type(n) is int and 0 <= n <= MAX_FILE_BYTES for n in (*shape, start, end))  # 0 x 2^63 is no shape
             and len(shape) <= 2
             and start <= end
             and math.prod(shape) * dtype.itemsize == end - start

@@ -120,6 +120,7 @@ def read_header(data: bytes) -> tuple[dict[str, Any], bytes]:
         shape, offsets = entry["shape"], entry["data_offsets"]
         require(entry["dtype"] in ("U8", "F32"), f"{name}: dtype (6)")
         require(type(shape) is list and len(shape) <= 2 and all(map(is_count, shape)), f"{name}: shape (6)")
+        require(max(shape, default=0) <= 2**28, f"{name}: shape (6)")
         require(type(offsets) is list and len(offsets) == 2 and all(map(is_count, offsets)), f"{name}: offsets (6)")
         size = math.prod(shape) * (4 if entry["dtype"] == "F32" else 1)
         require(size == offsets[1] - offsets[0], f"{name}: size (6)")

@@ -149,6 +149,7 @@ def test_another_safetensors_file_is_no_pack() -> None:
     [
         {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [0, 1 << 63], "data_offsets": [0, 0]},
         {"dtype": "F32", "shape": [1], "data_offsets": [1 << 50, (1 << 50) + 4]},
         {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]},
         {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},

@@ -95,7 +95,9 @@ def broken() -> list[bytes]:
     metadata = [damage.rewritten(damage.change(key, value)) for key, value in marks["key", "value"]]
     streams = [damage.rewritten(streams={name: stream}) for name, stream in marks["name", "stream"]]
     texts = [damage.reworded(*case) for case in marks["written", "instead"]]
-    return metadata + streams + texts
+    header, body = damage.split()
+    entries = [damage.joined(header | {"bias": entry}, body) for entry in marks["entry"]]
+    return metadata + streams + texts + entries
 
 
 @pytest.mark.parametrize("data", broken(), ids=range(len(broken())))
