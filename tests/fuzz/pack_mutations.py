@@ -42,9 +42,9 @@ def mutated(random: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
     """A pack with one to a few things wrong; `seeds` are good ones, from which a stream may be taken."""
     if random.random() < 0.15:
         return _bytes(random, data)
-    if random.random() < 0.1:
-        return _header(random, data)
     try:
+        if random.random() < 0.1:
+            return _header(random, data)
         text, streams = read_container(data)
         if random.random() < 0.01:
             text = _enlarged(random, text, streams)
