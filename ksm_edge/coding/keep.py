@@ -181,8 +181,9 @@ def _together(splits: Sequence[Split], events: Sequence[Sequence[int]], places: 
             first_row, first_column = first_row + rows.size, first_column + columns.size
     found = _places_in_layers(pieces, np.concatenate(all_rows), np.concatenate(all_columns), places)
     parts = _parts(found, [sum(counts) for counts in events])
-    for part in parts:
-        part.sort()
+    for part, counts in zip(parts, events, strict=True):
+        if len(counts) > 1:  # those of one group are in order
+            part.sort()
     return parts
 
 
