@@ -76,7 +76,7 @@ def fuse_layer(
 def fuse(bundle: Bundle, pack: Pack | None, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """All weights a session needs, by initializer name: `LAYER.weight` (O, I, kh, kw) and `LAYER.bias` (O,), float32.
 
-    `pack` None is the plain backbone. `out`: what an earlier call gave, to be written over: no memory is taken.
+    `pack` None is the plain backbone. `out`: what an earlier call gave; its weights are written over.
     Raises WrongBackboneError for a pack of another one.
     """
     if pack is not None:

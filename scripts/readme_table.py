@@ -156,9 +156,13 @@ def _mib(row: dict[str, Any]) -> str:
     return f"{row['peak_rss_bytes'] / 2**20:.0f}"
 
 
+def _cores(count: int) -> str:
+    return f"{count} core{'s' if count > 1 else ''}"
+
+
 def _origin(results: dict[str, dict[str, Any]]) -> str:
     """Where and when, and whether the machine was disturbed."""
-    machines = sorted({f"{c['machine']['cpu']}, {c['machine']['cores']} cores" for c in results.values()})
+    machines = sorted({f"{c['machine']['cpu']}, {_cores(c['machine']['cores'])}" for c in results.values()})
     days = sorted({content["after"]["time"][:10] for content in results.values()})
     disturbed = [name for name, content in results.items() if content["warnings"]]
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"

@@ -46,6 +46,16 @@ def test_fused_weights_are_the_naive_ones_bit_for_bit(bundle: Bundle, granularit
         assert fused[f"{layer.name}.bias"].tobytes() == bias.tobytes()
 
 
+@pytest.mark.parametrize("granularity", ["kernel", "element"])
+def test_ready_arrays_are_written_over_and_nothing_of_before_is_left(bundle: Bundle, granularity: str) -> None:
+    ready = fuse(bundle, tiny_pack(granularity, cut=0.5, seed=1))
+    pack = tiny_pack(granularity, cut=0.5, seed=2)
+    fused = fuse(bundle, pack, ready)
+    assert fused_digest(fused) == fused_digest(fuse(bundle, pack))
+    for layer in LAYERS:
+        assert fused[f"{layer.name}.weight"] is ready[f"{layer.name}.weight"]
+
+
 def test_the_plain_backbone_is_the_empty_pack(bundle: Bundle) -> None:
     nothing = {layer.name: LayerState(None, *np.zeros((2, layer.weight_shape[0]), np.float32)) for layer in LAYERS}
     plain = fuse(bundle, None)

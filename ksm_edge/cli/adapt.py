@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, meaning in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
     parser.add_argument(
-        "--small", action="store_true", help="a pack about half as large, by more thinning and fewer bits"
+        "--small", action="store_true", help="a smaller pack for some accuracy, by more thinning and fewer bits"
     )
     for name, meaning in BITS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=meaning)

@@ -57,5 +57,5 @@ class GradientSession:
         self._session.run_with_iobinding(self._binding, self._shrinking if shrink else self._plain)
         self._pattern_known = True
         if not shrink and not self._memory_settled:
-            use_huge_pages()  # 5 % of a step's time for MobileNetV2 at 224 px, on one EPYC core in a virtual machine
+            use_huge_pages()  # 4 to 5 % of a step for MobileNetV2 at 224 px, on one core of a virtual EPYC
         self._memory_settled = not shrink

@@ -13,7 +13,7 @@ from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
-# What makes a pack about half as large as the default, for a point of accuracy.
+# A smaller pack, 34 kB where the default has 57 (MobileNetV2, six classes), for some accuracy.
 SMALL: Mapping[str, Any] = {"thin": 0.75, "scale_bits": 1, "norm_bits": 3, "head_bits": 4}
 
 

@@ -1,7 +1,7 @@
 """Thinning: cut kernels that hardly change the weights go back to 1, and what is left learns to do without them.
 
-Adam moves every score whose gradient keeps its sign, however small, so a third to a half of the cut kernels are weights
-next to nothing. They cost as many bytes in a pack as the others.
+Adam moves every score whose gradient keeps its sign, however small, so many of the cut kernels are weights next to
+nothing. They cost as many bytes in a pack as the others.
 """
 
 from __future__ import annotations

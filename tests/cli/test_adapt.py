@@ -18,7 +18,9 @@ from tiny import saved_tiny_bundle, tiny_pack
 
 from ksm_edge.cli.main import main
 from ksm_edge.device import Device
+from ksm_edge.pack.container import read_container
 from ksm_edge.pack.files import load_pack, save_pack
+from ksm_edge.pack.metadata import read_metadata
 from ksm_edge.training.settings import SMALL
 
 KEYS = {
@@ -106,6 +108,8 @@ def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bund
     assert main(call(photos, bundle, tmp_path / "a.ksm", "--small", "--norm-bits", 6)) == 0
     chosen = load_pack(tmp_path / "a.ksm").record["settings"]
     assert {name: chosen[name] for name in SMALL} == SMALL | {"norm_bits": 6}
+    text, _ = read_container((tmp_path / "a.ksm").read_bytes())
+    assert read_metadata(text).bits == {"scale": 1, "norm": 6, "head": 4}
 
 
 def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import finished, to_pack
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.targets import target_rows
+from ksm_edge.training.thinning import thinning_step
 from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 
 CLASSES = 3
@@ -251,3 +252,52 @@ def test_the_backbone_is_not_written_to(bundle: Bundle) -> None:
 def test_settings_out_of_range_are_named(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=name.partition("_")[0]):
         Settings(**{name: value})  # type: ignore[arg-type]
+
+
+def cut_of(subject: Trainer) -> list[np.ndarray]:
+    return [layer.mask().cut for layer in subject.layers.values()]
+
+
+def test_masks_are_thinned_once_and_none_is_cut_from_then_on(bundle: Bundle) -> None:
+    at = thinning_step(STEPS)
+    thinned, whole = (trainer(bundle, replace(SETTINGS, thin=share)) for share in (0.5, 0.0))
+    for subject in (thinned, whole):
+        train(subject, 0, at - 1)
+    assert not thinned.is_thinned
+    assert same_bits(thinned, whole)
+    for subject in (thinned, whole):
+        train(subject, at - 1, at)
+    assert thinned.is_thinned
+    before, left = (sum(map(len, cut_of(subject))) for subject in (whole, thinned))
+    assert 1 < left == before - before // 2
+    allowed = cut_of(thinned)
+    train(thinned, at, STEPS)
+    for found, once in zip(cut_of(thinned), allowed, strict=True):
+        assert set(found) <= set(once)
+    train(whole, at, STEPS)
+    assert any(set(found) - set(once) for found, once in zip(cut_of(whole), allowed, strict=True))
+
+
+def test_a_training_resumed_behind_the_thinning_stays_thinned(bundle: Bundle) -> None:
+    done = thinning_step(STEPS) + 2
+    straight, again = trainer(bundle), trainer(bundle)
+    train(straight, 0, done)
+    again.restore({name: array.copy() for name, array in straight.state().items()}, done)
+    for subject in (straight, again):
+        train(subject, done, STEPS)
+    assert same_bits(straight, again)
+    assert [cut.tolist() for cut in cut_of(again)] == [cut.tolist() for cut in cut_of(straight)]
+
+
+def test_huge_pages_are_asked_for_once_memory_has_settled_and_again_when_it_was_given_back(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("ksm_edge.runtimes.gradient.use_huge_pages", lambda: asked.append(1))
+    subject = trainer(bundle)
+    images, labels = batch(0)
+    counts = []
+    for release in (False, False, True, False, False):
+        subject.step(images, target_rows(labels, CLASSES, 0.0), release=release)
+        counts.append(len(asked))
+    assert counts == [1, 1, 1, 2, 2]
