@@ -20,20 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import grid
 from measure import (
-    FORMAT_VERSION,
     KSM_EDGE,
     RESULTS,
     add_backbone,
     backbone,
     condition,
-    data_folder,
     disturbance,
     fresh_json,
     machine,
     print_table,
-    read,
-    write,
 )
 
 SIZE = 160
@@ -58,13 +55,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = arguments().parse_args()
-    paths = {task: _data(task) for task in options.tasks}
+    paths = {task: grid.task_data(task) for task in options.tasks}
     with backbone(options.bundle, SIZE, random=False) as bundle, _packs(options.packs) as packs:
         for seed in options.seeds:  # one seed of everything first: an interrupted grid then says most
             for task, path in paths.items():
                 wanted = identity(path, bundle, seed, options.epochs)
-                runs = _runs(options.out)
-                if not options.fresh and any(run["identity"] == wanted for run in runs):
+                if not options.fresh and grid.has(options.out, wanted):
                     print(f"{task}, seed {seed}: there already", file=sys.stderr)
                     continue
                 print(f"{task}, seed {seed}: {wanted['settings']['epochs']} epochs ...", file=sys.stderr)
@@ -73,10 +69,10 @@ def main() -> int:
                     "default_settings": options.epochs is None,
                     **_measure(path, bundle, packs, wanted),
                 }
-                _keep(options.out, run)
+                keep(options.out, run)
                 print(f"{task}, seed {seed}: {run['test_accuracy']:.2%} on test", file=sys.stderr)
     settings = identity(next(iter(paths.values())), None, 0, options.epochs)["settings"]
-    _show(summary([run for run in _runs(options.out) if run["identity"]["settings"] == settings]))
+    _show(summary([run for run in grid.runs(options.out) if run["identity"]["settings"] == settings]))
     print(f"\nraw values: {options.out}")
     return 0
 
@@ -165,26 +161,9 @@ def _measure(data: Path, bundle: Path, packs: Path, wanted: dict[str, Any]) -> d
     }
 
 
-def _runs(path: Path) -> list[dict[str, Any]]:
-    return list(read(path)["runs"]) if path.exists() else []
-
-
-def _keep(path: Path, run: dict[str, Any]) -> None:
-    """Add a run to the file, in the place of the same one if that is there."""
-    runs = [other for other in _runs(path) if other["identity"] != run["identity"]] + [run]
-    standing = reported(runs)
-    content: dict[str, Any] = {"version": FORMAT_VERSION, "benchmark": "accuracy", "question": QUESTION}
-    if standing:
-        content |= {name: standing[-1][name] for name in ("machine", "after")}
-    content["warnings"] = [warning for one in standing for warning in one["warnings"]]
-    write(path, {**content, "runs": runs, "summary": summary(standing)})
-
-
-def _data(task: str) -> Path:
-    path = next((p for p in (data_folder() / f"{task}.zip", data_folder() / task) if p.exists()), None)
-    if path is None:
-        raise SystemExit(f"no {task}.zip or {task}/ in {data_folder()}; set KSM_EDGE_DATA to a folder that has it")
-    return path
+def keep(path: Path, run: dict[str, Any]) -> None:
+    """Add a run to the file."""
+    grid.keep(path, {"benchmark": "accuracy", "question": QUESTION}, run, summary, reported)
 
 
 @contextmanager

@@ -53,17 +53,22 @@ class Job:
         cache: ImageCache,
         train: list[Item],
         held_out: list[Item],
+        skipped: list[tuple[str, str]],
         settings: Settings,
         plan: Plan,
         checkpoint: Path,
         observer: Observer,
     ) -> None:
-        """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge each epoch."""
+        """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge each epoch.
+
+        `skipped`: images that could not be read, with the reason.
+        """
         self.bundle, self.images, self.settings, self.plan = bundle, images, settings, plan
-        self.train, self.held_out, self.checkpoint = train, held_out, checkpoint
+        self.train, self.held_out, self.skipped, self.cache = train, held_out, skipped, cache
+        self.checkpoint = checkpoint
         self.progress, self.timing = Progress(), Timing()
         self.best: bytes | None = None  # pack
-        self._cache, self._observer, self._saved_at = cache, observer, time.monotonic()
+        self._observer, self._saved_at = observer, time.monotonic()
         self._losses: list[float] = []
         self.per_epoch = self._steps_of_an_epoch()
         steps = self.per_epoch * settings.epochs
@@ -121,7 +126,7 @@ class Job:
 
     def _batches(self) -> Generator[Batch, None, None]:
         yield from training_batches(
-            self._cache,
+            self.cache,
             self.train,
             self.bundle.input,
             batch=self.plan.batch,
@@ -177,5 +182,5 @@ class Job:
     def _accuracy(self, pack: Pack) -> float:
         size = self.plan.micro_batch
         return self.judge.accuracy(
-            pack, prefetch(evaluation_batches(self._cache, self.held_out, self.bundle.input, batch=size))
+            pack, prefetch(evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=size))
         )

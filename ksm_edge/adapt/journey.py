@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,48 @@ def adapt(
     Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit.
     Raises DataError, BudgetError, UnsupportedError.
     """
-    settings, observer, out = settings or Settings(), observer or Observer(), Path(out)
+    out = Path(out)
     _require_writable(out)
-    before = read_identity(checkpoint_path(out)) if resume else {}
+    checkpoint = checkpoint_path(out)
+    with prepared(
+        bundle,
+        images,
+        checkpoint,
+        settings or Settings(),
+        threads=threads,
+        budget_bytes=budget_bytes,
+        resume=resume,
+        observer=observer,
+    ) as job:
+        try:
+            job.run()
+            return _finish(job, out, provenance or {})
+        except KeyboardInterrupt:
+            job.save()
+            raise Interrupted(checkpoint) from None
+        except (OSError, DataError):  # a disk that is full, an image that is gone: nothing learned is lost
+            job.save_if_possible()
+            raise
+
+
+@contextmanager
+def prepared(
+    bundle: Bundle,
+    images: ImageSet,
+    checkpoint: Path,
+    settings: Settings,
+    *,
+    threads: int = 1,
+    budget_bytes: int | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> Iterator[Job]:
+    """The job of learning that task, ready to run: images read and split, memory planned, gone on from `checkpoint`.
+
+    Raises DataError, BudgetError, UnsupportedError.
+    """
+    observer = observer or Observer()
+    before = read_identity(checkpoint) if resume else {}
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, skipped = cache.prepare(images.train, observer.reading)
         _require_every_class(images, items, skipped)
@@ -90,22 +130,14 @@ def adapt(
             micro_batch=before.get("micro_batch"),
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
-        job = Job(bundle, images, cache, learned_from, judged_on, settings, plan, checkpoint_path(out), observer)
+        job = Job(bundle, images, cache, learned_from, judged_on, skipped, settings, plan, checkpoint, observer)
         if resume:
             job.restore()
         observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)
-        try:
-            job.run()
-            return _finish(job, out, skipped, provenance or {})
-        except KeyboardInterrupt:
-            job.save()
-            raise Interrupted(job.checkpoint) from None
-        except (OSError, DataError):  # a disk that is full, an image that is gone: nothing learned is lost
-            job.save_if_possible()
-            raise
+        yield job
 
 
-def _finish(job: Job, out: Path, skipped: list[tuple[str, str]], provenance: Mapping[str, Any]) -> Adapted:
+def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     progress = job.progress
     assert job.best is not None  # every finished epoch leaves one
     accuracy = progress.best_accuracy if job.held_out else None
@@ -130,7 +162,7 @@ def _finish(job: Job, out: Path, skipped: list[tuple[str, str]], provenance: Map
         steps=progress.steps_done,
         epochs=job.settings.epochs,
         timing=job.timing,
-        skipped=skipped,
+        skipped=job.skipped,
         history=progress.history,
     )
 

@@ -20,26 +20,28 @@ from ksm_edge.training.trainer import Trainer
 
 def to_pack(trainer: Trainer, task: str, classes: tuple[str, ...]) -> Pack:
     """The task as it would be loaded again, in the pack's bits; no record, digest or golden outputs yet."""
+    return quantized(unquantized(trainer, task, classes), **trainer.settings.pack_bits)
+
+
+def unquantized(trainer: Trainer, task: str, classes: tuple[str, ...]) -> Pack:
+    """The same, every number as training has it."""
     bundle, settings = trainer.bundle, trainer.settings
-    return quantized(
-        Pack(
-            task=task,
-            classes=classes,
-            backbone=bundle.digest,
-            recipe=bundle.recipe,
-            granularity=settings.granularity,
-            soft=settings.soft,
-            statistics=settings.statistics,
-            input=bundle.input,
-            layers={name: _layer_state(layer) for name, layer in trainer.layers.items()},
-            weight_shapes={name: layer.layer.weight_shape for name, layer in trainer.layers.items()},
-            head_weight=trainer.head_weight.copy(),
-            head_bias=trainer.head_bias.copy(),
-            record={},
-            fused_digest="",
-            golden_logits=np.zeros((0, len(classes)), np.float32),
-        ),
-        **settings.pack_bits,
+    return Pack(
+        task=task,
+        classes=classes,
+        backbone=bundle.digest,
+        recipe=bundle.recipe,
+        granularity=settings.granularity,
+        soft=settings.soft,
+        statistics=settings.statistics,
+        input=bundle.input,
+        layers={name: _layer_state(layer) for name, layer in trainer.layers.items()},
+        weight_shapes={name: layer.layer.weight_shape for name, layer in trainer.layers.items()},
+        head_weight=trainer.head_weight.copy(),
+        head_bias=trainer.head_bias.copy(),
+        record={},
+        fused_digest="",
+        golden_logits=np.zeros((0, len(classes)), np.float32),
     )
 
 

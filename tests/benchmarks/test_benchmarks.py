@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("accuracy", "demo", "latency", "pack", "startup", "step")
+IN_README = ("accuracy", "demo", "latency", "pack", "startup", "step")
+SCRIPTS = (*IN_README, "bits")
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     yield importlib.import_module
-    for name in (*SCRIPTS, "measure", "readme_table"):
+    for name in (*SCRIPTS, "grid", "measure", "readme_table"):
         sys.modules.pop(name, None)
 
 
@@ -149,7 +150,7 @@ AFTER = {"time": "2026-01-02T03:04:05+00:00"}
 def test_a_run_done_again_takes_the_place_of_the_first(load: Any, tmp_path: Path) -> None:
     accuracy = load("accuracy")
     for seed, test in ((0, 0.5), (1, 0.7), (0, 0.9)):
-        accuracy._keep(tmp_path / "accuracy.json", accuracy_run("flowers5", seed, test))
+        accuracy.keep(tmp_path / "accuracy.json", accuracy_run("flowers5", seed, test))
     content = json.loads((tmp_path / "accuracy.json").read_text())
     assert [run["test_accuracy"] for run in content["runs"]] == [0.7, 0.9]
     assert content["summary"]["flowers5"]["test_accuracy"] == pytest.approx(0.8)
@@ -220,7 +221,7 @@ def test_the_readme_says_what_the_results_say(results: Path, tmp_path: Path) -> 
     assert readme_table(results, readme, "--check").returncode == 0
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", IN_README)
 def test_a_missing_result_names_the_benchmark_to_run(results: Path, tmp_path: Path, name: str) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- demo -->\n<!-- /demo -->\n<!-- results -->\n<!-- /results -->\n")

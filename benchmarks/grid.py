@@ -1,0 +1,65 @@
+"""Runs that take minutes each, kept one by one: a grid of them that was interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from measure import FORMAT_VERSION, data_folder, read, write
+
+Run = dict[str, Any]  # its `identity` is what makes two runs the same
+
+
+def runs(path: Path) -> list[Run]:
+    """All that are in the file; none where there is no file."""
+    return list(read(path)["runs"]) if path.exists() else []
+
+
+def has(path: Path, identity: dict[str, Any]) -> bool:
+    """Whether that run is there."""
+    return any(run["identity"] == identity for run in runs(path))
+
+
+def keep(
+    path: Path,
+    head: dict[str, Any],
+    run: Run,
+    summary: Callable[[list[Run]], dict[str, Any]],
+    standing: Callable[[list[Run]], list[Run]] = list,
+) -> None:
+    """Add a run to the file, in the place of the same one, and what those that are `standing` now say together.
+
+    Several processes may add to one file, each its own part of the grid.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        all_runs = [other for other in runs(path) if other["identity"] != run["identity"]] + [run]
+        counted = standing(all_runs)
+        content: dict[str, Any] = {"version": FORMAT_VERSION, **head}
+        if counted:
+            content |= {name: counted[-1][name] for name in ("machine", "after")}
+        content["warnings"] = [warning for one in counted for warning in one["warnings"]]
+        write(path, {**content, "runs": all_runs, "summary": summary(counted)})
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder, which leaves no lock file behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def task_data(task: str) -> Path:
+    """The zip or folder of a task in the data folder."""
+    path = next((p for p in (data_folder() / f"{task}.zip", data_folder() / task) if p.exists()), None)
+    if path is None:
+        raise SystemExit(f"no {task}.zip or {task}/ in {data_folder()}; set KSM_EDGE_DATA to a folder that has it")
+    return path
