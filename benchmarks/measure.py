@@ -203,7 +203,7 @@ def _random_weights(path: Path, recipe: str) -> Path:
     return path
 
 
-CUT = 0.03  # share of kernels that a short training cuts
+CUT = 0.017  # share of kernels that default settings leave cut: 1.3 to 2.3 % on the tasks of accuracy.py
 
 
 def random_pack(bundle: Bundle) -> Pack:

@@ -49,8 +49,11 @@ def fuse_weight_into(
         I, size = weight.shape[1], weight[0, 0].size
         # One weight a kernel is the common case, and numpy gathers from one axis several times faster than rows of one.
         shape, column = ((-1,), (slice(None),)) if size == 1 else ((-1, size), (slice(None), None))
-        masked = weight.reshape(shape)[mask.cut] * mask.cut_scale[column]
-        out.reshape(shape)[mask.cut] = masked * factor[mask.cut // I][column]
+        cut = mask.cut.astype(np.intp)  # numpy would convert narrower indices at each use, and slowly
+        made = weight.reshape(shape)[cut]
+        made *= mask.cut_scale[column]
+        made *= factor[cut // I][column]
+        out.reshape(shape)[cut] = made
 
 
 def fuse_layer(

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -166,41 +167,23 @@ def _decode_groups(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
 
 
 def _together(splits: Sequence[Split], events: Sequence[Sequence[int]], places: np.ndarray) -> list[np.ndarray]:
-    """Undo `Split.apart` for all layers: from the places in each group, int32 places in each layer.
-
-    Many groups are small, so numpy gets as many at once as there are events in a block; and no more, for its memory.
-    """
-    all_rows, all_columns, pieces = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
-    first_row = first_column = 0
-    for split, counts in zip(splits, events, strict=True):
-        for (rows, columns), count in zip(split.groups, counts, strict=False):  # no counts: nothing is cut
-            how = (columns.size, split.shape[1], first_row, first_column)
-            pieces += [(min(golomb.BLOCK, count - done), *how) for done in range(0, count, golomb.BLOCK)]
-            all_rows.append(rows)
-            all_columns.append(columns)
-            first_row, first_column = first_row + rows.size, first_column + columns.size
-    found = _places_in_layers(pieces, np.concatenate(all_rows), np.concatenate(all_columns), places)
-    parts = _parts(found, [sum(counts) for counts in events])
-    for part, counts in zip(parts, events, strict=True):
-        if len(counts) > 1:  # those of one group are in order
-            part.sort()
-    return parts
+    """Undo `Split.apart` for all layers: int32 places in each group -> in each layer, in the same memory."""
+    layers = _parts(places, [sum(counts) for counts in events])
+    for split, counts, layer in zip(splits, events, layers, strict=True):
+        if len(counts) > 1:  # those of one group are what they are to be
+            for (rows, columns), group in zip(split.groups, _parts(layer, counts), strict=True):
+                _move_into_layer(group, rows, columns, split.shape[1])
+            layer.sort()
+    return layers
 
 
-def _places_in_layers(
-    pieces: Sequence[tuple[int, ...]], rows: np.ndarray, columns: np.ndarray, places: np.ndarray
-) -> np.ndarray:
-    """`pieces`: how many events, the width of group and layer, and where the group begins in `rows` and `columns`."""
-    found, done = np.empty(places.size, np.int32), 0
-    table = np.array(pieces, np.int64).reshape(-1, 5)
-    block = np.cumsum(table[:, 0]) // golomb.BLOCK
-    for part in np.split(table, np.flatnonzero(np.diff(block)) + 1):
-        width, pitch, row, column = np.repeat(part[:, 1:], part[:, 0], axis=0).T
-        here = slice(done, done + width.size)
-        in_row, in_column = np.divmod(places[here], width)
-        found[here] = rows[row + in_row] * pitch + columns[column + in_column]
-        done += width.size
-    return found
+def _move_into_layer(places: np.ndarray, rows: np.ndarray, columns: np.ndarray, width: int) -> None:
+    """Places in a group, made places in a layer so wide; few at a time, for what they take on the way."""
+    for first in range(0, places.size, golomb.BLOCK):
+        part = places[first : first + golomb.BLOCK]
+        row = part // np.int32(columns.size)
+        part -= row * np.int32(columns.size)
+        part[:] = rows[row] * width + columns[part]
 
 
 def _read_splits(reader: _Reader, kinds: Sequence[int], shapes: Sequence[Shape]) -> list[Split]:
@@ -237,13 +220,14 @@ def _ranks(flags: np.ndarray) -> np.ndarray:
 def _golomb(groups: Sequence[tuple[int, np.ndarray]]) -> bytes:
     """The places of events in groups of so many cells."""
     gaps = [np.diff(places.astype(np.int64), prepend=-1) - 1 for _, places in groups]
-    return golomb.encode(_joined(gaps), _divisors([(cells, places.size) for cells, places in groups]))
+    cells, counts = _columns([(cells, places.size) for cells, places in groups])
+    return golomb.encode(_joined(gaps), golomb.divisor(cells, counts), counts)
 
 
-def _divisors(groups: Sequence[tuple[int, int]]) -> np.ndarray:
-    """One for every event, from the cells and events of each group."""
-    each = [golomb.divisor(cells, events) if events else 1 for cells, events in groups]
-    return np.repeat(np.array(each, np.int32), [events for _, events in groups])
+def _columns(groups: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Cells and events of those groups that have any event, each (g,) int64."""
+    cells, events = np.array(groups, np.int64).reshape(-1, 2).T
+    return cells[events > 0], events[events > 0]
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -251,7 +235,8 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _parts(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
-    return np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
+    ends = list(accumulate(lengths, initial=0))
+    return [values[first:end] for first, end in pairwise(ends)]
 
 
 def _pack(cuts: Sequence[np.ndarray], shapes: Sequence[Shape]) -> bytes:
@@ -297,18 +282,21 @@ class _Reader:
 
     def places(self, groups: Sequence[tuple[int, int]]) -> np.ndarray:
         """Where the events of each group are, one group behind the other, given its cells and how many it has."""
-        total, bits = sum(events for _, events in groups), 8 * len(self._rest)
+        cells, counts = _columns(groups)
+        total, bits = int(counts.sum()), 8 * len(self._rest)
         if total > bits:  # each takes a bit at least: no room is made for what cannot be there
             raise DamagedFileError(f"keep bits: {total} gaps declared, {bits} bits are left")
-        gaps, used = golomb.decode(self._rest, _divisors(groups))
+        places, used = golomb.decode(self._rest, golomb.divisor(cells, counts), counts)
         self._rest = self._rest[used:]
-        gaps += 1
-        for (cells, count), places in zip(groups, _parts(gaps, [count for _, count in groups]), strict=True):
-            np.cumsum(places, out=places)
-            places -= 1
-            if count and places[-1] >= cells:
-                raise DamagedFileError(f"keep bits: something at {places[-1]} among {cells}")
-        return gaps
+        if total + int(places.sum(dtype=np.int64)) > cells.sum():  # from here on int32 holds all sums
+            raise DamagedFileError(f"keep bits: gaps reach beyond the {cells.sum()} scores that there are")
+        places += 1
+        for size, group in zip(cells.tolist(), _parts(places, counts.tolist()), strict=True):
+            np.cumsum(group, out=group)
+            group -= 1
+            if group[-1] >= size:
+                raise DamagedFileError(f"keep bits: something at {group[-1]} among {size}")
+        return places
 
     def end(self) -> None:
         if self._rest:
