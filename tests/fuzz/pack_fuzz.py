@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from pack_mutations import mutated
 
@@ -34,6 +36,7 @@ FINDINGS = Path("fuzz-findings")
 # format's bound and a reader therefore makes room for.
 SECONDS, SECONDS_PER_VALUE = 1.0, 2e-7
 BYTES, BYTES_PER_BYTE, BYTES_PER_VALUE = 64 << 20, 4, 32
+ROUND = 50_000  # inputs
 TRACED = 8  # one input in so many is read with its memory traced, which takes time of its own
 
 
@@ -108,16 +111,33 @@ def golden() -> list[bytes]:
     return [path.read_bytes() for path in sorted(GOLDEN.glob("*.ksm"))]
 
 
-def fuzz_with_atheris(seed: int, seconds: float, mutations: int | None) -> None:
-    """The same mutations, led by coverage; libFuzzer ends the process, at the first finding with its own report."""
+def fuzz_with_atheris(seed: int, seconds: float, mutations: int | None) -> int:
+    """The same mutations, led by coverage, until so many inputs are read or so many seconds over; the exit code.
+
+    libFuzzer's own memory grows by what a mutator of ours makes, some 45 kB an input, so it runs in rounds, each in a
+    process of its own that goes on from the others' corpus.
+    """
     try:
         import atheris
     except ImportError:
         sys.exit("--atheris needs the package atheris: pip install atheris. Without it: scripts/fuzz")
-    seeds = golden()
+    atheris.instrument_all()
+    end, left, status = time.monotonic() + seconds, mutations, 0
+    while status == 0 and (left > 0 if left is not None else time.monotonic() < end):
+        limits = [f"-runs={ROUND if left is None else min(left, ROUND)}"]
+        limits += [f"-max_total_time={max(1, int(end - time.monotonic()))}"] if left is None else []
+        if (child := os.fork()) == 0:
+            _one_round(atheris, [f"-seed={seed + 1}", *limits])
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        seed, left = seed + 1, None if left is None else left - ROUND
+    return status
+
+
+def _one_round(atheris: Any, options: list[str]) -> None:
+    """Does not come back: libFuzzer ends the process, at the first finding with its own report."""
+    seeds, tally = golden(), Tally()
 
     def one(data: bytes) -> None:
-        tally = Tally()
         tally.read(data)
         if tally.findings:
             report(tally)
@@ -126,14 +146,10 @@ def fuzz_with_atheris(seed: int, seconds: float, mutations: int | None) -> None:
     def mutator(data: bytes, max_size: int, number: int) -> bytes:
         return mutated(Random(number), data or seeds[number % len(seeds)], seeds)[:max_size]
 
-    atheris.instrument_all()
-    limit = f"-max_total_time={int(seconds)}" if mutations is None else f"-runs={mutations}"
     corpus = FINDINGS / "corpus"  # the first folder is where libFuzzer puts what takes a new path
     corpus.mkdir(parents=True, exist_ok=True)
-    # Its own memory grows by some 15 MiB in a thousand inputs, the reader's does not: see `most_bytes` without it.
     room = ["-max_len=2000000", "-rss_limit_mb=4096", f"-artifact_prefix={FINDINGS}/"]
-    options = [sys.argv[0], limit, f"-seed={seed}", *room, str(corpus), str(GOLDEN)]
-    atheris.Setup(options, one, custom_mutator=mutator)
+    atheris.Setup([sys.argv[0], *options, *room, str(corpus), str(GOLDEN)], one, custom_mutator=mutator)
     atheris.Fuzz()
 
 
@@ -161,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     warnings.simplefilter("error")
     if args.atheris:
-        fuzz_with_atheris(args.seed, args.seconds, args.mutations)
+        return fuzz_with_atheris(args.seed, args.seconds, args.mutations)
     tally = Tally() if args.files else fuzz(args.seed, args.seconds, args.mutations)
     for path in args.files:
         tally.read(path.read_bytes())
