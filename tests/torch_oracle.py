@@ -9,58 +9,16 @@ import torch.nn.functional as F  # noqa: N812 - torch's own custom
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.mask import SHARPNESS, THRESHOLD, expand, soft_mask
+from ksm_edge.runtimes.pytorch import features, with_weights
 
 
 def run(
     backbone: onnx.ModelProto, weights: dict[str, torch.Tensor], image: torch.Tensor, after_conv=None
 ) -> torch.Tensor:
     """Features of a canonical backbone; `after_conv(layer, z)` may stand between a conv and what follows."""
-    values: dict = {
-        t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in backbone.graph.initializer if not t.external_data
-    }
-    values |= {"image": image, **weights}
-    for node in backbone.graph.node:
-        a = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
-        values[node.output[0]] = _apply(node.op_type, [values[name] for name in node.input], a)
-        if node.op_type == "Conv" and after_conv is not None:
-            values[node.output[0]] = after_conv(node.name, values[node.output[0]])
-    return values[backbone.graph.output[0].name]
-
-
-def _apply(op: str, x: list[torch.Tensor], a: dict) -> torch.Tensor:
-    if op == "Conv":
-        top, left, bottom, right = a.get("pads", [0] * 4)
-        padded = F.pad(x[0], (left, right, top, bottom))
-        return F.conv2d(padded, x[1], x[2], a.get("strides", 1), 0, a.get("dilations", 1), a.get("group", 1))
-    if op in ("MaxPool", "AveragePool"):
-        top, left, bottom, right = a.get("pads", [0] * 4)
-        assert (top, left) == (bottom, right) or op == "MaxPool"
-        kernel, strides, ceil = a["kernel_shape"], a.get("strides", [1, 1]), bool(a.get("ceil_mode", 0))
-        if op == "AveragePool":
-            return F.avg_pool2d(x[0], kernel, strides, (top, left), ceil, bool(a.get("count_include_pad", 0)))
-        return F.max_pool2d(F.pad(x[0], (left, right, top, bottom), value=-torch.inf), kernel, strides, 0, 1, ceil)
-    if op == "Slice":
-        result = x[0]
-        for start, end, axis, step in zip(*(v.tolist() for v in x[1:]), strict=True):
-            result = result[(slice(None),) * axis + (slice(start, min(end, result.shape[axis]), step),)]
-        return result
-    if op == "Pad":
-        pads = x[1].tolist()
-        half = len(pads) // 2
-        return F.pad(x[0], [p for axis in reversed(range(half)) for p in (pads[axis], pads[axis + half])])
-    simple = {
-        "Relu": lambda: F.relu(x[0]),
-        "Clip": lambda: F.hardtanh(x[0], float(x[1]), float(x[2])),
-        "Sigmoid": lambda: torch.sigmoid(x[0]),
-        "HardSigmoid": lambda: torch.clamp(x[0] * a.get("alpha", 0.2) + a.get("beta", 0.5), 0, 1),
-        "HardSwish": lambda: F.hardswish(x[0]),
-        "Add": lambda: x[0] + x[1],
-        "Mul": lambda: x[0] * x[1],
-        "Concat": lambda: torch.cat(x, a["axis"]),
-        "GlobalAveragePool": lambda: x[0].mean((2, 3), keepdim=True),
-        "Flatten": lambda: x[0].flatten(1),
-    }
-    return simple[op]()
+    plain = with_weights(weights)
+    conv = plain if after_conv is None else lambda name, x, a: after_conv(name, plain(name, x, a))
+    return features(backbone.graph, image, conv)
 
 
 class KsmTask:

@@ -10,6 +10,7 @@ from ksm_edge.runtimes.base import Runtime
 
 RUNTIMES = {
     "onnxruntime": "ksm_edge.runtimes.onnxruntime",
+    "pytorch": "ksm_edge.runtimes.pytorch",
     "reference": "ksm_edge.runtimes.reference",
 }
 DEFAULT = "onnxruntime"

@@ -88,7 +88,7 @@ def test_an_operator_that_is_not_there_is_refused_by_name(runtime: ModuleType, b
 
 
 def test_an_unknown_runtime_is_refused_naming_those_there_are() -> None:
-    with pytest.raises(UsageError, match="'tensorrt' is not known: choose from onnxruntime, reference"):
+    with pytest.raises(UsageError, match="'tensorrt' is not known: choose from onnxruntime, pytorch, reference"):
         load_runtime("tensorrt")
 
 

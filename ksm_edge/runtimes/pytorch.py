@@ -1,0 +1,149 @@
+"""torch as a runtime: for machines that have it, and for whoever wants to learn with autograd on a bundle's graph."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ksm_edge.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+Attributes = Mapping[str, Any]  # of one node, decoded
+Tensors = Sequence[Any]  # its inputs
+
+
+def available() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "the package torch is not installed: pip install 'ksm-edge[export]'"
+    return None
+
+
+class Session:
+    """A backbone graph in torch with one task's weights, on the CPU."""
+
+    def __init__(self, graph: Path | bytes, weights: Mapping[str, np.ndarray], threads: int = 1) -> None:
+        """`graph`: an ONNX file or its bytes; `weights`: every external initializer by name, float32.
+
+        `threads` is torch's own number, one for the whole process.
+        """
+        import torch
+
+        torch.set_num_threads(threads)
+        self._graph = read_graph(graph)
+        shapes = {t.name: tuple(t.dims) for t in self._graph.initializer if t.external_data}
+        for name in sorted(shapes.keys() | weights.keys()):
+            found = weights[name].shape if name in weights else None
+            if shapes.get(name) != found:
+                raise UnsupportedError(f"{name}: the graph has dimensions {shapes.get(name)}, the weights have {found}")
+        self._weights = {name: torch.tensor(weight) for name, weight in weights.items()}
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images (N, 3, H, W) float32 -> features (N, F) float32."""
+        import torch
+
+        with torch.inference_mode():
+            found = features(self._graph, torch.from_numpy(images), with_weights(self._weights))
+        return np.asarray(found.numpy())
+
+
+def read_graph(graph: Path | bytes) -> onnx.GraphProto:
+    """The graph of a bundle's `backbone.onnx`, its weights elsewhere; UnsupportedError for its operators."""
+    import onnx
+
+    found = onnx.load_model_from_string(graph if isinstance(graph, bytes) else graph.read_bytes()).graph
+    if strange := sorted({node.op_type for node in found.node} - {"Conv", *OPERATORS}):
+        raise UnsupportedError(f"torch has no form here of the operators {', '.join(strange)}")
+    return found
+
+
+def features(
+    graph: onnx.GraphProto, image: torch.Tensor, conv: Callable[[str, torch.Tensor, Attributes], torch.Tensor]
+) -> torch.Tensor:
+    """Features (N, F) of images (N, 3, H, W); `conv` does the convs, given a node's name, its input and attributes."""
+    import onnx
+    import torch
+
+    values = {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in graph.initializer if not t.external_data}
+    values[graph.input[0].name] = image
+    for node in graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Conv":
+            values[node.output[0]] = conv(node.name, values[node.input[0]], attributes)
+        else:
+            values[node.output[0]] = OPERATORS[node.op_type](torch, [values[name] for name in node.input], attributes)
+    return values[graph.output[0].name]
+
+
+def with_weights(weights: Mapping[str, torch.Tensor]) -> Callable[[str, torch.Tensor, Attributes], torch.Tensor]:
+    """The plain conv for `features`: with the tensors `NAME.weight` and `NAME.bias`."""
+
+    def conv(name: str, x: torch.Tensor, attributes: Attributes) -> torch.Tensor:
+        from torch.nn import functional
+
+        x = functional.pad(x, _padding(attributes))
+        strides, dilations = attributes.get("strides", 1), attributes.get("dilations", 1)
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return functional.conv2d(x, weight, bias, strides, 0, dilations, attributes.get("group", 1))
+
+    return conv
+
+
+def _padding(attributes: Attributes) -> tuple[int, int, int, int]:
+    """As torch's `pad` wants it."""
+    top, left, bottom, right = attributes.get("pads", [0] * 4)
+    return left, right, top, bottom
+
+
+def _max_pool(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:
+    functional = torch.nn.functional
+    padded = functional.pad(x[0], _padding(a), value=-torch.inf)
+    return functional.max_pool2d(padded, a["kernel_shape"], a.get("strides", 1), 0, 1, bool(a.get("ceil_mode", 0)))
+
+
+def _average_pool(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:
+    left, right, top, bottom = _padding(a)
+    if (top, left) != (bottom, right):
+        raise UnsupportedError(f"AveragePool with the pads {a['pads']}: torch knows symmetric ones")
+    ceil, padding_counts = bool(a.get("ceil_mode", 0)), bool(a.get("count_include_pad", 0))
+    kernel, strides = a["kernel_shape"], a.get("strides", 1)
+    return torch.nn.functional.avg_pool2d(x[0], kernel, strides, (top, left), ceil, padding_counts)
+
+
+def _slice(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:
+    result = x[0]
+    for start, end, axis, step in zip(*(v.tolist() for v in x[1:]), strict=True):
+        result = result[(slice(None),) * axis + (slice(start, min(end, result.shape[axis]), step),)]
+    return result
+
+
+def _pad(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:
+    pads = x[1].tolist()
+    half = len(pads) // 2
+    pairs = [p for axis in reversed(range(half)) for p in (pads[axis], pads[axis + half])]
+    return torch.nn.functional.pad(x[0], pairs)
+
+
+# All that canonical backbones are made of; the first argument is the module torch, which is not imported above.
+OPERATORS: dict[str, Callable[[Any, Tensors, Attributes], Any]] = {
+    "Add": lambda torch, x, a: x[0] + x[1],
+    "AveragePool": _average_pool,
+    "Clip": lambda torch, x, a: torch.clamp(x[0], x[1], x[2]),
+    "Concat": lambda torch, x, a: torch.cat(list(x), a["axis"]),
+    "Flatten": lambda torch, x, a: x[0].flatten(1),
+    "GlobalAveragePool": lambda torch, x, a: x[0].mean((2, 3), keepdim=True),
+    "HardSigmoid": lambda torch, x, a: torch.clamp(x[0] * a.get("alpha", 0.2) + a.get("beta", 0.5), 0, 1),
+    "HardSwish": lambda torch, x, a: torch.nn.functional.hardswish(x[0]),
+    "MaxPool": _max_pool,
+    "Mul": lambda torch, x, a: x[0] * x[1],
+    "Pad": _pad,
+    "Relu": lambda torch, x, a: torch.relu(x[0]),
+    "Sigmoid": lambda torch, x, a: torch.sigmoid(x[0]),
+    "Slice": _slice,
+}
