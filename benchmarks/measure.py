@@ -31,7 +31,10 @@ FORMAT_VERSION = 1
 KSM_EDGE = (sys.executable, "-c", "from ksm_edge.cli.main import entry; entry()")  # as the command `ksm-edge` does
 PACKAGES = ("numpy", "onnx", "onnxruntime", "Pillow", "safetensors", "torch", "torchvision")
 POOLS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")  # libraries with threads of their own: each has X_NUM_THREADS
-WEIGHTS = "mobilenet_v2_imagenet.safetensors"
+WEIGHTS = {  # of the data folder, by recipe
+    "mobilenet_v2": "mobilenet_v2_imagenet.safetensors",
+    "resnet20_cifar10": "resnet20_cifar10.safetensors",
+}
 IDLE_CORES = 0.3  # busier than this before a run counts as disturbed
 FULL_SHARE = 0.95  # of one core: a single-threaded loop that got less was kept waiting
 
@@ -163,15 +166,14 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
 def backbone(given: Path | None, size: int, *, random: bool = True, recipe: str = "mobilenet_v2") -> Iterator[Path]:
     """A bundle of the recipe: the given one, or a new one that is gone afterwards.
 
-    MobileNetV2 has the weights of the data folder; what has none there gets seeded random ones if `random`, which times
-    do not mind.
+    Its weights are those of the data folder. What has none there gets seeded random ones if `random`: times do not mind.
     """
     if given is not None:
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="ksm-edge-bundle-") as folder:
-        weights, bundle = data_folder() / WEIGHTS, Path(folder, recipe)
-        if recipe != "mobilenet_v2" or not weights.is_file():
+        weights, bundle = data_folder() / WEIGHTS.get(recipe, recipe), Path(folder, recipe)
+        if not weights.is_file():
             if not random:
                 raise SystemExit(
                     f"{weights}: no such file; set KSM_EDGE_DATA to a folder that has it, or give --bundle"

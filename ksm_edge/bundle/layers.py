@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+
+from ksm_edge.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,25 @@ class Bundle:
     def graph_path(self) -> Path:
         """`backbone.onnx`: image (N, 3, H, W) -> features (N, F); conv weights and biases are external initializers."""
         return self.path / "backbone.onnx"
+
+
+def select(patterns: str, layers: Sequence[Layer]) -> frozenset[str]:
+    """Names of the layers that a list of patterns, with commas between them, selects.
+
+    A pattern is a name, may hold the wildcards *, ? and [...], and with .. behind it means its first layer and all that
+    come after that. Raises UsageError where one selects nothing.
+
+    >>> stem, body = (Layer(name, (8, 8, 3, 3), 1, 0.0, False) for name in ("stem", "body.0"))
+    >>> sorted(select("body.*", [stem, body])), sorted(select("stem..", [stem, body]))
+    (['body.0'], ['body.0', 'stem'])
+    """
+    names, found = [layer.name for layer in layers], set[str]()
+    for pattern in patterns.split(","):
+        matches = [name for name in names if fnmatchcase(name, pattern.strip().removesuffix(".."))]
+        if not matches:
+            raise UsageError(
+                f"no layer is called {pattern.strip()!r}; the backbone's {len(names)} are {', '.join(names[:3])}, ... "
+                f"{', '.join(names[-2:])}"
+            )
+        found |= set(names[names.index(matches[0]) :] if pattern.strip().endswith("..") else matches)
+    return frozenset(found)

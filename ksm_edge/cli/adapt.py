@@ -56,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)"
     )
+    parser.add_argument(
+        "--layers", metavar="NAMES", help="layers that may change: names, patterns, or NAME.. for all from there on"
+    )
+    parser.add_argument("--masked", metavar="NAMES", help="of those the ones that get a mask (default: all)")
     parser.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
     parser.add_argument("--binary", action="store_true", help="masks of 0 and 1 only")
     parser.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
@@ -71,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, meaning in BITS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=meaning)
+    parser.add_argument(
+        "--learn-in-bits", action="store_true", help="late in training learn with the values that the pack will hold"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     add_json(parser)
 
@@ -145,12 +152,13 @@ def _images(data: str | None) -> ImageSet:
 def _settings(args: argparse.Namespace, device: Device) -> Settings:
     from ksm_edge.training.settings import SMALL, Settings
 
-    names = ("epochs", "batch", "method", "granularity", "statistics", "seed", *NUMBERS, *BITS)
+    names = ("epochs", "batch", "method", "layers", "masked", "granularity", "statistics", "seed", *NUMBERS, *BITS)
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     defaults: dict[str, Any] = {"batch": device.batch, **(SMALL if args.small else {})}
     if args.data is None:
         defaults["epochs"] = DEMO_EPOCHS
-    return Settings(**{**defaults, **given}, soft=not args.binary, flip=args.flip, balanced=args.balanced)
+    switches = {name: getattr(args, name) for name in ("flip", "balanced", "learn_in_bits")}
+    return Settings(**{**defaults, **given, **switches}, soft=not args.binary)
 
 
 def _say_defaults(

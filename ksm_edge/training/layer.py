@@ -11,6 +11,8 @@ With batch statistics f is not part of the weight: dM = S, and dgamma and dbeta 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ksm_edge.autodiff.spec import product_shape
@@ -25,6 +27,7 @@ from ksm_edge.mask import (
     score_shape,
     soft_mask,
 )
+from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale, quantize_difference, quantize_scale
 from ksm_edge.pack.record import LayerState
 from ksm_edge.training.adam import Adam
 from ksm_edge.training.settings import Settings
@@ -37,14 +40,21 @@ class TrainedLayer:
     """State of one layer in training; `form` is how the gradient graph gives its product (see `autodiff.conv`)."""
 
     def __init__(
-        self, layer: Layer, weights: LayerWeights, form: str, settings: Settings, *, turned: bool = False
+        self,
+        layer: Layer,
+        weights: LayerWeights,
+        form: str,
+        settings: Settings,
+        *,
+        masked: bool = True,
+        turned: bool = False,
     ) -> None:
-        """`turned`: the graph also reads the weight of this 1x1 conv as (I, O)."""
+        """`masked`: it learns scores; `turned`: the graph also reads the weight of this 1x1 conv as (I, O)."""
         self.layer, self.pristine, self.form, self.settings = layer, weights, form, settings
         O = layer.weight_shape[0]
         self.batch_norm = settings.statistics == "batch" and layer.has_norm
-        masked = settings.method == "ksm"
-        self.score = np.full(score_shape(layer.weight_shape, settings.granularity), INITIAL_SCORE, np.float32)
+        shape = score_shape(layer.weight_shape, settings.granularity) if masked else (0,)
+        self.score = np.full(shape, INITIAL_SCORE, np.float32)
         self.gamma, self.beta = weights.gamma.copy(), weights.beta.copy()
         self.mean, self.var = weights.mean.copy(), weights.var.copy()
         self.learning = {"beta": Adam(self.beta)}
@@ -53,6 +63,8 @@ class TrainedLayer:
         if masked:
             self.learning["score"] = Adam(self.score)
         self.settled = False  # True: kept kernels stay kept, see `settle`
+        self.in_pack_bits = False  # True: the graph reads what a pack would hold, see `as_run`
+        self.run_gamma, self.run_beta = self.gamma.copy(), self.beta.copy()  # as the graph has them
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(layer.weight_shape if form != "channel" else (O,), np.float32)
@@ -72,7 +84,7 @@ class TrainedLayer:
         if self.form == "taps":
             arrays |= {f"{name}.product.{k}": tap for k, tap in enumerate(self.product)}
         if self.batch_norm:
-            arrays |= {f"{name}.gamma": self.gamma, f"{name}.beta": self.beta}
+            arrays |= {f"{name}.gamma": self.run_gamma, f"{name}.beta": self.run_beta}
             arrays |= {f"{name}.dgamma": self.dgamma, f"{name}.dbeta": self.dbeta}
         return arrays
 
@@ -158,14 +170,22 @@ class TrainedLayer:
         """The layer's soft mask, from its scores as they are now."""
         return soft_mask(self.score, soft=self.settings.soft)
 
+    def as_run(self, name: str) -> np.ndarray:
+        """`gamma` or `beta`, and with `in_pack_bits` as a pack would hold it: gradients go straight through that."""
+        value, pristine = getattr(self, name), getattr(self.pristine, name)
+        if not self.in_pack_bits:
+            return np.asarray(value)
+        return pristine + dequantize_difference(*quantize_difference(value - pristine, self.settings.norm_bits))
+
     def _factor(self) -> np.ndarray:
         """What the graph's weight carries of batch-norm: f, or ones with batch statistics."""
         if self.batch_norm:
             return np.ones_like(self.gamma)
-        return norm_factor(self.gamma, self.var, self.layer.eps)
+        return norm_factor(self.run_gamma, self.var, self.layer.eps)
 
     def fuse(self) -> None:
-        """Make the weight and bias that the graph reads, in place."""
+        """Make what the graph reads, in place: weight, bias and, with batch statistics, gamma and beta."""
+        self.run_gamma[:], self.run_beta[:] = self.as_run("gamma"), self.as_run("beta")
         factor = self._factor()
         self._fuse_into(self.weight, factor)
         if self.turned is not None:
@@ -175,7 +195,7 @@ class TrainedLayer:
         if self.batch_norm:
             self.bias[:] = self.pristine.bias
         else:
-            self.bias[:] = fused_bias(self.beta, self.pristine.bias, self.mean, factor)
+            self.bias[:] = fused_bias(self.run_beta, self.pristine.bias, self.mean, factor)
 
     def show(self, state: LayerState) -> None:
         """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""
@@ -189,6 +209,9 @@ class TrainedLayer:
     def _fuse_into(self, out: np.ndarray, factor: np.ndarray) -> None:
         """W M f as `fuse.fused_weight` makes it, or M f in the channel form."""
         mask = self.mask() if "score" in self.learning else None
+        if mask is not None and self.in_pack_bits:
+            bits = self.settings.scale_bits  # the scale has no gradient: only its values change
+            mask = replace(mask, cut_scale=dequantize_scale(quantize_scale(mask.cut_scale, bits), bits))
         if self.form == "channel":
             out[:] = factor if mask is None else mask.values[:, 0].reshape(-1) * factor
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ksm_edge.bundle.layers import Bundle
+from ksm_edge.bundle.layers import Bundle, select
 from ksm_edge.errors import BudgetError
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
@@ -102,7 +102,7 @@ def _over_budget(bundle: Bundle, settings: Settings, graph: CompiledGraph, need:
 
 def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, graph: CompiledGraph) -> int:
     """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch."""
-    _, scores = _counts(bundle, settings)
+    *_, scores = _counts(bundle, settings)
     stepping = _activation_bytes(graph) + BATCHES_ALIVE * settings.batch * 3 * bundle.input.size**2 * FLOAT_BYTES
     packing = PACKING_BYTES * scores
     turned = FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(".turned"))
@@ -114,20 +114,19 @@ def _activation_bytes(graph: CompiledGraph) -> int:
 
 
 def parameter_bytes(bundle: Bundle, classes: int, settings: Settings) -> int:
-    """Weights as stored, as fused and their products; scores with Adam's two moments; the head with its own."""
-    weights, scores = _counts(bundle, settings)
+    """Weights as stored and as fused, the products of those that learn; scores with Adam's two moments; the head."""
+    weights, trained, scores = _counts(bundle, settings)
     head = classes * (bundle.features + 1) * 4  # parameter, gradient and two moments
-    if settings.method == "head":
-        return FLOAT_BYTES * (2 * weights + head)
-    return FLOAT_BYTES * (3 * weights + 3 * scores + head)
+    return FLOAT_BYTES * (2 * weights + trained + 3 * scores + head)
 
 
-def _counts(bundle: Bundle, settings: Settings) -> tuple[int, int]:
-    """How many conv weights there are, and how many scores the settings give them."""
-    weights = sum(w.weight.size for w in bundle.weights.values())
-    if settings.method != "ksm":
-        return weights, 0
-    return weights, sum(_size(score_shape(layer.weight_shape, settings.granularity)) for layer in bundle.layers)
+def _counts(bundle: Bundle, settings: Settings) -> tuple[int, int, int]:
+    """How many conv weights there are, how many of them learn, and how many scores the settings give these."""
+    weights = {layer.name: _size(layer.weight_shape) for layer in bundle.layers}
+    trained = frozenset() if settings.method == "head" else select(settings.layers, bundle.layers)
+    masked = trained & select(settings.masked, bundle.layers) if settings.method == "ksm" else frozenset()
+    scores = [score_shape(layer.weight_shape, settings.granularity) for layer in bundle.layers if layer.name in masked]
+    return sum(weights.values()), sum(weights[name] for name in trained), sum(map(_size, scores))
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -22,6 +22,8 @@ class Settings:
     """Defaults suit a small task on a backbone with frozen statistics, where scores want the authors' small rate."""
 
     method: str = "ksm"  # scores, batch-norm and head | norm: batch-norm and head | head
+    layers: str = "*"  # that may change: names or patterns, see `ksm_edge.bundle.layers.select`
+    masked: str = "*"  # of those the ones that get a mask; the others learn batch-norm alone
     granularity: str = "kernel"  # kernel, group:N, channel, element
     soft: bool = True  # False: binary masks
     statistics: str = "frozen"  # or batch: normalise with the batch's own, and keep running ones in the pack
@@ -31,6 +33,7 @@ class Settings:
     norm_rate: float = 1e-3
     head_rate: float = 2e-3
     thin: float = 0.5  # share of the cut kernels, those that change least, put back to 1 late in training
+    learn_in_bits: bool = False  # behind the thinning learn with the values that a pack can hold
     warmup: float = 0.05  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency

@@ -17,8 +17,8 @@ from ksm_edge.training.layer import TrainedLayer
 AT = 2 / 3  # of all steps: the masks have formed, and batch-norm and head still have time to settle
 
 
-def thinning_step(steps: int) -> int:
-    """The step, counted from 1, behind which a training of `steps` is thinned."""
+def late_step(steps: int) -> int:
+    """The step, counted from 1, behind which a training of `steps` is thinned and turns to what a pack can hold."""
     return math.ceil(AT * steps)
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ksm_edge.autodiff.spec import GradientSpec
-from ksm_edge.bundle.layers import Bundle
+from ksm_edge.bundle.layers import Bundle, select
 from ksm_edge.errors import UsageError
+from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.thinning import thin, thinning_step
+from ksm_edge.training.thinning import late_step, thin
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Trainer:
             )
         self.bundle, self.settings, self.steps, self.micro_batch = bundle, settings, steps, micro_batch
         self.count = 0  # optimizer steps done
+        masked = select(settings.masked, bundle.layers) if settings.method == "ksm" else frozenset()
         self.layers = {
             layer.name: TrainedLayer(
                 layer,
                 bundle.weights[layer.name],
                 graph.forms[layer.name],
                 settings,
+                masked=layer.name in masked,
                 turned=f"{layer.name}.turned" in graph.inputs,
             )
             for layer in bundle.layers
@@ -57,6 +60,7 @@ class Trainer:
         bound = np.sqrt(1 / bundle.features)  # as torch starts a Linear layer
         self.head_weight = rng.uniform(-bound, bound, (classes, bundle.features)).astype(np.float32)
         self.head_bias = np.zeros(classes, np.float32)
+        self.run_head = self.head_weight.copy()  # as the graph has it
         self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
         self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
         self._pixels = graph.pixels
@@ -65,7 +69,7 @@ class Trainer:
     def bound(self, graph: CompiledGraph) -> dict[str, np.ndarray]:
         """The arrays that a session of `graph` is to be bound to."""
         arrays = {f"head:d{name}": array for name, array in self._head_gradients.items()}
-        arrays |= {"head:weight": self.head_weight, "head:bias": self.head_bias}
+        arrays |= {"head:weight": self.run_head, "head:bias": self.head_bias}
         for layer in self.layers.values():
             arrays |= layer.bound()
         wanted = {name.removeprefix("acc:") for name in graph.inputs}
@@ -114,19 +118,37 @@ class Trainer:
         rates = {name: rate * factor for name, rate in rates.items()}
         for layer in self.layers.values():
             layer.step(rates, self.count)
-        if self._thins and self.count == thinning_step(self.steps):
-            thin(self.layers.values(), settings.thin)
         for name, adam in self.head_learning.items():
             adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
+        if self.count == late_step(self.steps):
+            if self._thins:
+                thin(self.layers.values(), settings.thin)
+            self._learn_in_pack_bits()
+        self._fuse_head()
+
+    def _learn_in_pack_bits(self) -> None:
+        for layer in self.layers.values():
+            layer.in_pack_bits = self.settings.learn_in_bits and self._is_late
+            layer.fuse()
+
+    def _fuse_head(self) -> None:
+        self.run_head[:] = self.head_weight
+        if self.settings.learn_in_bits and self._is_late:
+            for row in self.run_head:
+                row[:] = dequantize_difference(*quantize_difference(row, self.settings.head_bits))
 
     @property
     def _thins(self) -> bool:
         return self.settings.method == "ksm" and self.settings.thin > 0
 
     @property
+    def _is_late(self) -> bool:
+        return self.count >= late_step(self.steps)
+
+    @property
     def is_thinned(self) -> bool:
         """Whether the masks have lost what they will lose, which without `thin` is nothing."""
-        return not self._thins or self.count >= thinning_step(self.steps)
+        return not self._thins or self._is_late
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that changes, by name; the arrays themselves, not copies."""
@@ -147,12 +169,13 @@ class Trainer:
         self.count = count
         for layer in self.layers.values():
             layer.settled = self._thins and self.is_thinned
-            layer.fuse()
+        self._learn_in_pack_bits()
+        self._fuse_head()
 
 
 def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientSpec:
     """The gradient graph that these settings need."""
-    trained = frozenset() if settings.method == "head" else frozenset(layer.name for layer in bundle.layers)
+    trained = frozenset() if settings.method == "head" else select(settings.layers, bundle.layers)
     per_weight = settings.method == "ksm" and settings.granularity == "element"
     return GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight)
 

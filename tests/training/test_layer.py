@@ -30,7 +30,8 @@ def trained(name: str, granularity: str = "kernel", *, weights: LayerWeights | N
     """A layer in the middle of a training: random scores of which some are cut, moved gamma and beta."""
     settings = replace(Settings(granularity=granularity), **changes)  # type: ignore[arg-type]
     layer = TABLE[name]
-    result = TrainedLayer(layer, weights or tiny_weights()[name], form_of(layer, granularity), settings)
+    form, masked = form_of(layer, granularity), settings.method == "ksm"
+    result = TrainedLayer(layer, weights or tiny_weights()[name], form, settings, masked=masked)
     rng = np.random.default_rng(seed)
     result.score[...] = rng.normal(8e-3, 5e-3, result.score.shape)
     result.beta += rng.normal(0, 0.1, result.beta.shape).astype(np.float32)
@@ -220,7 +221,8 @@ def test_running_statistics_move_as_torch_moves_them() -> None:
 def test_bound_arrays_are_the_layers_own_memory() -> None:
     for name in TABLE:
         layer = trained(name, statistics="batch")
-        own = (layer.weight, layer.bias, layer.product, layer.dbias, layer.gamma, layer.beta, layer.dgamma, layer.dbeta)
+        parameters = (layer.weight, layer.bias, layer.run_gamma, layer.run_beta)
+        own = (*parameters, layer.product, layer.dbias, layer.dgamma, layer.dbeta)
         for bound in layer.bound().values():
             assert any(np.shares_memory(bound, array) for array in own)
             assert bound.flags.c_contiguous

@@ -7,7 +7,7 @@ from tiny import LAYERS, tiny_weights
 from ksm_edge.mask import INITIAL_SCORE, THRESHOLD, expand
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.thinning import salience, thin, thinning_step
+from ksm_edge.training.thinning import late_step, salience, thin
 
 TABLE = {layer.name: layer for layer in LAYERS}
 
@@ -81,5 +81,5 @@ def test_nothing_cut_is_nothing_to_thin() -> None:
 
 
 def test_thinning_leaves_steps_to_learn_to_do_without() -> None:
-    assert thinning_step(1) == 1
-    assert all(1 <= thinning_step(steps) < steps for steps in range(3, 500))
+    assert late_step(1) == 1
+    assert all(1 <= late_step(steps) < steps for steps in range(3, 500))

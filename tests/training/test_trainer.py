@@ -19,7 +19,7 @@ from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import finished, to_pack
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.targets import target_rows
-from ksm_edge.training.thinning import thinning_step
+from ksm_edge.training.thinning import late_step
 from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 
 CLASSES = 3
@@ -78,6 +78,9 @@ METHODS = {
     "group": {"granularity": "group:3"},
     "channel": {"granularity": "channel"},
     "binary": {"soft": False},
+    "some layers": {"layers": "dw..", "masked": "project, plain"},
+    "in bits": {"learn_in_bits": True, "scale_bits": 2, "norm_bits": 5},
+    "in bits with batch statistics": {"learn_in_bits": True, "statistics": "batch", "norm_bits": 5},
 }
 each_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 
@@ -259,7 +262,7 @@ def cut_of(subject: Trainer) -> list[np.ndarray]:
 
 
 def test_masks_are_thinned_once_and_none_is_cut_from_then_on(bundle: Bundle) -> None:
-    at = thinning_step(STEPS)
+    at = late_step(STEPS)
     thinned, whole = (trainer(bundle, replace(SETTINGS, thin=share)) for share in (0.5, 0.0))
     for subject in (thinned, whole):
         train(subject, 0, at - 1)
@@ -279,7 +282,7 @@ def test_masks_are_thinned_once_and_none_is_cut_from_then_on(bundle: Bundle) -> 
 
 
 def test_a_training_resumed_behind_the_thinning_stays_thinned(bundle: Bundle) -> None:
-    done = thinning_step(STEPS) + 2
+    done = late_step(STEPS) + 2
     straight, again = trainer(bundle), trainer(bundle)
     train(straight, 0, done)
     again.restore({name: array.copy() for name, array in straight.state().items()}, done)
@@ -287,6 +290,59 @@ def test_a_training_resumed_behind_the_thinning_stays_thinned(bundle: Bundle) ->
         train(subject, done, STEPS)
     assert same_bits(straight, again)
     assert [cut.tolist() for cut in cut_of(again)] == [cut.tolist() for cut in cut_of(straight)]
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_learning_in_bits_runs_what_the_pack_will_hold(bundle: Bundle, statistics: str) -> None:
+    settings, micro_batch = with_changes(
+        {"learn_in_bits": True, "statistics": statistics, "scale_bits": 1, "norm_bits": 3, "head_bits": 4}
+    )
+    subject, at = trainer(bundle, settings, micro_batch), late_step(STEPS)
+
+    def differing() -> set[str]:
+        """What the gradient graph reads and a pack made now would not give."""
+        pack, found = to_pack(subject, "t", ("a", "b", "c")), set()
+        for name, layer in subject.layers.items():
+            state, pristine = pack.layers[name], layer.pristine
+            as_read = {"gamma": layer.run_gamma, "beta": layer.run_beta}
+            as_held = {"gamma": pristine.gamma + state.gamma_delta, "beta": pristine.beta + state.beta_delta}
+            if statistics == "frozen":  # otherwise batch-norm is apart from the weight
+                as_read["weight"] = layer.weight.copy()
+                layer.show(state)
+                as_held["weight"] = layer.weight.copy()
+                layer.fuse()
+            found |= {kind for kind in as_read if not np.array_equal(as_read[kind], as_held[kind])}
+        return found | (set() if np.array_equal(subject.run_head, pack.head_weight) else {"head"})
+
+    train(subject, 0, at - 1)
+    assert {"gamma", "head"} <= differing()
+    train(subject, at - 1, at)
+    assert not differing()
+    train(subject, at, at + 2)
+    assert not differing()
+
+
+def test_layers_that_are_not_chosen_stay_as_they_are(bundle: Bundle) -> None:
+    settings = replace(SETTINGS, layers="project..", masked="plain", thin=0.0)
+    subject = trainer(bundle, settings)
+    train(subject, 0, STEPS)
+    assert list(subject.layers) == ["project", "grouped", "plain"]
+    assert [name for name, layer in subject.layers.items() if "score" in layer.learning] == ["plain"]
+    pack = to_pack(subject, "t", ("a", "b", "c"))
+    assert {name for name, state in pack.layers.items() if state.mask is not None} == {"plain"}
+    plain, fused = fuse(bundle, None), fuse(bundle, pack)
+    for name in ("stem", "dw"):
+        np.testing.assert_array_equal(fused[f"{name}.weight"], plain[f"{name}.weight"])
+    assert not np.array_equal(fused["grouped.weight"], plain["grouped.weight"])
+
+
+def test_a_frozen_prefix_changes_no_gradient_behind_it(bundle: Bundle) -> None:
+    whole, part = (trainer(bundle, replace(SETTINGS, layers=layers)) for layers in ("*", "project.."))
+    for subject in (whole, part):
+        train(subject, 0, 1)
+    for name, layer in part.layers.items():
+        np.testing.assert_allclose(layer.product, whole.layers[name].product, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(layer.dbias, whole.layers[name].dbias, rtol=1e-5, atol=1e-6)
 
 
 def test_huge_pages_are_asked_for_once_memory_has_settled_and_again_when_it_was_given_back(
