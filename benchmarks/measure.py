@@ -166,7 +166,7 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
 def backbone(given: Path | None, size: int, *, random: bool = True, recipe: str = "mobilenet_v2") -> Iterator[Path]:
     """A bundle of the recipe: the given one, or a new one that is gone afterwards.
 
-    Its weights are those of the data folder. What has none there gets seeded random ones if `random`: times do not mind.
+    Its weights are those of the data folder. Without, seeded random ones will do if `random`.
     """
     if given is not None:
         yield given

@@ -36,6 +36,18 @@ def fused_bias(beta: np.ndarray, bias: np.ndarray, mean: np.ndarray, factor: np.
     return beta + (bias - mean) * factor
 
 
+def with_own_statistics(
+    weights: LayerWeights, eps: float, gamma: np.ndarray, beta: np.ndarray, mean: np.ndarray, var: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gamma and beta, (O,), that with the backbone's mean and var do what the given four do with theirs.
+
+    Frozen, batch-norm is a scale and a shift: y = s z + t with s = gamma / sqrt(var + eps) and t = beta - s mean. Under
+    other statistics mu and v the same s and t are had by gamma' = s sqrt(v + eps) and beta' = t + s mu.
+    """
+    scale = norm_factor(gamma, var, eps)
+    return scale * np.sqrt(weights.var + np.float32(eps)), beta + scale * (weights.mean - mean)
+
+
 def fuse_weight_into(
     out: np.ndarray, weight: np.ndarray, mask: SoftMask | None, factor: np.ndarray, granularity: str
 ) -> None:

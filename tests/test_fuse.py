@@ -8,7 +8,7 @@ import pytest
 from tiny import LAYERS, tiny_bundle, tiny_pack, tiny_weights
 
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
-from ksm_edge.fuse import digest_of, fuse, fused_digest
+from ksm_edge.fuse import digest_of, fuse, fuse_layer, fused_digest, with_own_statistics
 from ksm_edge.pack.record import LayerState, Pack
 
 
@@ -44,6 +44,18 @@ def test_fused_weights_are_the_naive_ones_bit_for_bit(bundle: Bundle, granularit
         weight, bias = naive(layer, bundle.weights[layer.name], pack.layers[layer.name], granularity)
         assert fused[f"{layer.name}.weight"].tobytes() == weight.tobytes()
         assert fused[f"{layer.name}.bias"].tobytes() == bias.tobytes()
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.has_norm], ids=lambda layer: layer.name)
+def test_frozen_batch_norm_is_two_vectors_and_not_four(layer: Layer) -> None:
+    w = LayerWeights(*(np.asarray(array, np.float64) for array in vars(tiny_weights()[layer.name]).values()))
+    rng, O = np.random.default_rng(0), layer.weight_shape[0]
+    gamma, beta, mean, var = rng.normal(1, 0.3, O), rng.normal(0, 0.3, O), rng.normal(0, 0.5, O), rng.uniform(0.1, 3, O)
+    four = LayerState(None, gamma - w.gamma, beta - w.beta, mean, var)
+    gamma, beta = with_own_statistics(w, layer.eps, gamma, beta, mean, var)
+    two = LayerState(None, gamma - w.gamma, beta - w.beta)
+    for part, expected in zip(fuse_layer(layer, w, two), fuse_layer(layer, w, four), strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("granularity", ["kernel", "element"])

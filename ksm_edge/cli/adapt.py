@@ -157,7 +157,7 @@ def _settings(args: argparse.Namespace, device: Device) -> Settings:
     defaults: dict[str, Any] = {"batch": device.batch, **(SMALL if args.small else {})}
     if args.data is None:
         defaults["epochs"] = DEMO_EPOCHS
-    switches = {name: getattr(args, name) for name in ("flip", "balanced", "learn_in_bits")}
+    switches = {name: True for name in ("flip", "balanced", "learn_in_bits") if getattr(args, name)}
     return Settings(**{**defaults, **given, **switches}, soft=not args.binary)
 
 

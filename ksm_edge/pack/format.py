@@ -26,7 +26,7 @@ from ksm_edge.coding.keep import encode_keep, table_shape
 from ksm_edge.errors import UsageError
 from ksm_edge.mask import SoftMask, score_shape
 from ksm_edge.pack.container import write_container
-from ksm_edge.pack.metadata import Metadata, checksum, write_metadata
+from ksm_edge.pack.metadata import MAX_STEP, Metadata, checksum, write_metadata
 from ksm_edge.pack.quantize import quantize_difference, quantize_scale, unsigned
 from ksm_edge.pack.record import LayerState, Pack
 
@@ -59,9 +59,12 @@ def encode(
         "norm": encode_codes(unsigned(_joined((codes for codes, step in norm if step), np.int8), norm_bits), norm_bits),
         "head": encode_codes(unsigned(_joined((codes for codes, _ in head), np.int8), head_bits), head_bits),
     }
+    steps = np.array([step for _, step in norm + head], "<f4")
+    if steps.max(initial=0) > MAX_STEP:
+        raise UsageError(f"a batch-norm difference or a weight of the head is too large for a step of {MAX_STEP:.2e}")
     streams = {name: np.frombuffer(data, np.uint8) for name, data in coded.items()} | {
         "ranges": np.array([(mask.low, mask.high) for mask in cut], "<f4").reshape(-1, 2),
-        "steps": np.array([step for _, step in norm + head], "<f4"),
+        "steps": steps,
         "bias": pack.head_bias.astype("<f4"),
         "own": _joined(own, np.float32).astype("<f4"),
         "golden": pack.golden_logits.astype("<f4"),

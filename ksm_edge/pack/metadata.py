@@ -25,6 +25,7 @@ FORMAT = 1
 MAX_VALUES = 1 << 25  # of all layers and the head: ResNet-50 with a score for every weight has 23.5 M
 MAX_LAYERS = 2048  # ResNet-152 has 155; each costs a reader time, however little it holds
 MAX_PIXELS = 4096  # of an input's side
+MAX_STEP = 2.0**120  # that codes count in: 127 of them are finite in float32
 OPENING = '{"checksum":"'
 CHECKSUM_DIGITS = 16
 COVERED_FROM = len(OPENING) + CHECKSUM_DIGITS

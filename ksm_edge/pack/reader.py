@@ -12,7 +12,7 @@ from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
 from ksm_edge.mask import SoftMask
 from ksm_edge.pack.container import read_container
 from ksm_edge.pack.format import encode
-from ksm_edge.pack.metadata import Metadata, checksum, read_metadata
+from ksm_edge.pack.metadata import MAX_STEP, Metadata, checksum, read_metadata
 from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale, signed
 from ksm_edge.pack.record import LayerState, Pack
 from ksm_edge.pack.signature import take_signature
@@ -20,7 +20,6 @@ from ksm_edge.pack.signature import take_signature
 STREAMS = {"bits": "u1", "scales": "u1", "norm": "u1", "head": "u1"} | dict.fromkeys(
     ("ranges", "steps", "bias", "own", "golden"), "f4"
 )
-MAX_STEP = np.float32(2**120)  # 127 of them are finite in float32
 
 
 def decode(data: bytes) -> Pack:
@@ -126,7 +125,7 @@ def _read_head(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> tuple[n
     C, F, L = len(metadata.classes), metadata.features, len(metadata.layers)
     steps = _shaped(streams, "steps", (2 * L + C,))
     if (steps < 0).any() or (steps > MAX_STEP).any():
-        raise DamagedFileError(f"stream 'steps' holds a step below 0 or above {MAX_STEP:.1e}")
+        raise DamagedFileError(f"stream 'steps' holds a step below 0 or above {MAX_STEP:.2e}")
     codes = _signed_codes(metadata, streams, "head", C * F).reshape(C, F)
     return dequantize_difference(codes, steps[2 * L :, None]), _shaped(streams, "bias", (C,))
 

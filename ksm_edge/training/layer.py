@@ -63,8 +63,7 @@ class TrainedLayer:
         if masked:
             self.learning["score"] = Adam(self.score)
         self.settled = False  # True: kept kernels stay kept, see `settle`
-        self.in_pack_bits = False  # True: the graph reads what a pack would hold, see `as_run`
-        self.run_gamma, self.run_beta = self.gamma.copy(), self.beta.copy()  # as the graph has them
+        self.in_pack_bits = False  # True: the graph reads what a pack would hold
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(layer.weight_shape if form != "channel" else (O,), np.float32)
@@ -84,7 +83,7 @@ class TrainedLayer:
         if self.form == "taps":
             arrays |= {f"{name}.product.{k}": tap for k, tap in enumerate(self.product)}
         if self.batch_norm:
-            arrays |= {f"{name}.gamma": self.run_gamma, f"{name}.beta": self.run_beta}
+            arrays |= {f"{name}.gamma": self.gamma, f"{name}.beta": self.beta}
             arrays |= {f"{name}.dgamma": self.dgamma, f"{name}.dbeta": self.dbeta}
         return arrays
 
@@ -170,22 +169,20 @@ class TrainedLayer:
         """The layer's soft mask, from its scores as they are now."""
         return soft_mask(self.score, soft=self.settings.soft)
 
-    def as_run(self, name: str) -> np.ndarray:
-        """`gamma` or `beta`, and with `in_pack_bits` as a pack would hold it: gradients go straight through that."""
-        value, pristine = getattr(self, name), getattr(self.pristine, name)
-        if not self.in_pack_bits:
-            return np.asarray(value)
-        return pristine + dequantize_difference(*quantize_difference(value - pristine, self.settings.norm_bits))
-
     def _factor(self) -> np.ndarray:
         """What the graph's weight carries of batch-norm: f, or ones with batch statistics."""
         if self.batch_norm:
             return np.ones_like(self.gamma)
-        return norm_factor(self.run_gamma, self.var, self.layer.eps)
+        return norm_factor(self._as_run(self.gamma, self.pristine.gamma), self.var, self.layer.eps)
+
+    def _as_run(self, value: np.ndarray, pristine: np.ndarray) -> np.ndarray:
+        """gamma or beta, with `in_pack_bits` as a pack would hold it: gradients go straight through that."""
+        if not self.in_pack_bits:
+            return value
+        return pristine + dequantize_difference(*quantize_difference(value - pristine, self.settings.norm_bits))
 
     def fuse(self) -> None:
-        """Make what the graph reads, in place: weight, bias and, with batch statistics, gamma and beta."""
-        self.run_gamma[:], self.run_beta[:] = self.as_run("gamma"), self.as_run("beta")
+        """Make the weight and bias that the graph reads, in place."""
         factor = self._factor()
         self._fuse_into(self.weight, factor)
         if self.turned is not None:
@@ -195,7 +192,9 @@ class TrainedLayer:
         if self.batch_norm:
             self.bias[:] = self.pristine.bias
         else:
-            self.bias[:] = fused_bias(self.run_beta, self.pristine.bias, self.mean, factor)
+            self.bias[:] = fused_bias(
+                self._as_run(self.beta, self.pristine.beta), self.pristine.bias, self.mean, factor
+            )
 
     def show(self, state: LayerState) -> None:
         """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""

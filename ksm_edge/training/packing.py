@@ -10,7 +10,7 @@ import numpy as np
 
 from ksm_edge.bundle.golden import golden_images
 from ksm_edge.bundle.layers import Bundle
-from ksm_edge.fuse import digest_of
+from ksm_edge.fuse import digest_of, with_own_statistics
 from ksm_edge.pack.reader import quantized
 from ksm_edge.pack.record import LayerState, Pack
 from ksm_edge.training.judge import Judge
@@ -46,10 +46,12 @@ def unquantized(trainer: Trainer, task: str, classes: tuple[str, ...]) -> Pack:
 
 
 def _layer_state(layer: TrainedLayer) -> LayerState:
-    gamma, beta = layer.gamma - layer.pristine.gamma, layer.beta - layer.pristine.beta
+    gamma, beta, pristine = layer.gamma, layer.beta, layer.pristine
+    if layer.batch_norm:  # two vectors in the pack instead of four
+        gamma, beta = with_own_statistics(pristine, layer.layer.eps, gamma, beta, layer.mean, layer.var)
     mask = layer.mask() if "score" in layer.learning else None
-    own = (layer.mean.copy(), layer.var.copy()) if layer.batch_norm else (None, None)
-    return LayerState(mask if mask is not None and mask.cut.size else None, gamma, beta, *own)
+    mask = mask if mask is not None and mask.cut.size else None
+    return LayerState(mask, gamma - pristine.gamma, beta - pristine.beta)
 
 
 def finished(pack: Pack, bundle: Bundle, judge: Judge, record: Mapping[str, Any]) -> Pack:

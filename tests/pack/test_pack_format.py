@@ -145,6 +145,7 @@ def test_head_only_packs_spend_nothing_on_the_backbone() -> None:
     [
         ({"head_weight": np.full((3, 10), np.nan, np.float32)}, "head_weight has values that are not finite"),
         ({"head_weight": np.zeros((2, 10), np.float32)}, r"head_weight has shape \(2, 10\); .* \(3, 10\)"),
+        ({"head_weight": np.full((3, 10), 3e38, np.float32)}, r"too large for a step of 1\.33e\+36"),
         ({"head_bias": np.zeros(4, np.float32)}, "head_bias has shape"),
         ({"golden_logits": np.zeros((2, 4), np.float32)}, "golden_logits has shape"),
         ({"layers": {}}, "same layers"),

@@ -26,8 +26,8 @@ from ksm_edge.errors import FileError
 from ksm_edge.fuse import fuse, fused_digest
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.keys import load_private_key, load_public_key
-from ksm_edge.pack.metadata import MAX_LAYERS, MAX_PIXELS, MAX_VALUES
-from ksm_edge.pack.reader import MAX_STEP, decode
+from ksm_edge.pack.metadata import MAX_LAYERS, MAX_PIXELS, MAX_STEP, MAX_VALUES
+from ksm_edge.pack.reader import decode
 from ksm_edge.pack.record import Pack
 from ksm_edge.pack.signature import signed
 

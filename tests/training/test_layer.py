@@ -221,8 +221,7 @@ def test_running_statistics_move_as_torch_moves_them() -> None:
 def test_bound_arrays_are_the_layers_own_memory() -> None:
     for name in TABLE:
         layer = trained(name, statistics="batch")
-        parameters = (layer.weight, layer.bias, layer.run_gamma, layer.run_beta)
-        own = (*parameters, layer.product, layer.dbias, layer.dgamma, layer.dbeta)
+        own = (layer.weight, layer.bias, layer.product, layer.dbias, layer.gamma, layer.beta, layer.dgamma, layer.dbeta)
         for bound in layer.bound().values():
             assert any(np.shares_memory(bound, array) for array in own)
             assert bound.flags.c_contiguous
