@@ -93,11 +93,10 @@ class Network(torch.nn.Module):
     def __init__(self, bundle: Bundle, classes: int) -> None:
         super().__init__()
         self.graph = read_graph(bundle.graph_path)
-        paddings = {n.name: list(a.ints)[:2] for n in self.graph.node for a in n.attribute if a.name == "pads"}
-        strides = {n.name: list(a.ints) for n in self.graph.node for a in n.attribute if a.name == "strides"}
+        geometry = {node.name: _geometry(node) for node in self.graph.node if node.op_type == "Conv"}
         self.convs = torch.nn.ModuleDict(
             {
-                _key(layer.name): _conv(layer, bundle.weights[layer.name], strides[layer.name], paddings[layer.name])
+                _key(layer.name): _conv(layer, bundle.weights[layer.name], *geometry[layer.name])
                 for layer in bundle.layers
             }
         )
@@ -119,6 +118,15 @@ class Network(torch.nn.Module):
 
 def _key(layer: str) -> str:
     return layer.replace(".", "_")  # torch keeps the dot for itself
+
+
+def _geometry(node: Any) -> tuple[list[int], list[int]]:
+    """Strides and padding of a Conv node."""
+    attributes = {a.name: list(a.ints) for a in node.attribute}
+    pads = attributes.get("pads", [0] * 4)
+    if pads[:2] != pads[2:]:
+        raise SystemExit(f"{node.name}: pads {pads}; only symmetric ones have a torch Conv2d")
+    return attributes.get("strides", [1, 1]), pads[:2]
 
 
 def _conv(layer: Layer, weights: LayerWeights, strides: Sequence[int], padding: Sequence[int]) -> torch.nn.Conv2d:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_README = ("accuracy", "demo", "latency", "pack", "startup", "step")
-SCRIPTS = (*IN_README, "bits")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import a script that is no part of the package, by name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    yield importlib.import_module
-    for name in (*SCRIPTS, "grid", "measure", "readme_table"):
-        sys.modules.pop(name, None)
+SCRIPTS = (*IN_README, "bits", "pareto")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,175 @@
+"""Benchmarks whose runs are kept one by one: what they keep, sum up and show, on canned runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import LAYERS, tiny_bundle, tiny_pack
+
+ROOT = Path(__file__).resolve().parents[2]
+KEEP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import grid
+from pathlib import Path
+for i in range(20):
+    run = {"identity": {"who": sys.argv[3], "i": i}, "machine": {}, "after": {}, "warnings": []}
+    grid.keep(Path(sys.argv[2]), {"benchmark": "x"}, run, lambda runs: {"runs": len(runs)})
+"""
+
+
+def test_two_processes_that_fill_one_file_lose_nothing(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "x.json"
+    command = [sys.executable, "-c", KEEP, str(ROOT / "benchmarks"), str(path)]
+    both = [subprocess.Popen([*command, who]) for who in ("a", "b")]
+    assert [process.wait() for process in both] == [0, 0]
+    grid = load("grid")
+    assert len(grid.runs(path)) == json.loads(path.read_text())["summary"]["runs"] == 40
+    assert grid.has(path, {"who": "b", "i": 19})
+    assert not grid.has(path, {"who": "b", "i": 20})
+    assert [other.name for other in path.parent.iterdir()] == ["x.json"]
+
+
+def bits_run(setting: str, exact: float, coarse: float) -> dict[str, Any]:
+    row = {"cross_entropy": 1.0, "pack_bytes": 1000}
+    rows = {"unquantized": {**row, "accuracy": exact}, "scale 2": {**row, "accuracy": coarse, "cross_entropy": 1.5}}
+    return {"identity": {"task": "t"}, "setting": setting, "rows": rows}
+
+
+def test_changes_by_bits_are_taken_run_by_run(load: Any) -> None:
+    runs = [bits_run("default", 0.90, 0.91), bits_run("default", 0.50, 0.48), bits_run("small", 0.1, 0.1)]
+    found = load("bits").summary(runs)
+    row = found["default"]["rows"]["scale 2"]
+    assert row["accuracy_change"] == pytest.approx(-0.005)
+    assert row["accuracy_change_error"] == pytest.approx(0.015)  # of +1 and -2 points: 2.1 / sqrt(2)
+    assert row["cross_entropy_change"] == 0.5
+    assert (found["default"]["runs"], found["small"]["runs"]) == (2, 1)
+    assert "accuracy_change_error" not in found["small"]["rows"]["scale 2"]
+
+
+@pytest.mark.parametrize("part", ["scale", "norm", "head"])
+def test_one_part_is_made_coarse_and_no_other(load: Any, part: str) -> None:
+    exact, coarse = tiny_pack(seed=1), tiny_pack(seed=2)
+    mixed = load("bits").with_part(exact, coarse, part)
+    assert (mixed.head_weight is coarse.head_weight) == (part == "head")
+    for layer, state in mixed.layers.items():
+        assert state.mask is (coarse if part == "scale" else exact).layers[layer].mask
+        assert state.gamma_delta is (coarse if part == "norm" else exact).layers[layer].gamma_delta
+        assert state.beta_delta is (coarse if part == "norm" else exact).layers[layer].beta_delta
+
+
+def pareto_run(method: str, task: str, seed: int, accuracy: float, recipe: str = "mobilenet_v2") -> dict[str, Any]:
+    return {
+        "identity": {"method": method, "task": task, "recipe": recipe, "seed": seed},
+        "test_accuracy": accuracy,
+        "validation_accuracy": accuracy,
+        "pack_bytes": 50_000 if method == "ksm" else 4_500_000,
+        "wall_seconds": 60.0,
+        "peak_rss_bytes": 2**27,
+        "machine": {"cpu": "Some CPU", "cores": 2},
+        "after": {"time": "2026-01-02T03:04:05+00:00"},
+        "warnings": [],
+    }
+
+
+PARETO = [
+    pareto_run("ksm", "trashnet", 0, 0.8),
+    pareto_run("ksm", "trashnet", 1, 0.9),
+    pareto_run("full", "trashnet", 0, 0.85),
+    pareto_run("ksm", "gtsrb43", 0, 0.7, "resnet20_cifar10"),
+]
+
+
+def test_pareto_points_are_means_over_seeds(load: Any) -> None:
+    found = load("pareto").summary(PARETO)
+    assert found["mobilenet_v2"]["trashnet"]["ksm"]["test_accuracy"] == pytest.approx(0.85)
+    assert found["mobilenet_v2"]["trashnet"]["ksm"]["seeds"] == [0, 1]
+    assert list(found["resnet20_cifar10"]) == ["gtsrb43"]
+
+
+def test_every_method_is_one_that_adapt_or_the_rivals_know(load: Any, tmp_path: Path) -> None:
+    from ksm_edge.cli.main import build_parser
+
+    pareto, bundle = load("pareto"), tiny_bundle(tmp_path)
+    rivals = {name for name, method in pareto.METHODS.items() if method.words is None}
+    assert rivals == {"full", "lora:4", "lora:8"}
+    for name in pareto.METHODS.keys() - rivals:
+        words = pareto.METHODS[name].words(bundle)
+        build_parser().parse_args(["adapt", "DATA", *words])
+    assert pareto.METHODS["late"].words(bundle) == ("--masked", "project..")
+
+
+def test_the_plot_is_the_same_for_the_same_figures(load: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pareto = load("pareto")
+    for name in ("a", "b"):
+        pareto.plot(pareto.summary(PARETO), tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def page(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script with a page and results of its own."""
+    script = load("pack_size_page")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    shutil.copy(ROOT / "docs" / "pack-size.md", script.PAGE)
+    origin = {name: PARETO[0][name] for name in ("machine", "after")}
+    bits = {**origin, "summary": load("bits").summary([bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)])}
+    (tmp_path / "bits.json").write_text(json.dumps(bits))
+    (tmp_path / "pareto.json").write_text(json.dumps({**origin, "summary": load("pareto").summary(PARETO)}))
+    return script
+
+
+def test_the_pages_tables_are_those_of_the_results(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pack_size_page.py", "--check"])
+    assert page.main() == 1
+    monkeypatch.setattr(sys, "argv", ["pack_size_page.py"])
+    assert page.main() == 0
+    text = page.PAGE.read_text()
+    assert "| scale 2 | +0.50 ± 0.50 | +0.5000 ± 0.0000 | 1.0 |" in text
+    assert "| KSM, default | 85.0 %, 50.0 (2 seeds) |" in text
+    assert "| full fine-tuning, fp16 | 85.0 %, 4,500.0 |" in text
+    monkeypatch.setattr(sys, "argv", ["pack_size_page.py", "--check"])
+    assert page.main() == 0
+
+
+@pytest.mark.torch
+def test_the_rivals_network_starts_as_the_backbone(load: Any, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from ksm_edge.fuse import fuse
+    from ksm_edge.runtimes import load_runtime
+
+    rivals, bundle = load("rivals"), tiny_bundle(tmp_path)
+    network = rivals.Network(bundle, 3).eval()
+    images = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    features = load_runtime().Session(bundle.graph_path, fuse(bundle, None)).run(images)
+    expected = features @ network.head.weight.detach().numpy().T
+    with torch.inference_mode():
+        np.testing.assert_allclose(network(torch.from_numpy(images)).numpy(), expected, rtol=1e-4, atol=1e-5)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    statistics = sum(2 * layer.weight_shape[0] for layer in LAYERS if layer.has_norm)
+    assert 0 < rivals.stored_bytes(network) - 2 * (parameters + statistics) < 4000  # the names
+
+
+@pytest.mark.torch
+def test_lora_leaves_the_backbone_alone(load: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    rivals = load("rivals")
+    from ksm_edge.exporter.torchvision_shim import import_torchvision
+
+    import_torchvision()
+    pytest.importorskip("peft")
+    network = rivals.with_lora(rivals.Network(tiny_bundle(tmp_path), 3), 2)
+    learned = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert learned
+    assert all("lora_" in name or "head" in name for name in learned)
+    assert not any("dw" in name for name in learned)
