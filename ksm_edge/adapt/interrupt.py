@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for a good moment: half an optimizer step is nothing a training could go on from."""
+"""Being told to stop, at a good moment: half an optimizer step is nothing a training could go on from."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def interrupt_held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if waiting:
         signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM (a shutdown) and SIGHUP (a lost connection) are Ctrl-C. Ignored ones, as by nohup, stay so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ksm_edge.adapt.interrupt import terminated_as_interrupted
     from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.progress import ProgressBar
@@ -101,8 +102,10 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{checkpoint_path(out)} of an interrupted run is there; starting anew (--resume goes on)", file=sys.stderr
         )
+    if out.exists():
+        print(f"{out} is there and will be replaced once the new pack is whole", file=sys.stderr)
     try:
-        with ProgressBar() as observer:
+        with ProgressBar() as observer, terminated_as_interrupted():
             result = adapt(
                 bundle,
                 images,

@@ -32,6 +32,7 @@ from ksm_edge.fuse import fuse_layer
 from ksm_edge.resources import cache_folder
 
 Shape = tuple[int, ...]
+KEPT = 24  # graphs in the cache, of 1 MB and, with weights that do not learn, more: an SD card is not to fill up with those of old releases
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
     """The gradient graph from the cache, made there first if need be. UnsupportedError names what has no rule."""
     target = cache_folder() / "graphs" / _key(bundle, spec)
     try:
-        return read_compiled(target, spec)
+        found = read_compiled(target, spec)
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(target)  # used last
+        return found
     except (OSError, ValueError, KeyError, TypeError):  # not there, or a power cut came between
         shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,19 @@ def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
         _compile_in_child(bundle, spec, new)
         with suppress(OSError):  # another process was quicker
             os.rename(new, target)
+    _evict(target.parent)
     return read_compiled(target, spec)
+
+
+def _evict(cache: Path) -> None:
+    """Leave the graphs that were used last. A training that runs has read its own long ago."""
+    times = {}
+    for path in cache.iterdir():
+        with suppress(OSError):  # another process evicts as well
+            if not path.name.startswith("."):
+                times[path] = path.stat().st_mtime
+    for path in sorted(times, key=times.__getitem__)[:-KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_compiled(folder: Path, spec: GradientSpec) -> CompiledGraph:

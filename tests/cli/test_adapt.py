@@ -175,8 +175,11 @@ def test_a_pack_of_another_backbone_is_3_and_both_digests_are_named(
     assert json.loads((bundle / "manifest.json").read_text())["backbone_digest"] in stderr
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(photos: Path, bundle: Path, tmp_path: Path) -> None:
-    """A true SIGINT to a true process, resumed by the very command it prints."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_being_told_to_stop_leaves_a_checkpoint_and_says_how_to_resume(
+    photos: Path, bundle: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A true signal to a true process, resumed by the very command it prints."""
     out = tmp_path / "a b.ksm"  # a name the shell would split
     arguments = call(photos, bundle, out, "--epochs", 100000)
     source = str(Path(__file__).parents[2])
@@ -192,7 +195,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(photos: Path, bundle:
                 assert child.poll() is None, (tmp_path / "stderr").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
             assert child.wait(60) == 130
         finally:
             child.kill()

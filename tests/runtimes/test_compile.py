@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -47,6 +50,19 @@ def test_half_a_graph_is_made_again(bundle: Bundle, name: str, left: bytes | Non
 def test_other_graphs_have_other_places(bundle: Bundle) -> None:
     other = GradientSpec(micro_batch=2, size=16, classes=3, trained=SPEC.trained)
     assert compiled(bundle, SPEC).path != compiled(bundle, other).path
+
+
+def test_graphs_that_were_used_last_are_kept_and_no_more(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "KEPT", 2)
+    first, second, third = (replace(SPEC, classes=classes) for classes in (3, 4, 5))
+    folders = {}
+    for age, spec in ((300, first), (200, second)):
+        folders[spec] = compiled(bundle, spec).path.parent
+        then = time.time() - age
+        os.utime(folders[spec], (then, then))
+    compiled(bundle, first)  # now the one used last
+    folders[third] = compiled(bundle, third).path.parent
+    assert {path for path in folders[first].parent.iterdir()} == {folders[first], folders[third]}
 
 
 def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:
