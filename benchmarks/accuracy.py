@@ -200,8 +200,4 @@ def _show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished runs are kept; the same command goes on with the others", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(grid.resumable(main))

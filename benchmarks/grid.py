@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def resumable(main: Callable[[], int]) -> int:
+    """`main`'s exit status; Ctrl-C says that nothing is lost."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished runs are kept; the same command goes on with the others", file=sys.stderr)
+        return 130
 
 
 def task_data(task: str) -> Path:

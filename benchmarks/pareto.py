@@ -229,8 +229,4 @@ def _panel(axis: Any, rows: Mapping[str, Any], title: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished runs are kept; the same command goes on with the others", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(grid.resumable(main))

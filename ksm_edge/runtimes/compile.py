@@ -32,7 +32,7 @@ from ksm_edge.fuse import fuse_layer
 from ksm_edge.resources import cache_folder
 
 Shape = tuple[int, ...]
-KEPT = 24  # graphs in the cache, of 1 MB and, with weights that do not learn, more: an SD card is not to fill up with those of old releases
+KEPT = 24  # graphs in the cache, of a megabyte and more: an SD card is not to fill up with those of old releases
 
 
 @dataclass(frozen=True)

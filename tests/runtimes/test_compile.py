@@ -62,7 +62,7 @@ def test_graphs_that_were_used_last_are_kept_and_no_more(bundle: Bundle, monkeyp
         os.utime(folders[spec], (then, then))
     compiled(bundle, first)  # now the one used last
     folders[third] = compiled(bundle, third).path.parent
-    assert {path for path in folders[first].parent.iterdir()} == {folders[first], folders[third]}
+    assert set(folders[first].parent.iterdir()) == {folders[first], folders[third]}
 
 
 def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:
