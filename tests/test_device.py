@@ -58,8 +58,12 @@ def test_a_profile_is_named_as_its_file_and_consistent(path: Path) -> None:
 def test_the_names_and_aliases_are_those_promised_and_distinct() -> None:
     assert set(device_names()) == {
         "host",
+        "jetson-agx-orin",
         "jetson-nano",
         "jetson-orin-nano",
+        "jetson-tx2",
+        "jetson-xavier-nx",
+        "raspberry-pi-3b-plus",
         "raspberry-pi-4",
         "raspberry-pi-5",
         "raspberry-pi-zero-2w",
@@ -92,7 +96,11 @@ def test_another_board_is_emulated(board: Path) -> None:
         (b"NVIDIA Jetson Nano Developer Kit\0", "jetson-nano"),
         (b"NVIDIA Jetson Orin Nano Developer Kit\0", "jetson-orin-nano"),
         (b"NVIDIA Orin Nano Developer Kit\0", "jetson-orin-nano"),
-        (b"Raspberry Pi 3 Model B Plus Rev 1.3\0", "host"),
+        (b"NVIDIA Jetson AGX Orin Developer Kit\0", "jetson-agx-orin"),
+        (b"NVIDIA Jetson Xavier NX Developer Kit\0", "jetson-xavier-nx"),
+        (b"quill\0", "jetson-tx2"),
+        (b"Raspberry Pi 3 Model B Plus Rev 1.3\0", "raspberry-pi-3b-plus"),
+        (b"Raspberry Pi 3 Model B Rev 1.2\0", "host"),
     ],
 )
 def test_a_board_is_recognised_by_its_model_string(board: Path, model: bytes, name: str) -> None:
