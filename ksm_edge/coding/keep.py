@@ -56,7 +56,7 @@ class Split:
             for flags, places in ((self.rows, rows), (self.columns, columns))
         )
         group = np.broadcast_to(row_class * self.classes[1] + column_class, cut.shape)
-        widths = [numbers.size for numbers in _numbers(self.columns, self.shape[1])] * self.classes[0]
+        widths = _sizes(self.columns, self.shape[1]) * self.classes[0]
         return [row[group == g] * width + column[group == g] for g, width in enumerate(widths)]
 
     @cached_property
@@ -68,7 +68,8 @@ class Split:
     @property
     def cells(self) -> list[int]:
         """The number of scores in each group."""
-        return [rows.size * columns.size for rows, columns in self.groups]
+        by_row, by_column = _sizes(self.rows, self.shape[0]), _sizes(self.columns, self.shape[1])
+        return [rows * columns for rows in by_row for columns in by_column]
 
 
 def table_shape(shape: tuple[int, ...]) -> Shape:
@@ -210,6 +211,12 @@ def _read_splits(reader: _Reader, kinds: Sequence[int], shapes: Sequence[Shape])
 def _numbers(flags: np.ndarray | None, size: int) -> list[np.ndarray]:
     """The row (or column) numbers of each class."""
     return [np.arange(size)] if flags is None else [np.flatnonzero(~flags), np.flatnonzero(flags)]
+
+
+def _sizes(flags: np.ndarray | None, size: int) -> list[int]:
+    """How many rows (or columns) each class has."""
+    busy = 0 if flags is None else int(np.count_nonzero(flags))
+    return [size] if flags is None else [size - busy, busy]
 
 
 def _ranks(flags: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 
@@ -116,7 +117,8 @@ def _read_norm(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[tu
     values, coded = np.zeros(step_of_each.size, np.float32), step_of_each > 0
     codes = _signed_codes(metadata, streams, "norm", int(np.count_nonzero(coded)))
     values[coded] = dequantize_difference(codes, step_of_each[coded])
-    parts = np.split(values, np.cumsum(sizes)[:-1]) if sizes.size else []
+    ends = [0, *np.cumsum(sizes).tolist()]
+    parts = [values[first:end] for first, end in pairwise(ends)]
     return list(zip(parts[0::2], parts[1::2], strict=True))
 
 
