@@ -1,6 +1,6 @@
 """How few bits do a pack's scales, batch-norm and head need before a task loses accuracy?
 
-    python benchmarks/bits.py                     # three tasks, three seeds: two hours on one core
+    python benchmarks/bits.py                     # three tasks, three seeds: half an hour on a quiet core
     python benchmarks/bits.py --small             # the same of tasks that were thinned for the small setting
 
 Each task is learned once. What the last step left is judged on the validation split with every number as training has
@@ -33,6 +33,15 @@ TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 FEWER = {"scale": (8, 6, 5, 4, 3, 2, 1), "norm": (8, 6, 5, 4, 3, 2), "head": (8, 6, 5, 4, 3, 2)}
 EXACT = "unquantized"
 MOST_BITS = {"scale_bits": 8, "norm_bits": 8, "head_bits": 8}
+# Of each setting the runs that are like the last one in all but task and seed.
+STANDING = grid.latest(
+    lambda run: run["setting"],
+    lambda run: (
+        {name: value for name, value in run["identity"]["settings"].items() if name != "seed"},
+        run["identity"]["size"],
+        run["identity"]["backbone_digest"],
+    ),
+)
 QUESTION = __doc__.split("\n")[0]
 
 
@@ -54,7 +63,7 @@ def main() -> int:
         for seed in options.seeds:
             for path in paths:
                 _run(options, bundle, path, seed)
-    _show(summary(grid.runs(options.out)))
+    _show(summary(STANDING(grid.runs(options.out))))
     print(f"\nraw values: {options.out}")
     return 0
 
@@ -90,7 +99,8 @@ def _run(options: argparse.Namespace, bundle_path: Path, data: Path, seed: int) 
         found["rows"] = measured(job)
     warnings = disturbance(before)
     run = {"identity": identity, **found, "machine": machine(), "before": before, "after": condition()}
-    grid.keep(options.out, {"benchmark": "bits", "question": QUESTION}, {**run, "warnings": warnings}, summary)
+    head = {"benchmark": "bits", "question": QUESTION}
+    grid.keep(options.out, head, {**run, "warnings": warnings}, summary, STANDING)
     print(f"{images.name}, seed {seed}: {found['rows'][EXACT]['accuracy']:.2%}", file=sys.stderr)
 
 

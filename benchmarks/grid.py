@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,33 @@ Run = dict[str, Any]  # its `identity` is what makes two runs the same
 
 def runs(path: Path) -> list[Run]:
     """All that are in the file; none where there is no file."""
-    return list(read(path)["runs"]) if path.exists() else []
+    return [_filled(run) for run in read(path)["runs"]] if path.exists() else []
+
+
+def _filled(run: Run) -> Run:
+    """The run with all settings of today: one that is newer than the run had then the value that is now its default."""
+    from ksm_edge.training.settings import Settings
+
+    identity = run["identity"]
+    if "settings" not in identity:
+        return run
+    defaults = {name: value for name, value in asdict(Settings()).items() if name != "seed"}
+    return {**run, "identity": {**identity, "settings": {**defaults, **identity["settings"]}}}
+
+
+def latest(alike: Callable[[Run], Any], same: Callable[[Run], Any]) -> Callable[[list[Run]], list[Run]]:
+    """A filter for runs: of those that are `alike` only the ones that are the `same` as the last of them."""
+
+    def standing(given: list[Run]) -> list[Run]:
+        last = {alike(run): same(run) for run in given}
+        return [run for run in given if same(run) == last[alike(run)]]
+
+    return standing
 
 
 def has(path: Path, identity: dict[str, Any]) -> bool:
     """Whether that run is there."""
-    return any(run["identity"] == identity for run in runs(path))
+    return any(run["identity"] == _filled({"identity": identity})["identity"] for run in runs(path))
 
 
 def keep(
@@ -38,6 +60,7 @@ def keep(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(path.parent):
+        run = _filled(run)
         all_runs = [other for other in runs(path) if other["identity"] != run["identity"]] + [run]
         counted = standing(all_runs)
         content: dict[str, Any] = {"version": FORMAT_VERSION, **head}

@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item, open_image_set
 from ksm_edge.data.split import stratified_split
 from ksm_edge.exporter.torchvision_shim import import_torchvision
-from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.runtimes.pytorch import Attributes, features, read_graph
 from ksm_edge.training.adam import rate_factor
 from ksm_edge.training.settings import Settings
@@ -72,17 +70,12 @@ def main() -> int:
     elif kind != "full":
         raise SystemExit(f"method {options.method!r}: expected full or lora:RANK")
     network = network.to(memory_format=torch.channels_last)  # the faster layout on CPUs
-    rate, began = options.rate or RATE[kind], time.perf_counter()
+    rate = options.rate or RATE[kind]
     report = learn(network, bundle, images, settings, rate, statistics="batch" if kind == "full" else "frozen")
     if not options.no_test:
         report["test_accuracy"] = accuracy(network, _test_batches(images, bundle))
         report["test_images"] = len(images.test)
-    report |= {
-        "rate": rate,
-        "pack_bytes": stored_bytes(network),
-        "wall_seconds": time.perf_counter() - began,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+    report |= {"rate": rate, "pack_bytes": stored_bytes(network)}
     print(json.dumps(report))
     return 0
 

@@ -9,12 +9,11 @@ Every number comes from benchmarks/results/bits.json and pareto.json; nothing is
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from readme_table import ROOT, between
+from readme_table import ROOT, between, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from pareto import METHODS, SIZES  # found by the line above
@@ -28,7 +27,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the page differs")
     options = parser.parse_args()
     text = PAGE.read_text()
-    bits, pareto = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("bits", "pareto"))
+    bits, pareto = (load(RESULTS, name) for name in ("bits", "pareto"))
     wanted = between(text, "bits", bits_tables(bits), PAGE)
     wanted = between(wanted, "pareto", pareto_tables(pareto), PAGE)
     if wanted == text:

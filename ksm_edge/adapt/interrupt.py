@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TERMINATING = (signal.SIGTERM, signal.SIGHUP)  # a shutdown, a lost connection
+
 
 @contextmanager
 def interrupt_held_back() -> Iterator[None]:
-    """Inside, Ctrl-C waits; it comes when the block has ended. Does nothing outside the main thread, as signals do."""
+    """Inside, Ctrl-C waits, and what else raises in its way; it comes when the block has ended.
+
+    Does nothing outside the main thread, as signals do.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -20,24 +25,28 @@ def interrupt_held_back() -> Iterator[None]:
     def remember(number: int, frame: FrameType | None) -> None:
         waiting.append(number)
 
-    before = signal.signal(signal.SIGINT, remember)
+    # A shell's background job ignores SIGINT, and goes on doing so.
+    before = {n: handler for n in (signal.SIGINT, *TERMINATING) if callable(handler := signal.getsignal(n))}
+    for number in before:
+        signal.signal(number, remember)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if waiting:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(waiting[0])
 
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM (a shutdown) and SIGHUP (a lost connection) are Ctrl-C. Ignored ones, as by nohup, stay so."""
+    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; not where they are ignored, as by nohup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    numbers = [number for number in TERMINATING if signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:
-        signal.signal(number, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:

@@ -32,7 +32,7 @@ NUMBERS = {
 }
 BITS = {
     "scale_bits": "bits of each mask scale in the pack, 1 to 8",
-    "norm_bits": "bits of each batch-norm difference, 2 to 8",
+    "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
     "head_bits": "bits of each weight of the head, 2 to 8",
 }
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or available_threads(device)
     budget = memory_budget(device) if args.memory_budget is None else args.memory_budget
     images = _images(args.data)
-    settings = _settings(args, device)
+    settings = settings_of(args, device)
     out = args.out or Path(f"{images.name}.ksm")
     _say_defaults(args, device, bundle, images, threads, budget)
     if checkpoint_path(out).exists() and not args.resume:
@@ -152,7 +152,8 @@ def _images(data: str | None) -> ImageSet:
     return images
 
 
-def _settings(args: argparse.Namespace, device: Device) -> Settings:
+def settings_of(args: argparse.Namespace, device: Device) -> Settings:
+    """What the options, the device and the defaults come to."""
     from ksm_edge.training.settings import SMALL, Settings
 
     names = ("epochs", "batch", "method", "layers", "masked", "granularity", "statistics", "seed", *NUMBERS, *BITS)

@@ -32,6 +32,7 @@ from ksm_edge.fuse import fuse_layer
 from ksm_edge.resources import cache_folder
 
 Shape = tuple[int, ...]
+DAY = 86_400  # seconds
 KEPT = 24  # graphs in the cache, of a megabyte and more: an SD card is not to fill up with those of old releases
 
 
@@ -65,18 +66,20 @@ def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
         _compile_in_child(bundle, spec, new)
         with suppress(OSError):  # another process was quicker
             os.rename(new, target)
-    _evict(target.parent)
+    _evict(target)
     return read_compiled(target, spec)
 
 
-def _evict(cache: Path) -> None:
-    """Leave the graphs that were used last. A training that runs has read its own long ago."""
+def _evict(newest: Path) -> None:
+    """Leave `newest` and those beside it that were used last. A training that runs has read its own long ago."""
     times = {}
-    for path in cache.iterdir():
+    for path in newest.parent.iterdir():
         with suppress(OSError):  # another process evicts as well
-            if not path.name.startswith("."):
-                times[path] = path.stat().st_mtime
-    for path in sorted(times, key=times.__getitem__)[:-KEPT]:
+            times[path] = path.stat().st_mtime
+    # Not by the clock alone: a board without one may start years before its last run.
+    graphs = [path for path in sorted(times, key=times.__getitem__) if not path.name.startswith(".") and path != newest]
+    power_cuts = [path for path in times if path.name.startswith(".new-") and times[path] < times[newest] - DAY]
+    for path in [*graphs[: len(graphs) + 1 - KEPT], *power_cuts]:
         shutil.rmtree(path, ignore_errors=True)
 
 

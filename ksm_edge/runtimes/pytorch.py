@@ -49,7 +49,7 @@ class Session:
         import torch
 
         with torch.inference_mode():
-            found = features(self._graph, torch.from_numpy(images), with_weights(self._weights))
+            found = features(self._graph, torch.tensor(images), with_weights(self._weights))
         return np.asarray(found.numpy())
 
 

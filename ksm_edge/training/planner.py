@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ksm_edge.bundle.layers import Bundle, select
+from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.trainer import forward_spec, gradient_spec
+from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_layers
 
 # Measured: Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
 PROCESS_BYTES = 104 * 2**20
@@ -123,8 +123,7 @@ def parameter_bytes(bundle: Bundle, classes: int, settings: Settings) -> int:
 def _counts(bundle: Bundle, settings: Settings) -> tuple[int, int, int]:
     """How many conv weights there are, how many of them learn, and how many scores the settings give these."""
     weights = {layer.name: _size(layer.weight_shape) for layer in bundle.layers}
-    trained = frozenset() if settings.method == "head" else select(settings.layers, bundle.layers)
-    masked = trained & select(settings.masked, bundle.layers) if settings.method == "ksm" else frozenset()
+    trained, masked = learning_layers(bundle.layers, settings)
     scores = [score_shape(layer.weight_shape, settings.granularity) for layer in bundle.layers if layer.name in masked]
     return sum(weights.values()), sum(weights[name] for name in trained), sum(map(_size, scores))
 

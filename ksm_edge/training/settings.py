@@ -26,14 +26,14 @@ class Settings:
     masked: str = "*"  # of those the ones that get a mask; the others learn batch-norm alone
     granularity: str = "kernel"  # kernel, group:N, channel, element
     soft: bool = True  # False: binary masks
-    statistics: str = "frozen"  # or batch: normalise with the batch's own, and keep running ones in the pack
+    statistics: str = "frozen"  # or batch: normalise with the batch's own, and let the pack have the running ones
     epochs: int = 8
     batch: int = 16  # images per optimizer step
     score_rate: float = 2e-4
     norm_rate: float = 1e-3
     head_rate: float = 2e-3
     thin: float = 0.5  # share of the cut kernels, those that change least, put back to 1 late in training
-    learn_in_bits: bool = False  # behind the thinning learn with the values that a pack can hold
+    learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
     warmup: float = 0.05  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
@@ -41,7 +41,7 @@ class Settings:
     validation: float = 0.1  # share of the training images held out for choosing
     seed: int = 0
     scale_bits: int = SCALE_BITS  # of each cut kernel's scale in the pack, 1 to 8
-    norm_bits: int = NORM_BITS  # of each difference of gamma and beta, 2 to 8
+    norm_bits: int = NORM_BITS  # of each difference of gamma and beta, 2 to 8; with batch statistics 8
     head_bits: int = HEAD_BITS  # of each weight of the head, 2 to 8
 
     def __post_init__(self) -> None:
@@ -63,8 +63,13 @@ class Settings:
 
     @property
     def pack_bits(self) -> dict[str, int]:
-        """As `ksm_edge.pack.format.encode` takes them."""
-        return {name: getattr(self, name) for name in FEWEST_BITS}
+        """As `ksm_edge.pack.format.encode` takes them.
+
+        Statistics of a task's own are folded into gamma and beta, of which a few then differ ten times as much from the
+        backbone's as most: fewer than 8 bits round the others away.
+        """
+        bits = {name: getattr(self, name) for name in FEWEST_BITS}
+        return bits | ({"norm_bits": 8} if self.statistics == "batch" else {})
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

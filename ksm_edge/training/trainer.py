@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ksm_edge.autodiff.spec import GradientSpec
-from ksm_edge.bundle.layers import Bundle, select
+from ksm_edge.bundle.layers import Bundle, Layer, select
 from ksm_edge.errors import UsageError
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
@@ -43,7 +43,7 @@ class Trainer:
             )
         self.bundle, self.settings, self.steps, self.micro_batch = bundle, settings, steps, micro_batch
         self.count = 0  # optimizer steps done
-        masked = select(settings.masked, bundle.layers) if settings.method == "ksm" else frozenset()
+        _, masked = learning_layers(bundle.layers, settings)
         self.layers = {
             layer.name: TrainedLayer(
                 layer,
@@ -173,9 +173,22 @@ class Trainer:
         self._fuse_head()
 
 
+def learning_layers(layers: Sequence[Layer], settings: Settings) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the layers that learn, and of those that learn a mask; UsageError where none would."""
+    if settings.method == "head":
+        return frozenset(), frozenset()
+    trained = select(settings.layers, layers)
+    masked = select(settings.masked, layers) & trained if settings.method == "ksm" else frozenset[str]()
+    if settings.method == "ksm" and not masked:
+        raise UsageError(
+            f"no layer would get a mask: {settings.masked!r} selects none of those that may change, {settings.layers!r}"
+        )
+    return trained, masked
+
+
 def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientSpec:
     """The gradient graph that these settings need."""
-    trained = frozenset() if settings.method == "head" else select(settings.layers, bundle.layers)
+    trained, _ = learning_layers(bundle.layers, settings)
     per_weight = settings.method == "ksm" and settings.granularity == "element"
     return GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight)
 

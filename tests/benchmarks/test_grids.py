@@ -37,6 +37,20 @@ def test_two_processes_that_fill_one_file_lose_nothing(load: Any, tmp_path: Path
     assert [other.name for other in path.parent.iterdir()] == ["x.json"]
 
 
+def test_a_run_from_before_a_setting_had_its_default(load: Any, tmp_path: Path) -> None:
+    grid, path = load("grid"), tmp_path / "x.json"
+    old = {"identity": {"settings": {"epochs": 8}}, "machine": {}, "after": {}, "warnings": []}
+    grid.keep(path, {}, old, lambda runs: {})
+    assert grid.has(path, {"settings": {"epochs": 8, "learn_in_bits": False}})
+    assert not grid.has(path, {"settings": {"epochs": 8, "learn_in_bits": True}})
+
+
+def test_only_runs_like_the_last_one_count(load: Any) -> None:
+    standing = load("grid").latest(lambda run: run["method"], lambda run: run["rate"])
+    runs = [{"method": m, "rate": r, "n": n} for n, (m, r) in enumerate([("a", 1), ("b", 1), ("a", 2), ("b", 1)])]
+    assert [run["n"] for run in standing(runs)] == [1, 2, 3]
+
+
 def bits_run(setting: str, exact: float, coarse: float) -> dict[str, Any]:
     row = {"cross_entropy": 1.0, "pack_bytes": 1000}
     rows = {"unquantized": {**row, "accuracy": exact}, "scale 2": {**row, "accuracy": coarse, "cross_entropy": 1.5}}
@@ -123,9 +137,15 @@ def page(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     shutil.copy(ROOT / "docs" / "pack-size.md", script.PAGE)
     origin = {name: PARETO[0][name] for name in ("machine", "after")}
-    bits = {**origin, "summary": load("bits").summary([bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)])}
+    bits = {
+        **origin,
+        "version": 1,
+        "summary": load("bits").summary([bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)]),
+    }
     (tmp_path / "bits.json").write_text(json.dumps(bits))
-    (tmp_path / "pareto.json").write_text(json.dumps({**origin, "summary": load("pareto").summary(PARETO)}))
+    (tmp_path / "pareto.json").write_text(
+        json.dumps({**origin, "version": 1, "summary": load("pareto").summary(PARETO)})
+    )
     return script
 
 

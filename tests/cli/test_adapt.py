@@ -175,9 +175,12 @@ def test_a_pack_of_another_backbone_is_3_and_both_digests_are_named(
     assert json.loads((bundle / "manifest.json").read_text())["backbone_digest"] in stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "background"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGTERM, True)],
+)
 def test_being_told_to_stop_leaves_a_checkpoint_and_says_how_to_resume(
-    photos: Path, bundle: Path, tmp_path: Path, number: signal.Signals
+    photos: Path, bundle: Path, tmp_path: Path, number: signal.Signals, background: bool
 ) -> None:
     """A true signal to a true process, resumed by the very command it prints."""
     out = tmp_path / "a b.ksm"  # a name the shell would split
@@ -185,6 +188,8 @@ def test_being_told_to_stop_leaves_a_checkpoint_and_says_how_to_resume(
     source = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
     code = "from ksm_edge.cli.main import entry; entry()"
+    if background:  # as a script's jobs are
+        code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {code}"
     with open(tmp_path / "stderr", "wb") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-c", code, *arguments], stderr=stderr, stdout=subprocess.DEVNULL, env=environment

@@ -65,6 +65,18 @@ def test_graphs_that_were_used_last_are_kept_and_no_more(bundle: Bundle, monkeyp
     assert set(folders[first].parent.iterdir()) == {folders[first], folders[third]}
 
 
+def test_a_clock_that_was_set_back_does_not_cost_the_graph_just_made(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "KEPT", 2)
+    cache, later = Path(os.environ["KSM_EDGE_CACHE"], "graphs"), time.time() + 3600
+    for name, at in (("a", later), ("b", later + 1), (".new-x", 1.0)):  # the last one left by a power cut
+        (cache / name).mkdir(parents=True)
+        os.utime(cache / name, (at, at))
+    made = compiled(bundle, SPEC).path.parent
+    assert set(cache.iterdir()) == {made, cache / "b"}
+
+
 def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:
     (bundle.path / "backbone.onnx").write_bytes(b"no graph")
     with pytest.raises(KsmEdgeError, match=r"backbone\.onnx"):

@@ -16,7 +16,7 @@ from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.runtimes.onnxruntime import Session
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ksm_edge.training.judge import Judge
-from ksm_edge.training.packing import finished, to_pack
+from ksm_edge.training.packing import finished, to_pack, unquantized
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.targets import target_rows
 from ksm_edge.training.thinning import late_step
@@ -281,9 +281,10 @@ def test_masks_are_thinned_once_and_none_is_cut_from_then_on(bundle: Bundle) -> 
     assert any(set(found) - set(once) for found, once in zip(cut_of(whole), allowed, strict=True))
 
 
-def test_a_training_resumed_behind_the_thinning_stays_thinned(bundle: Bundle) -> None:
-    done = late_step(STEPS) + 2
-    straight, again = trainer(bundle), trainer(bundle)
+@pytest.mark.parametrize("learn_in_bits", [False, True])
+def test_a_training_resumed_behind_the_thinning_goes_on_alike(bundle: Bundle, learn_in_bits: bool) -> None:
+    done, changed = late_step(STEPS) + 2, replace(SETTINGS, learn_in_bits=learn_in_bits)
+    straight, again = trainer(bundle, changed), trainer(bundle, changed)
     train(straight, 0, done)
     again.restore({name: array.copy() for name, array in straight.state().items()}, done)
     for subject in (straight, again):
@@ -332,6 +333,11 @@ def test_layers_that_are_not_chosen_stay_as_they_are(bundle: Bundle) -> None:
     assert not np.array_equal(fused["grouped.weight"], plain["grouped.weight"])
 
 
+def test_masks_for_layers_that_may_not_change_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"'stem' selects none of those that may change, 'project\.\.'"):
+        trainer(bundle, replace(SETTINGS, layers="project..", masked="stem"))
+
+
 def test_a_frozen_prefix_changes_no_gradient_behind_it(bundle: Bundle) -> None:
     whole, part = (trainer(bundle, replace(SETTINGS, layers=layers)) for layers in ("*", "project.."))
     for subject in (whole, part):
@@ -339,6 +345,21 @@ def test_a_frozen_prefix_changes_no_gradient_behind_it(bundle: Bundle) -> None:
     for name, layer in part.layers.items():
         np.testing.assert_allclose(layer.product, whole.layers[name].product, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(layer.dbias, whole.layers[name].dbias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_a_pack_answers_as_the_numbers_it_was_rounded_from(bundle: Bundle, statistics: str) -> None:
+    settings, micro_batch = with_changes({"statistics": statistics, "norm_bits": 5})
+    subject = trainer(bundle, settings, micro_batch)
+    train(subject, 0, STEPS)
+    classes, (images, _) = ("a", "b", "c"), batch(0)
+    exact, rounded = (judge(subject).logits(made(subject, "t", classes), images) for made in (unquantized, to_pack))
+    assert 0 < np.abs(rounded - exact).max() < 0.15 * np.ptp(exact)
+
+
+def test_batch_statistics_keep_batch_norm_at_eight_bits() -> None:
+    assert Settings(statistics="batch", norm_bits=3).pack_bits["norm_bits"] == 8
+    assert Settings(norm_bits=3).pack_bits["norm_bits"] == 3
 
 
 def test_huge_pages_are_asked_for_once_memory_has_settled_and_again_when_it_was_given_back(
