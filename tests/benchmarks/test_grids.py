@@ -136,16 +136,11 @@ def page(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     shutil.copy(ROOT / "docs" / "pack-size.md", script.PAGE)
-    origin = {name: PARETO[0][name] for name in ("machine", "after")}
-    bits = {
-        **origin,
-        "version": 1,
-        "summary": load("bits").summary([bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)]),
-    }
-    (tmp_path / "bits.json").write_text(json.dumps(bits))
-    (tmp_path / "pareto.json").write_text(
-        json.dumps({**origin, "version": 1, "summary": load("pareto").summary(PARETO)})
-    )
+    origin = {"version": 1, **{name: PARETO[0][name] for name in ("machine", "after")}}
+    runs = [bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)]
+    summaries = {"bits": load("bits").summary(runs), "pareto": load("pareto").summary(PARETO)}
+    for name, summary in summaries.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**origin, "summary": summary}))
     return script
 
 
