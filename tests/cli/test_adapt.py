@@ -109,7 +109,7 @@ def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bund
     chosen = load_pack(tmp_path / "a.ksm").record["settings"]
     assert {name: chosen[name] for name in SMALL} == SMALL | {"norm_bits": 6}
     text, _ = read_container((tmp_path / "a.ksm").read_bytes())
-    assert read_metadata(text).bits == {"scale": 1, "norm": 6, "head": 4}
+    assert read_metadata(text).bits == {"scale": 1, "norm": 6, "head": 3}
 
 
 def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tmp_path: Path) -> None:
