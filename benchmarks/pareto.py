@@ -83,6 +83,9 @@ METHODS = {
 }
 
 
+COLOURS = (*(f"C{number}" for number in range(10)), "black")
+
+
 def _second_half(bundle: Bundle) -> str:
     return f"{bundle.layers[len(bundle.layers) // 2].name}.."
 
@@ -225,14 +228,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = sorted({task for of_recipe in result.values() for task in of_recipe})
-    figure, axes = pyplot.subplots(
-        len(result), len(tasks), figsize=(4.2 * len(tasks), 3.4 * len(result)), squeeze=False
-    )
+    size = 4.2 * len(tasks), 3.4 * len(result)
+    figure, axes = pyplot.subplots(len(result), len(tasks), figsize=size, squeeze=False, sharex="row")
     for row, (recipe, of_recipe) in zip(axes, result.items(), strict=True):
         for axis, task in zip(row, tasks, strict=True):
             _panel(axis, of_recipe.get(task, {}), f"{recipe}, {SIZES[recipe]} px: {task}")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    shown = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    titles = [method.title for method in METHODS.values() if method.title in shown]
+    figure.legend([shown[title] for title in titles], titles, loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.06 + 0.04 / len(result), 1, 1))
     for suffix in (".svg", ".png"):
         figure.savefig(path.with_suffix(suffix), dpi=110, metadata={"Date": None} if suffix == ".svg" else None)
@@ -240,13 +245,19 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axis: Any, rows: Mapping[str, Any], title: str) -> None:
-    for number, (name, method) in enumerate(METHODS.items()):
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    for (name, method), colour in zip(METHODS.items(), COLOURS, strict=True):
         if name in rows:
-            style = {"color": f"C{number % 10}", "marker": "o" if method.ours else "s"}
             point = [rows[name]["pack_bytes"] / 1e3], [100 * rows[name]["test_accuracy"]]
-            axis.plot(*point, linestyle="", markersize=7, label=method.title, **style)
+            marker = "o" if method.ours else "s"
+            axis.plot(*point, linestyle="", markersize=7, label=method.title, color=colour, marker=marker)
     axis.set(title=title, xscale="log", xlabel="kB kept for the task", ylabel="test accuracy, %")
-    axis.grid(alpha=0.3, which="both")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(labelbottom=True)
+    axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
-# A smaller pack, 34 kB where the default has 57 (MobileNetV2, six classes), for some accuracy.
+# A smaller pack for some accuracy: docs/pack-size.md has both.
 SMALL: Mapping[str, Any] = {"thin": 0.7, "scale_bits": 1, "norm_bits": 3, "head_bits": 3, "learn_in_bits": True}
 
 
