@@ -41,5 +41,6 @@ def key_files(tmp_path_factory: pytest.TempPathFactory) -> KeyFiles:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
-    """Ctrl-C works as in a terminal, also where the tests run in a shell's background, which ignores it."""
+    """Signals do what they do in a terminal, also in the background or under nohup, which ignore some of them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
