@@ -179,7 +179,8 @@ class TrainedLayer:
         """gamma or beta, with `in_pack_bits` as a pack would hold it: gradients go straight through that."""
         if not self.in_pack_bits:
             return value
-        return pristine + dequantize_difference(*quantize_difference(value - pristine, self.settings.norm_bits))
+        bits = self.settings.pack_bits["norm_bits"]
+        return pristine + dequantize_difference(*quantize_difference(value - pristine, bits))
 
     def fuse(self) -> None:
         """Make the weight and bias that the graph reads, in place."""

@@ -319,6 +319,17 @@ def test_learning_in_bits_runs_what_the_pack_will_hold(bundle: Bundle) -> None:
     assert not differing()
 
 
+def test_with_batch_statistics_a_layer_without_batch_norm_runs_as_its_pack_too(bundle: Bundle) -> None:
+    settings, micro_batch = with_changes({"learn_in_bits": True, "statistics": "batch", "norm_bits": 3})
+    subject = trainer(bundle, settings, micro_batch)
+    train(subject, 0, late_step(STEPS) + 1)
+    layer, state = subject.layers["plain"], to_pack(subject, "t", ("a", "b", "c")).layers["plain"]
+    before = layer.weight.copy(), layer.bias.copy()
+    layer.show(state)
+    np.testing.assert_array_equal(before[0], layer.weight)
+    np.testing.assert_array_equal(before[1], layer.bias)
+
+
 def test_layers_that_are_not_chosen_stay_as_they_are(bundle: Bundle) -> None:
     settings = replace(SETTINGS, layers="project..", masked="plain", thin=0.0)
     subject = trainer(bundle, settings)
