@@ -86,7 +86,7 @@ class Network(torch.nn.Module):
     def __init__(self, bundle: Bundle, classes: int) -> None:
         super().__init__()
         self.graph = read_graph(bundle.graph_path)
-        geometry = {node.name: _geometry(node) for node in self.graph.node if node.op_type == "Conv"}
+        geometry = {node.name: _geometry(node) for node in self.graph.nodes if node.op == "Conv"}
         self.convs = torch.nn.ModuleDict(
             {
                 _key(layer.name): _conv(layer, bundle.weights[layer.name], *geometry[layer.name])
@@ -115,11 +115,10 @@ def _key(layer: str) -> str:
 
 def _geometry(node: Any) -> tuple[list[int], list[int]]:
     """Strides and padding of a Conv node."""
-    attributes = {a.name: list(a.ints) for a in node.attribute}
-    pads = attributes.get("pads", [0] * 4)
+    pads = node.attributes.get("pads", [0] * 4)
     if pads[:2] != pads[2:]:
         raise SystemExit(f"{node.name}: pads {pads}; only symmetric ones have a torch Conv2d")
-    return attributes.get("strides", [1, 1]), pads[:2]
+    return node.attributes.get("strides", [1, 1]), pads[:2]
 
 
 def _conv(layer: Layer, weights: LayerWeights, strides: Sequence[int], padding: Sequence[int]) -> torch.nn.Conv2d:

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own custom
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.mask import SHARPNESS, THRESHOLD, expand, soft_mask
-from ksm_edge.runtimes.pytorch import features, with_weights
+from ksm_edge.runtimes.pytorch import decoded, features, with_weights
 
 
 def run(
@@ -18,7 +18,7 @@ def run(
     """Features of a canonical backbone; `after_conv(layer, z)` may stand between a conv and what follows."""
     plain = with_weights(weights)
     conv = plain if after_conv is None else lambda name, x, a: after_conv(name, plain(name, x, a))
-    return features(backbone.graph, image, conv)
+    return features(decoded(backbone.graph), image, conv)
 
 
 class KsmTask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from ksm_edge.errors import UnsupportedError
 if TYPE_CHECKING:
     import onnx
     import torch
+
+    from ksm_edge.autodiff.graph import Node
 
 Attributes = Mapping[str, Any]  # of one node, decoded
 Tensors = Sequence[Any]  # its inputs
@@ -37,7 +40,7 @@ class Session:
 
         torch.set_num_threads(threads)
         self._graph = read_graph(graph)
-        shapes = {t.name: tuple(t.dims) for t in self._graph.initializer if t.external_data}
+        shapes = self._graph.weights
         for name in sorted(shapes.keys() | weights.keys()):
             found = weights[name].shape if name in weights else None
             if shapes.get(name) != found:
@@ -53,32 +56,57 @@ class Session:
         return np.asarray(found.numpy())
 
 
-def read_graph(graph: Path | bytes) -> onnx.GraphProto:
-    """The graph of a bundle's `backbone.onnx`, its weights elsewhere; UnsupportedError for its operators."""
+@dataclass(frozen=True)
+class Graph:
+    """A backbone's graph, decoded once: torch runs it node by node."""
+
+    image: str
+    output: str
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, torch.Tensor]
+    weights: Mapping[str, tuple[int, ...]]  # shapes of those that are given when it is run
+
+
+def read_graph(graph: Path | bytes) -> Graph:
+    """A bundle's `backbone.onnx` or its bytes; UnsupportedError for its operators."""
     import onnx
 
-    found = onnx.load_model_from_string(graph if isinstance(graph, bytes) else graph.read_bytes()).graph
-    if strange := sorted({node.op_type for node in found.node} - {"Conv", *OPERATORS}):
-        raise UnsupportedError(f"torch has no form here of the operators {', '.join(strange)}")
-    return found
+    return decoded(onnx.load_model_from_string(graph if isinstance(graph, bytes) else graph.read_bytes()).graph)
 
 
-def features(
-    graph: onnx.GraphProto, image: torch.Tensor, conv: Callable[[str, torch.Tensor, Attributes], torch.Tensor]
-) -> torch.Tensor:
-    """Features (N, F) of images (N, 3, H, W); `conv` does the convs, given a node's name, its input and attributes."""
+def decoded(graph: onnx.GraphProto) -> Graph:
+    """The same from a graph in memory."""
     import onnx
     import torch
 
-    values = {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in graph.initializer if not t.external_data}
-    values[graph.input[0].name] = image
-    for node in graph.node:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Conv":
-            values[node.output[0]] = conv(node.name, values[node.input[0]], attributes)
+    from ksm_edge.autodiff.graph import Node
+
+    nodes = tuple(map(Node.read, graph.node))
+    if strange := sorted({node.op for node in nodes} - {"Conv", *OPERATORS}):
+        raise UnsupportedError(f"torch has no form here of the operators {', '.join(strange)}")
+    inline = [t for t in graph.initializer if not t.external_data]
+    return Graph(
+        graph.input[0].name,
+        graph.output[0].name,
+        nodes,
+        {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in inline},
+        {t.name: tuple(t.dims) for t in graph.initializer if t.external_data},
+    )
+
+
+def features(
+    graph: Graph, image: torch.Tensor, conv: Callable[[str, torch.Tensor, Attributes], torch.Tensor]
+) -> torch.Tensor:
+    """Features (N, F) of images (N, 3, H, W); `conv` does the convs, given a node's name, its input and attributes."""
+    import torch
+
+    values = {**graph.constants, graph.image: image}
+    for node in graph.nodes:
+        if node.op == "Conv":
+            values[node.output] = conv(node.name, values[node.inputs[0]], node.attributes)
         else:
-            values[node.output[0]] = OPERATORS[node.op_type](torch, [values[name] for name in node.input], attributes)
-    return values[graph.output[0].name]
+            values[node.output] = OPERATORS[node.op](torch, [values[name] for name in node.inputs], node.attributes)
+    return values[graph.output]
 
 
 def with_weights(weights: Mapping[str, torch.Tensor]) -> Callable[[str, torch.Tensor, Attributes], torch.Tensor]:
