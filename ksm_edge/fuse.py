@@ -14,10 +14,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ksm_edge import native
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
 from ksm_edge.mask import SoftMask, expand
 from ksm_edge.pack.files import require_backbone
 from ksm_edge.pack.record import LayerState, Pack
+
+NOTHING_CUT = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 def norm_factor(gamma: np.ndarray, var: np.ndarray, eps: float) -> np.ndarray:
@@ -55,17 +58,24 @@ def fuse_weight_into(
     if mask is not None and granularity != "kernel":
         out[:] = fused_weight(weight, expand(mask.values, weight.shape, granularity), factor)
         return
+    cut, scale = (mask.cut, mask.cut_scale) if mask is not None else NOTHING_CUT
+    if native.loops is not None and weight.dtype == np.float32:
+        native.loops.fuse(weight, factor, cut, scale, out)
+    else:
+        _fuse_kernels(weight, factor, cut, scale, out)
+
+
+def _fuse_kernels(weight: np.ndarray, factor: np.ndarray, cut: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+    """The same in numpy: few kernels are cut, and those are made again. The others have the same bits, as W 1 is W."""
     np.multiply(weight, factor[:, None, None, None], out=out)
-    if mask is not None:
-        # Few kernels are cut: those are made again. The others have the same bits, as W 1 is W.
-        I, size = weight.shape[1], weight[0, 0].size
-        # One weight a kernel is the common case, and numpy gathers from one axis several times faster than rows of one.
-        shape, column = ((-1,), (slice(None),)) if size == 1 else ((-1, size), (slice(None), None))
-        cut = mask.cut.astype(np.intp)  # numpy would convert narrower indices at each use, and slowly
-        made = weight.reshape(shape)[cut]
-        made *= mask.cut_scale[column]
-        made *= factor[cut // I][column]
-        out.reshape(shape)[cut] = made
+    I, size = weight.shape[1], weight[0, 0].size
+    # One weight a kernel is the common case, and numpy gathers from one axis several times faster than rows of one.
+    shape, column = ((-1,), (slice(None),)) if size == 1 else ((-1, size), (slice(None), None))
+    cut = cut.astype(np.intp)  # numpy would convert narrower indices at each use, and slowly
+    made = weight.reshape(shape)[cut]
+    made *= scale[column]
+    made *= factor[cut // I][column]
+    out.reshape(shape)[cut] = made
 
 
 def fuse_layer(

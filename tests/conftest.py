@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,3 +45,16 @@ def _interruptible() -> None:
     """Signals do what they do in a terminal, also in the background or under nohup, which ignore some of them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(params=["C", "numpy"], scope="module")
+def each_form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module's tests once with the compiled loops and once with the numpy forms beside them."""
+    from ksm_edge import native
+
+    if request.param == "C" and native.loops is None:
+        pytest.skip("no compiled loops: the package was installed without a C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(native, "loops", None)
+        yield

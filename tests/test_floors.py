@@ -19,7 +19,7 @@ autodiff
 fuse
 bundle pack data
 mask coding device limits
-resources atomic resident
+resources atomic resident native
 errors
 """
 LEVEL = {part: level for level, line in enumerate(FLOORS.split("\n")) for part in line.split()}

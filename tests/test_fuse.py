@@ -11,6 +11,8 @@ from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
 from ksm_edge.fuse import digest_of, fuse, fuse_layer, fused_digest, with_own_statistics
 from ksm_edge.pack.record import LayerState, Pack
 
+pytestmark = pytest.mark.usefixtures("each_form")
+
 
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ksm_edge import native
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -18,8 +20,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     # A copy, because building leaves folders behind in the tree it is run in.
     for name in ("ksm_edge", "export", "devices"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
@@ -41,3 +43,10 @@ def test_it_brings_every_module_and_data_file_of_the_checkout(wheel: zipfile.Zip
         if path.is_file() and path.suffix in (".py", ".toml", ".onnx", ".safetensors", ".json", ".typed")
     }
     assert expected <= set(wheel.namelist())
+
+
+def test_it_brings_the_compiled_loops_and_not_their_source(wheel: zipfile.ZipFile) -> None:
+    if native.loops is None:
+        pytest.skip("no compiled loops: there was no C compiler")
+    assert Path(native.loops.__file__ or "").name in {Path(name).name for name in wheel.namelist()}
+    assert not any(name.endswith(".c") for name in wheel.namelist())

@@ -19,6 +19,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from ksm_edge import native
 from ksm_edge.coding import golomb
 from ksm_edge.coding.deflate import deflate, inflate
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
@@ -96,7 +97,8 @@ def decode_keep(codec: str, data: bytes, shapes: Sequence[Shape]) -> list[np.nda
     Raises UnsupportedVersionError for a codec not known here, DamagedFileError where the bytes do not fit the shapes.
     """
     if codec == GROUPS:
-        return _decode_groups(data, shapes)
+        found = _decode_groups_natively(data, shapes)
+        return _decode_groups(data, shapes) if found is None else found
     if codec == PACKED:
         return _unpack(inflate(data, -(-sum(O * X for O, X in shapes) // 8)), shapes)
     raise UnsupportedVersionError(f"keep bits are coded as {codec!r}; this release knows {GROUPS} and {PACKED}")
@@ -145,6 +147,14 @@ def _entropy(events: np.ndarray | int, cells: np.ndarray | int) -> np.ndarray:
     p = np.asarray(events) / cells
     terms = [x * np.log2(np.where(x > 0, x, 1)) for x in (p, 1 - p)]
     return -np.asarray(cells) * (terms[0] + terms[1])
+
+
+def _decode_groups_natively(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray] | None:
+    """`_decode_groups` in C; None without that, or for bytes of which `_decode_groups` says what is wrong."""
+    if native.loops is None:
+        return None
+    found = native.loops.decode_keep(data, np.array(shapes, np.int64).reshape(-1, 2))
+    return None if found is None else _parts(np.frombuffer(found[0], np.int32), found[1])
 
 
 def _decode_groups(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:

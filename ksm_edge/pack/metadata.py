@@ -13,6 +13,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar
 
 from ksm_edge.bundle.layers import InputContract
@@ -54,7 +56,7 @@ class Metadata:
     fused_digest: str
     record: Mapping[str, Any]
 
-    @property
+    @cached_property
     def score_shapes(self) -> list[tuple[int, ...]]:
         return [score_shape((O, I, kh, kw), self.granularity) for _, O, I, kh, kw in self.layers]
 
@@ -117,7 +119,7 @@ def _parse(values: Mapping[str, Any]) -> Metadata:
         input=InputContract(
             _is(int, given["size"]), _is(int, given["resize"]), _three(given["mean"]), _three(given["std"])
         ),
-        layers=tuple((_is(str, name), *_four(shape)) for name, *shape in _is(list, values["layers"])),
+        layers=_layers(_is(list, values["layers"])),
         own_statistics=_all(int, values["own_statistics"]),
         features=_is(int, values["features"]),
         bits={name: _is(int, values["bits"][name]) for name in ("scale", "norm", "head")},
@@ -132,7 +134,7 @@ def _check(metadata: Metadata) -> None:
     names = [name for name, *_ in metadata.layers]
     _hold(len(names) <= MAX_LAYERS, f"{len(names)} layers; at most {MAX_LAYERS} are possible")
     _hold(len(set(names)) == len(names), "two layers have one name")
-    _hold(all(size > 0 for _, *shape in metadata.layers for size in shape), "a layer has an empty dimension")
+    _hold(all(min(O, I, kh, kw) > 0 for _, O, I, kh, kw in metadata.layers), "a layer has an empty dimension")
     _hold(metadata.features > 0 and len(metadata.classes) > 0, "there are no features or no classes")
     _hold(metadata.statistics in STATISTICS, f"statistics are {metadata.statistics!r}")
     fewest = {"scale": 1, "norm": 2, "head": 2}
@@ -159,12 +161,17 @@ def _is(kind: type[T], value: Any) -> T:
 
 
 def _all(kind: type[T], values: Any) -> tuple[T, ...]:
-    return tuple(_is(kind, value) for value in _is(list, values))
+    if not set(map(type, _is(list, values))) <= {kind}:
+        raise TypeError(f"something else where {kind.__name__} is needed, in {values!r:.200}")
+    return tuple(values)
 
 
-def _four(values: list[Any]) -> tuple[int, int, int, int]:
-    O, I, kh, kw = _all(int, values)
-    return O, I, kh, kw
+def _layers(values: list[Any]) -> tuple[tuple[str, int, int, int, int], ...]:
+    layers = tuple((name, O, I, kh, kw) for name, O, I, kh, kw in values)
+    names, *sizes = zip(*layers, strict=True) if layers else ((),)
+    _all(str, list(names))
+    _all(int, list(chain(*sizes)))
+    return layers
 
 
 def _three(values: Any) -> tuple[float, float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import numpy as np
 
@@ -97,28 +96,29 @@ def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[S
     codes = decode_codes(streams["scales"].tobytes(), bits, sum(counts) if metadata.soft else 0)
     scales = dequantize_scale(codes, bits)
     masks: list[SoftMask | None] = []
-    row = first = 0
+    of_layers, first = iter(ranges.tolist()), 0
     for cut, shape in zip(cuts, shapes, strict=True):
         if not cut.size:
             masks.append(None)
             continue
         scale = scales[first : first + cut.size] if metadata.soft else np.zeros(cut.size, np.float32)
-        low, high = ranges[row].tolist()
-        masks.append(SoftMask(cut, scale, shape, low, high))
-        row, first = row + 1, first + cut.size
+        masks.append(SoftMask(cut, scale, shape, *next(of_layers)))
+        first += cut.size
     return masks
 
 
 def _read_norm(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Differences of gamma and beta of each layer."""
-    steps = streams["steps"][: 2 * len(metadata.layers)].reshape(-1, 2)
+    steps = streams["steps"][: 2 * len(metadata.layers)]
     sizes = np.repeat(np.array([O for _, O, *_ in metadata.layers], np.int64), 2)
-    step_of_each = np.repeat(steps.reshape(-1), sizes)
-    values, coded = np.zeros(step_of_each.size, np.float32), step_of_each > 0
-    codes = _signed_codes(metadata, streams, "norm", int(np.count_nonzero(coded)))
-    values[coded] = dequantize_difference(codes, step_of_each[coded])
-    ends = [0, *np.cumsum(sizes).tolist()]
-    parts = [values[first:end] for first, end in pairwise(ends)]
+    coded = np.where(steps > 0, sizes, 0)  # a step of 0 says that all are 0, without codes
+    ends = np.cumsum(coded).tolist()
+    codes = _signed_codes(metadata, streams, "norm", sum(coded.tolist()))
+    values = dequantize_difference(codes, np.repeat(steps, coded))
+    parts = [
+        values[end - count : end] if count else np.zeros(size, np.float32)
+        for size, count, end in zip(sizes.tolist(), coded.tolist(), ends, strict=True)
+    ]
     return list(zip(parts[0::2], parts[1::2], strict=True))
 
 

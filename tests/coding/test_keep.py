@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ksm_edge.coding.keep import GROUPS, PACKED, decode_keep, encode_keep, table_shape
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
 
+pytestmark = pytest.mark.usefixtures("each_form")
 SHARES = [0.0, 0.001, 0.03, 0.5, 0.97, 1.0]
 
 

@@ -19,6 +19,7 @@ from ksm_edge.pack.files import load_pack
 from ksm_edge.pack.keys import load_public_key
 from ksm_edge.pack.signature import require_signature
 
+pytestmark = pytest.mark.usefixtures("each_form")
 FOLDER = Path(__file__).parent / "golden"
 HELD = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
 OTHER_BACKBONE = "busy-rows-and-columns"  # its layers are made for the coding of keep bits alone

@@ -1,0 +1,119 @@
+"""The compiled loops refuse what their numpy forms refuse, and take no array that they would misread."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import sysconfig
+from pathlib import Path
+from random import Random
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from ksm_edge import native
+from ksm_edge.coding import keep
+from ksm_edge.errors import DamagedFileError
+
+SHAPES = [(16, 40), (8, 1), (24, 30), (3, 3)]
+BYTES = (0x00, 0x01, 0x7F, 0x80, 0xFF)
+
+
+@pytest.fixture
+def loops() -> ModuleType:
+    if native.loops is None:
+        pytest.skip("no compiled loops: the package was installed without a C compiler")
+    return native.loops
+
+
+def test_they_are_there_where_the_installation_found_a_compiler() -> None:
+    if not (shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()):
+        pytest.skip("no C compiler here, or no headers of Python")
+    assert native.loops is not None, "pip install -e . again: the loops in C were not compiled"
+
+
+def mutated(data: bytes, random: Random) -> bytes:
+    """One to three bytes changed, put in or left out."""
+    changed = bytearray(data)
+    for _ in range(random.randint(1, 3)):
+        at = random.randrange(len(changed) + 1)
+        byte = random.choice((random.randrange(256), *BYTES))
+        changed[at : at + random.randint(0, 2)] = bytes([byte] * random.randint(0, 2))
+    return bytes(changed)
+
+
+def by_numpy(data: bytes) -> list[np.ndarray] | None:
+    try:
+        return keep._decode_groups(data, SHAPES)
+    except DamagedFileError:
+        return None
+
+
+def test_damaged_keep_bits_are_read_as_numpy_reads_them_or_refused_by_both(loops: ModuleType) -> None:
+    random, rng, read, refused = Random(0), np.random.default_rng(0), 0, 0
+    for share in np.repeat([0.0, 0.01, 0.1, 0.3], 500):
+        busy = [(rng.random(O) < 0.3)[:, None] | (rng.random(X) < 0.2) for O, X in SHAPES]
+        cuts = [np.flatnonzero(rng.random(b.shape) < share * np.where(b, 3, 0.3)) for b in busy]
+        data = mutated(keep._encode_groups(cuts, SHAPES), random)
+        expected, found = by_numpy(data), keep._decode_groups_natively(data, SHAPES)
+        assert (expected is None) == (found is None), data.hex()
+        # Bytes end with a zero that is theirs; behind this array nothing is, as scripts/sanitize would notice.
+        alone = memoryview((ctypes.c_ubyte * len(data)).from_buffer_copy(data)).cast("B")
+        assert (loops.decode_keep(alone, np.array(SHAPES, np.int64)) is None) == (found is None)
+        for left, right in zip(expected or (), found or (), strict=True):
+            np.testing.assert_array_equal(left, right)
+        read, refused = read + (expected is not None), refused + (expected is None)
+    assert min(read, refused) > 100  # either has been seen often
+
+
+@pytest.mark.parametrize("shapes", [[(0, 3)], [(-1, 3)], [(1 << 13, 1 << 13)], [(1, 1 << 62)]])
+def test_shapes_that_no_layer_has_are_refused(loops: ModuleType, shapes: list[tuple[int, int]]) -> None:
+    assert loops.decode_keep(b"\0\0", np.array(shapes, np.int64)) is None
+
+
+def test_a_stream_without_layers_has_no_cuts(loops: ModuleType) -> None:
+    assert loops.decode_keep(b"\0", np.zeros((0, 2), np.int64)) == (b"", [])
+
+
+def fuse_arguments() -> dict[str, np.ndarray]:
+    return {
+        "weight": np.ones((2, 3, 1, 1), np.float32),
+        "factor": np.ones(2, np.float32),
+        "cut": np.array([1, 4], np.int32),
+        "scale": np.array([0.5, 0.25], np.float32),
+        "out": np.zeros((2, 3, 1, 1), np.float32),
+    }
+
+
+def test_only_aligned_arrays_of_the_right_type_in_one_piece_are_taken(loops: ModuleType) -> None:
+    given = fuse_arguments()
+    loops.fuse(*given.values())
+    assert given["out"].ravel().tolist() == [1, 0.5, 1, 1, 0.25, 1]
+    for name, right in given.items():
+        shifted = np.frombuffer(b"\0" + right.tobytes(), np.uint8)[1:].view(right.dtype).reshape(right.shape)
+        for wrong in (right.astype(np.float64), shifted):
+            with pytest.raises((TypeError, BufferError, ValueError)):
+                loops.fuse(*(given | {name: wrong}).values())
+    with pytest.raises((TypeError, BufferError, ValueError)):
+        loops.fuse(*(given | {"weight": np.ones((3, 2, 1, 1), np.float32).transpose(1, 0, 2, 3)}).values())
+    given["out"].flags.writeable = False
+    with pytest.raises((BufferError, ValueError), match=r"(?i)read-only|writable"):
+        loops.fuse(*given.values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cut": np.array([4, 1], np.int32)},
+        {"cut": np.array([1, 6], np.int32)},
+        {"cut": np.array([-1, 4], np.int32)},
+        {"scale": np.ones(1, np.float32)},
+        {"factor": np.ones(3, np.float32)},
+        {"out": np.zeros((2, 2, 1, 1), np.float32)},
+        {"weight": np.ones(6, np.float32)},
+    ],
+)
+def test_arrays_that_do_not_fit_each_other_are_refused(loops: ModuleType, wrong: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="do not fit, or cut kernels are not ascending"):
+        loops.fuse(*(fuse_arguments() | wrong).values())
