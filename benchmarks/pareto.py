@@ -69,6 +69,7 @@ METHODS = {
     "ksm": Method("KSM, default", _always(), ours=True),
     "small": Method("KSM, --small", _always("--small"), ours=True),
     "whole": Method("KSM, --thin 0", _always("--thin", "0"), ours=True),
+    "penalty": Method("KSM, --cut-penalty 0.05 --thin 0", _always("--cut-penalty", "0.05", "--thin", "0"), ours=True),
     "group4": Method("KSM, group:4", _always("--granularity", "group:4"), ours=True),
     "late": Method("KSM, masks in the second half", lambda bundle: ("--masked", _second_half(bundle)), ours=True),
     "norm": Method("batch-norm + head", _always("--method", "norm"), ours=True),
@@ -83,7 +84,7 @@ METHODS = {
 }
 
 
-COLOURS = (*(f"C{number}" for number in range(10)), "black")
+COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 
 
 def _second_half(bundle: Bundle) -> str:

@@ -28,6 +28,7 @@ NUMBERS = {
     "head_rate": "learning rate of the head",
     "label_smoothing": "label smoothing",
     "validation": "share of the training images held out for choosing",
+    "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",
     "thin": "share of the cut kernels, those that matter least, put back late in training",
 }
 BITS = {

@@ -32,7 +32,7 @@ class Adam:
         size = np.float32(rate * unbias / (1 - MOMENTUM**count))
         floor = np.float32(EPSILON * unbias)
         arrays = (self.parameter, gradient, self.mean, self.square)
-        for p, g, m, v in _blocks(*(a.reshape(-1) for a in arrays)):
+        for p, g, m, v in blocks(*(a.reshape(-1) for a in arrays)):
             if chain is not None:
                 g = g * chain(p)
             m *= np.float32(MOMENTUM)
@@ -48,7 +48,8 @@ class Adam:
             p -= scratch
 
 
-def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+def blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Views of flat arrays of one length, some elements at a time."""
     for start in range(0, arrays[0].size, BLOCK):
         yield tuple(array[start : start + BLOCK] for array in arrays)
 

@@ -29,7 +29,7 @@ from ksm_edge.mask import (
 )
 from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale, quantize_difference, quantize_scale
 from ksm_edge.pack.record import LayerState
-from ksm_edge.training.adam import Adam
+from ksm_edge.training.adam import Adam, blocks
 from ksm_edge.training.settings import Settings
 
 TURNED_ROWS = 64  # of a matrix that is transposed at once: the lines they lie in stay in the first level of cache
@@ -99,6 +99,8 @@ class TrainedLayer:
             if name in self.learning:
                 chain = keep_gradient if name == "score" else None
                 self.learning[name].step(gradient, rates[name], count, chain)
+        if "score" in self.learning and self.settings.cut_penalty:
+            pull_to_keeping(self.score, self.settings.cut_penalty * rates["score"])
         if kept is not None:
             self.score[kept] = INITIAL_SCORE
         self.fuse()
@@ -221,3 +223,13 @@ class TrainedLayer:
         """Move the running statistics towards a batch's, `var` being biased, over `count` values a channel."""
         self.mean += RUNNING * (mean - self.mean)
         self.var += RUNNING * (var * np.float32(count / max(1, count - 1)) - self.var)
+
+
+def pull_to_keeping(score: np.ndarray, distance: float) -> None:
+    """Move scores below the initial one up to it by at most `distance`, in place; others stay as they are.
+
+    That is a step of an L1 penalty on what is below, taken beside Adam's as weight decay is in AdamW (Loshchilov and
+    Hutter 2019): in the gradient, Adam would divide it away. A score then sinks only if its gradient keeps its sign.
+    """
+    for (part,) in blocks(score.reshape(-1)):
+        np.minimum(part + np.float32(distance), np.maximum(part, np.float32(INITIAL_SCORE)), out=part)

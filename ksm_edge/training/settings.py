@@ -32,6 +32,7 @@ class Settings:
     score_rate: float = 2e-4
     norm_rate: float = 1e-3
     head_rate: float = 2e-3
+    cut_penalty: float = 0.0  # every step pulls scores back towards keeping, by this share of the score rate
     thin: float = 0.5  # share of the cut kernels, those that change least, put back to 1 late in training
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
     warmup: float = 0.05  # share of all steps in which the rates rise to their full value
@@ -57,7 +58,16 @@ class Settings:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must be at least 1")
-        for name in ("score_rate", "norm_rate", "head_rate", "thin", "warmup", "label_smoothing", "validation"):
+        for name in (
+            "score_rate",
+            "norm_rate",
+            "head_rate",
+            "cut_penalty",
+            "thin",
+            "warmup",
+            "label_smoothing",
+            "validation",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
 

@@ -10,9 +10,9 @@ from tiny import LAYERS, tiny_weights
 
 from ksm_edge.bundle.layers import Layer, LayerWeights
 from ksm_edge.fuse import fuse_layer
-from ksm_edge.mask import expand, keep_gradient, reduce, score_gradient
+from ksm_edge.mask import INITIAL_SCORE, THRESHOLD, expand, keep_gradient, reduce, score_gradient
 from ksm_edge.pack.record import LayerState
-from ksm_edge.training.layer import TrainedLayer
+from ksm_edge.training.layer import TrainedLayer, pull_to_keeping
 from ksm_edge.training.settings import Settings
 
 GRANULARITIES = ("kernel", "group:3", "channel", "element")
@@ -225,3 +225,28 @@ def test_bound_arrays_are_the_layers_own_memory() -> None:
         for bound in layer.bound().values():
             assert any(np.shares_memory(bound, array) for array in own)
             assert bound.flags.c_contiguous
+
+
+def test_the_penalty_pulls_what_is_below_the_initial_score_up_to_it_and_no_further() -> None:
+    start = np.float32(INITIAL_SCORE)
+    score = np.array([-0.5, start - 0.01, start - 0.001, start, start + 0.2], np.float32)
+    pull_to_keeping(score, 0.004)
+    np.testing.assert_allclose(score, [-0.496, start - 0.006, start, start, start + 0.2], rtol=1e-6)
+
+
+def test_under_the_penalty_only_scores_whose_gradient_keeps_its_sign_sink() -> None:
+    """Gradients of one size: those of the first filter are steady, those of the others change their sign at random."""
+    penalised, free = trained("project", cut_penalty=0.5), trained("project")
+    for layer in (penalised, free):
+        layer.score.fill(INITIAL_SCORE)
+        rng = np.random.default_rng(0)
+        factor = layer.gamma / np.sqrt(layer.var + np.float32(layer.layer.eps))
+        for count in range(1, 41):
+            signs = rng.choice([-1.0, 1.0], layer.score.shape)
+            signs[0] = 1
+            layer.product[...] = signs / (layer.pristine.weight[:, :, 0, 0] * factor[:, None])
+            layer.step({"score": 1e-3, "gamma": 0.0, "beta": 0.0}, count)
+    for layer in (penalised, free):
+        assert (layer.score[0] < THRESHOLD).all()
+    assert (penalised.score[1:] >= THRESHOLD).all()
+    assert (free.score[1:] < THRESHOLD).any()

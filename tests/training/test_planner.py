@@ -119,7 +119,7 @@ def test_a_graph_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     bundle = saved_tiny_bundle(tmp_path / "b")
     spec = gradient_spec(bundle, 4, SETTINGS, 1)
     first = compiled(bundle, spec)
-    monkeypatch.setattr("ksm_edge.runtimes.compile._compile_in_child", None)
+    monkeypatch.setattr("ksm_edge.runtimes.cache.make_in_child", None)
     assert compiled(bundle, spec) == first
     assert list((tmp_path / "cache" / "graphs").iterdir()) == [first.path.parent]
 
@@ -135,10 +135,9 @@ def test_backbones_of_equal_weights_and_other_graphs_have_graphs_of_their_own(tm
     relu = next(node for node in model.graph.node if node.op_type == "Relu")
     relu.op_type = "Sigmoid"
     other.graph_path.write_bytes(model.SerializeToString())
-    from ksm_edge.runtimes.compile import _key
+    from ksm_edge.runtimes.cache import key_of
 
-    spec = gradient_spec(bundle, 4, SETTINGS, 1)
-    assert _key(bundle, spec) != _key(other, spec)
+    assert key_of(bundle) != key_of(other)
 
 
 def test_an_operator_without_a_rule_comes_out_of_the_compiling_process_by_its_name(
