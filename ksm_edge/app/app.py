@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksm_edge.app.images import as_input
+from ksm_edge.app.residents import Resident, Residents
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
-from ksm_edge.errors import UnsignedError, UsageError
+from ksm_edge.errors import BudgetError, UnsignedError, UnsupportedError, UsageError
 from ksm_edge.fuse import fuse
-from ksm_edge.pack.files import load_pack, require_backbone
+from ksm_edge.pack.files import load_pack_and_bytes, require_backbone
 from ksm_edge.pack.keys import load_public_key
+from ksm_edge.pack.reader import decode
 from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes import DEFAULT, load_runtime
 from ksm_edge.runtimes.base import Session
+from ksm_edge.runtimes.prepared import prepare, prepared
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +42,17 @@ class Prediction:
     label: str
     probability: float
     top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A task that is loaded: as the bytes of its file, a sixth of what they take decoded, or as it was given."""
+
+    data: bytes | None
+    pack: Pack | None
+
+    def decoded(self) -> Pack:
+        return decode(self.data) if self.data is not None else self.pack  # type: ignore[return-value]
 
 
 class App:
@@ -58,29 +72,45 @@ class App:
         bundle: Bundle | str | os.PathLike[str],
         threads: int | None = None,
         limit: int = 8,
+        memory_budget: int | None = None,
         runtime: str = DEFAULT,
         require_signature: str | os.PathLike[str] | None = None,
     ) -> None:
         """`bundle`: a Bundle, the path of one, or "embedded"; `threads`: all of this process's cores if not given.
 
-        `require_signature`: a PEM file with an Ed25519 public key; a pack that it does not fit is refused undecoded.
+        `limit`: sessions kept; `memory_budget`: bytes that the fused weights of all of them may take, and BudgetError
+        where these are fewer than one task's. `require_signature`: a PEM file with an Ed25519 public key; a pack that it
+        does not fit is refused undecoded.
         """
-        if limit < 1:
-            raise UsageError(f"limit {limit}: an app keeps at least one session")
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(Path(bundle))
         self._keys = None if require_signature is None else (load_public_key(require_signature),)
         self._runtime = load_runtime(runtime)
+        self._graph = prepared(self.bundle) if runtime == DEFAULT else None
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._limit = limit
-        self._packs: dict[str, Pack] = {}
-        self._sessions: OrderedDict[str, Session] = OrderedDict()  # the one used last is at the end
+        self._tasks: dict[str, _Loaded] = {}
+        self._fresh: tuple[str, Pack] | None = None  # the pack loaded last, decoded, until something is made of it
+        self._residents = Residents(self._make, self._sessions(limit, memory_budget))
         self._current: str | None = None
         self._lock = threading.RLock()
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the loaded tasks, in the order they were loaded."""
-        return tuple(self._packs)
+        return tuple(self._tasks)
+
+    @property
+    def ready(self) -> tuple[str, ...]:
+        """Names of the tasks whose weights are in memory, the one used last at the end."""
+        return self._residents.names
+
+    def prepare(self) -> None:
+        """Optimise the backbone's graph for this machine, once for all apps on it: seconds now, faster sessions then.
+
+        Does nothing where that was done, or where the runtime optimises in a way that does not allow it.
+        """
+        if self._graph is None and self._runtime is load_runtime(DEFAULT):
+            with suppress(UnsupportedError):
+                self._graph = prepare(self.bundle)
 
     def load(self, pack: Pack | str | os.PathLike[str], name: str | None = None) -> str:
         """Load a task and return its name, the pack's own if none is given; the first one loaded becomes current.
@@ -88,34 +118,62 @@ class App:
         Raises WrongBackboneError for a pack of another backbone, UsageError for a name that is taken, UnsignedError or
         SignatureError where a signature is required.
         """
-        if not isinstance(pack, Pack):
-            pack = load_pack(pack, self._keys)
-        elif self._keys is not None:
-            raise UnsignedError(
-                f"pack {pack.task!r} is in memory, where it has no signature: give the path of its file"
-            )
+        if isinstance(pack, Pack):
+            if self._keys is not None:
+                raise UnsignedError(
+                    f"pack {pack.task!r} is in memory, where it has no signature: give the path of its file"
+                )
+            loaded = _Loaded(None, pack)
+        else:
+            pack, data = load_pack_and_bytes(pack, self._keys)
+            loaded = _Loaded(data, None)
         require_backbone(pack, self.bundle)
         name = pack.task if name is None else name
         with self._lock:
-            if name in self._packs:
+            if name in self._tasks:
                 raise UsageError(f"a task {name!r} is loaded already: unload it first, or give another name=")
-            self._packs[name] = pack
+            self._tasks[name] = loaded
+            self._fresh = name, pack
             self._current = self._current or name
         return name
 
     def unload(self, name: str) -> None:
         """Forget a task and free its memory; if it was current, no task is."""
         with self._lock:
-            self._pack(name)
-            del self._packs[name]
-            self._sessions.pop(name, None)
+            self._loaded(name)
+            del self._tasks[name]
+            self._residents.forget(name)
+            self._fresh = None if self._fresh and self._fresh[0] == name else self._fresh
             self._current = None if self._current == name else self._current
 
     def switch(self, name: str) -> None:
         """Make a task the one that `predict` uses, and ready its session."""
+        self.prefetch(name)
         with self._lock:
-            self._session(name)
+            self._loaded(name)  # another thread may have unloaded it
             self._current = name
+
+    def prefetch(self, name: str) -> None:
+        """Ready a task's session, which may take the place of the one used least recently.
+
+        Other threads' predictions go on meanwhile: call it in a thread of its own to have it in the background.
+        """
+        self._loaded(name)
+        with self._residents.use(name):
+            pass
+
+    def pin(self, name: str) -> None:
+        """Ready a task's session and keep it, whatever else is used, until `unpin`; BudgetError where no session would
+        be left for the other tasks.
+        """
+        self._loaded(name)
+        self._residents.pin(name)
+        self.prefetch(name)
+
+    def unpin(self, name: str) -> None:
+        """Undo `pin`: the task's session may leave again."""
+        self._loaded(name)
+        self._residents.unpin(name)
 
     def predict(self, images: AnyImage | Sequence[AnyImage], task: str | None = None, top: int = 5) -> list[Prediction]:
         """One prediction an image, by `task` or the current one; paths, PIL images or uint8 arrays (H, W, 3) or (H, W).
@@ -123,32 +181,38 @@ class App:
         Raises DataError for an image that cannot be read, UsageError for a task that is not loaded.
         """
         task = self._named(task)  # once: another thread may switch between two runs
+        return self.predict_all(images, [task], top)[task]
+
+    def predict_all(
+        self, images: AnyImage | Sequence[AnyImage], tasks: Iterable[str] | None = None, top: int = 5
+    ) -> dict[str, list[Prediction]]:
+        """Predictions by each of several tasks, all loaded ones if none are given; every image is read once."""
+        names = list(self.tasks if tasks is None else tasks)
         several = images if isinstance(images, (list, tuple)) else [images]
-        predictions: list[Prediction] = []
+        predictions: dict[str, list[Prediction]] = {self._named(name): [] for name in names}
         for start in range(0, len(several), IMAGES_A_RUN):
             part = several[start : start + IMAGES_A_RUN]
             inputs = np.stack([as_input(image, self.bundle.input) for image in part])
-            predictions += _predictions(*self.logits(inputs, task), top)
+            for name in names:
+                predictions[name] += _predictions(*self.logits(inputs, name), top)
+            names.reverse()  # the tasks used last are the ones that are ready
         return predictions
 
     def logits(self, inputs: np.ndarray, task: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
         """Preprocessed images (N, 3, S, S) float32 -> logits (N, C) float32, and the C class names."""
-        with self._lock:
-            name = self._named(task)
-            pack, session = self._pack(name), self._session(name)
-        return session.run(inputs) @ pack.head_weight.T + pack.head_bias, pack.classes
+        with self._residents.use(self._named(task)) as resident:
+            return resident.logits(inputs), resident.classes
 
     def record(self, task: str | None = None) -> Mapping[str, Any]:
         """The training record of `task`, or of the current one."""
-        with self._lock:
-            return self._pack(self._named(task)).record
+        return self._loaded(self._named(task)).decoded().record
 
     def close(self) -> None:
         """Unload every task."""
         with self._lock:
-            self._packs.clear()
-            self._sessions.clear()
-            self._current = None
+            self._tasks.clear()
+            self._residents.clear()
+            self._fresh = self._current = None
 
     def __enter__(self) -> App:
         return self
@@ -158,26 +222,44 @@ class App:
     ) -> None:
         self.close()
 
+    def _sessions(self, limit: int, budget: int | None) -> int:
+        """How many may be kept."""
+        if limit < 1:
+            raise UsageError(f"limit {limit}: an app keeps at least one session")
+        if budget is None:
+            return limit
+        each = 4 * sum(w.weight.size + w.bias.size for w in self.bundle.weights.values())
+        if budget < each:
+            raise BudgetError(f"memory budget {budget} bytes: the fused weights of one task take {each}")
+        return min(limit, budget // each)
+
     def _named(self, task: str | None) -> str:
-        """The task that was asked for, or the current one."""
+        """The loaded task that was asked for, or the current one."""
         name = self._current if task is None else task
         if name is None:
-            raise UsageError(f"no task is current: switch to one of {', '.join(self._packs) or 'none loaded'}")
+            raise UsageError(f"no task is current: switch to one of {', '.join(self._tasks) or 'none loaded'}")
+        self._loaded(name)
         return name
 
-    def _pack(self, name: str) -> Pack:
-        if name not in self._packs:
-            raise UsageError(f"no task {name!r} is loaded; loaded are: {', '.join(self._packs) or 'none'}")
-        return self._packs[name]
+    def _loaded(self, name: str) -> _Loaded:
+        loaded = self._tasks.get(name)
+        if loaded is None:
+            raise UsageError(f"no task {name!r} is loaded; loaded are: {', '.join(self._tasks) or 'none'}")
+        return loaded
 
-    def _session(self, name: str) -> Session:
-        if name not in self._sessions:
-            weights = fuse(self.bundle, self._pack(name))
-            while len(self._sessions) >= self._limit:
-                self._sessions.popitem(last=False)
-            self._sessions[name] = self._runtime.Session(self.bundle.graph_path, weights, self._threads)
-        self._sessions.move_to_end(name)
-        return self._sessions[name]
+    def _make(self, name: str) -> Resident:
+        """Decode, fuse and open."""
+        with self._lock:
+            loaded, fresh = self._loaded(name), self._fresh
+            if fresh is not None and fresh[0] == name:
+                self._fresh = None
+        pack = fresh[1] if fresh is not None and fresh[0] == name else loaded.decoded()
+        weights = fuse(self.bundle, pack)
+        if self._graph is not None:
+            session: Session = self._graph.session(weights, self._threads)
+        else:
+            session = self._runtime.Session(self.bundle.graph_path, weights, self._threads)
+        return Resident(session, pack.head_weight, pack.head_bias, pack.classes)
 
 
 def _predictions(logits: np.ndarray, classes: tuple[str, ...], top: int) -> list[Prediction]:

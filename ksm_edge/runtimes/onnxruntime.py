@@ -35,11 +35,18 @@ def session_options(threads: int) -> Any:
 class Session:
     """A backbone graph in ONNX Runtime with one task's weights, on the CPU."""
 
-    def __init__(self, graph: Path | bytes, weights: Mapping[str, np.ndarray], threads: int = 1) -> None:
-        """`graph`: an ONNX file or its bytes; `weights`: every external initializer by name, float32."""
+    def __init__(
+        self, graph: Path | bytes, weights: Mapping[str, np.ndarray], threads: int = 1, *, optimise: bool = True
+    ) -> None:
+        """`graph`: an ONNX file or its bytes; `weights`: every external initializer by name, float32.
+
+        `optimise` False: the graph runs as it is, having been optimised before.
+        """
         import onnxruntime
 
         options = session_options(threads)
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Copied when the session is made, so that neither these nor `weights` need outlive this call.
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(w)) for w in weights.values()]
         options.add_external_initializers(list(weights), values)

@@ -1,4 +1,4 @@
-"""A graph as this machine's ONNX Runtime optimises it, with its nodes back in the order in which they were emitted.
+"""A graph as this machine's ONNX Runtime optimises it; a gradient graph with its nodes in the order they had.
 
 ONNX Runtime frees a tensor after its last use, so the order of the nodes decides the peak of memory, and its own order
 would make every recomputed tensor as early as it can.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,10 @@ from ksm_edge.runtimes.onnxruntime import session_options
 KEPT_OUT = ["CommonSubexpressionElimination"]
 
 
-def optimised(model: onnx.ModelProto, externals: Mapping[str, np.ndarray]) -> bytes:
-    """The model as this machine's ONNX Runtime optimises it, nodes in the given model's order, constants inside."""
+def optimised(
+    model: onnx.ModelProto, externals: Mapping[str, np.ndarray], disabled: Sequence[str] = ()
+) -> onnx.ModelProto:
+    """The model as this machine's ONNX Runtime optimises it, without the `disabled` optimizers, constants inside."""
     import onnxruntime as ort
 
     options = session_options(1)
@@ -33,9 +35,14 @@ def optimised(model: onnx.ModelProto, externals: Mapping[str, np.ndarray]) -> by
         path = Path(folder, "optimised.onnx")
         options.optimized_model_filepath = str(path)
         ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_OUT
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
         )
-        result = onnx.load(path)
+        return onnx.load(path)
+
+
+def optimised_in_order(model: onnx.ModelProto, externals: Mapping[str, np.ndarray]) -> bytes:
+    """The same of a gradient graph, with its nodes in the order they had."""
+    result = optimised(model, externals, KEPT_OUT)
     order = {name: index for index, node in enumerate(model.graph.node) for name in node.output}
     nodes = in_order(list(result.graph.node), order)
     del result.graph.node[:]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -7,11 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from signing import KeyFiles
-from tiny import FEATURES, tiny_bundle, tiny_pack
+from tiny import FEATURES, saved_tiny_bundle, tiny_bundle, tiny_pack
 
-from ksm_edge.app.app import App
+from ksm_edge.app.app import App, Prediction
 from ksm_edge.data.image import open_rgb, to_input
-from ksm_edge.errors import DataError, KeyFileError, SignatureError, UnsignedError, UsageError, WrongBackboneError
+from ksm_edge.errors import (
+    BudgetError,
+    DataError,
+    KeyFileError,
+    SignatureError,
+    UnsignedError,
+    UsageError,
+    WrongBackboneError,
+)
 from ksm_edge.fuse import fuse
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.keys import load_private_key
@@ -79,10 +88,10 @@ def test_the_first_task_is_current_until_another_is(app: App, photo: Path) -> No
 
 def test_tasks_beyond_the_limit_come_back_the_same(app: App, photo: Path) -> None:
     before = {name: app.predict(photo, task=name) for name in app.tasks}
-    assert len(app._sessions) == 2
+    assert len(app.ready) == 2
     for name in reversed(app.tasks):
         assert app.predict(photo, task=name) == before[name]
-    assert list(app._sessions) == ["b", "a"]
+    assert app.ready == ("b", "a")
 
 
 def test_threads_may_predict_different_tasks_at_once(app: App, photo: Path) -> None:
@@ -197,3 +206,94 @@ def test_without_that_an_app_takes_signed_packs_too(tmp_path: Path, key_files: K
     path.write_bytes(signed(path.read_bytes(), load_private_key(key_files.private, bytes)))
     with App(tiny_bundle(tmp_path / "bundle"), threads=1) as app:
         assert app.load(path) == "tiny kernel"
+
+
+def test_one_image_through_all_tasks_is_each_tasks_own_prediction(app: App, photo: Path) -> None:
+    together = app.predict_all(photo)
+    assert together == {name: app.predict(photo, task=name) for name in app.tasks}
+    assert app.predict_all([photo] * 9, ["c", "a"], top=1) == {n: app.predict([photo] * 9, n, 1) for n in "ac"}
+    assert app.predict_all(photo, []) == {}
+    with pytest.raises(UsageError, match="no task 'x' is loaded"):
+        app.predict_all(photo, ["a", "x"])
+
+
+def test_a_budget_is_so_many_tasks_and_less_than_one_is_refused(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    each = sum(array.nbytes for array in fuse(bundle, None).values())
+    with App(bundle, memory_budget=2 * each + each // 2) as app:
+        for name in "abc":
+            app.load(tiny_pack(changes={"task": name}))
+            app.prefetch(name)
+        assert app.ready == ("b", "c")
+    with pytest.raises(BudgetError, match=f"the fused weights of one task take {each}"):
+        App(bundle, memory_budget=each - 1)
+
+
+def test_a_pinned_task_stays_ready(app: App, photo: Path) -> None:
+    app.pin("a")
+    app.predict_all(photo)
+    assert "a" in app.ready
+    with pytest.raises(BudgetError, match="'b' cannot be pinned"):
+        app.pin("b")
+    app.unpin("a")
+    app.predict_all(photo, ["b", "c"])
+    assert set(app.ready) == {"b", "c"}
+
+
+def test_sixteen_threads_switch_and_predict_as_one_alone_would(app: App, photo: Path) -> None:
+    expected, faults = app.predict_all(photo), []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for name in rng.choice(list("abc"), 12):
+            app.switch(name)
+            if app.predict(photo, task=name) != expected[name] or app.predict(photo) not in expected.values():
+                faults.append(name)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not faults
+    assert len(app.ready) == 2
+
+
+def test_an_event_loop_goes_on_while_a_thread_predicts(app: App, photo: Path) -> None:
+    async def main() -> tuple[list[Prediction], int]:
+        beats = 0
+        answer = asyncio.ensure_future(asyncio.to_thread(app.predict, [photo] * 64, "a"))
+        while not answer.done():
+            beats += 1
+            await asyncio.sleep(0.001)
+        return await answer, beats
+
+    found, beats = asyncio.run(main())
+    assert found == app.predict([photo] * 64, "a")
+    assert beats > 3
+
+
+def test_a_prepared_backbone_answers_the_same(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "cache"))
+    bundle = saved_tiny_bundle(tmp_path / "saved")
+    answers = []
+    for prepares in (False, True, False):  # the last one finds what the second has prepared
+        with App(bundle, threads=1) as app:
+            if prepares:
+                app.prepare()
+            app.load(tiny_pack(cut=0.3, changes={"backbone": bundle.digest}))
+            answers.append(app.predict(photo))
+    assert answers[0] == answers[1] == answers[2]
+    assert app._graph is not None
+
+
+def test_a_task_from_a_file_takes_the_files_bytes_until_it_is_used(app: App, tmp_path: Path, photo: Path) -> None:
+    save_pack(tiny_pack(seed=5, cut=0.3), tmp_path / "x.ksm")
+    app.load(tmp_path / "x.ksm", "x")
+    app.load(tmp_path / "x.ksm", "y")
+    loaded = app._tasks["x"]
+    assert loaded.data == (tmp_path / "x.ksm").read_bytes()
+    assert loaded.pack is None
+    (tmp_path / "x.ksm").unlink()
+    assert app.predict(photo, "x") == app.predict(photo, "y")
+    assert app.record("x") == app.record("y")

@@ -14,7 +14,7 @@ from tiny import saved_tiny_bundle
 from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import KsmEdgeError
-from ksm_edge.runtimes import compile as compiling
+from ksm_edge.runtimes import cache
 from ksm_edge.runtimes.compile import compiled
 
 SPEC = GradientSpec(micro_batch=1, size=16, classes=3, trained=frozenset({"plain"}))
@@ -32,7 +32,7 @@ def test_a_graph_is_compiled_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     def again(*_: object) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(compiling, "_compile_in_child", again)
+    monkeypatch.setattr(cache, "make_in_child", again)
     assert compiled(bundle, SPEC) == first
     assert [path.name for path in first.path.parent.parent.iterdir()] == [first.path.parent.name]
 
@@ -53,7 +53,7 @@ def test_other_graphs_have_other_places(bundle: Bundle) -> None:
 
 
 def test_graphs_that_were_used_last_are_kept_and_no_more(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "KEPT", 2)
+    monkeypatch.setattr(cache, "KEPT", 2)
     first, second, third = (replace(SPEC, classes=classes) for classes in (3, 4, 5))
     folders = {}
     for age, spec in ((300, first), (200, second)):
@@ -68,13 +68,13 @@ def test_graphs_that_were_used_last_are_kept_and_no_more(bundle: Bundle, monkeyp
 def test_a_clock_that_was_set_back_does_not_cost_the_graph_just_made(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "KEPT", 2)
-    cache, later = Path(os.environ["KSM_EDGE_CACHE"], "graphs"), time.time() + 3600
+    monkeypatch.setattr(cache, "KEPT", 2)
+    graphs, later = Path(os.environ["KSM_EDGE_CACHE"], "graphs"), time.time() + 3600
     for name, at in (("a", later), ("b", later + 1), (".new-x", 1.0)):  # the last one left by a power cut
-        (cache / name).mkdir(parents=True)
-        os.utime(cache / name, (at, at))
+        (graphs / name).mkdir(parents=True)
+        os.utime(graphs / name, (at, at))
     made = compiled(bundle, SPEC).path.parent
-    assert set(cache.iterdir()) == {made, cache / "b"}
+    assert set(graphs.iterdir()) == {made, graphs / "b"}
 
 
 def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:

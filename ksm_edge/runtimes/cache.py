@@ -1,0 +1,120 @@
+"""What ONNX Runtime makes of a graph on this machine, made once and kept.
+
+Making it takes the onnx package and the optimiser some 50 MiB that running it does not need, so that happens in a
+process of its own. What ONNX Runtime writes fits the processor it was written on, so the key names both; it never
+becomes part of a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.errors import KsmEdgeError, UnsupportedError
+from ksm_edge.resources import cache_folder
+
+DAY = 86_400  # seconds
+KEPT = 24  # graphs in the cache, of a megabyte and more: an SD card is not to fill up with those of old releases
+NOT_WHOLE = (OSError, ValueError, KeyError, TypeError)  # not there, or a power cut came between
+
+T = TypeVar("T")
+
+
+def found(key: str, read: Callable[[Path], T]) -> T | None:
+    """What is kept under that key, read by `read`; None where that raises one of NOT_WHOLE."""
+    target = _place(key)
+    try:
+        result = read(target)
+    except NOT_WHOLE:
+        return None
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(target)  # used last
+    return result
+
+
+def found_or_made(key: str, read: Callable[[Path], T], make: Callable[[Path], None]) -> T:
+    """The same, made by `make` in an empty folder first if need be."""
+    if (result := found(key, read)) is not None:
+        return result
+    target = _place(key)
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
+        new = Path(folder, "graph")
+        new.mkdir()
+        make(new)
+        with suppress(OSError):  # another process was quicker
+            os.rename(new, target)
+    _evict(target)
+    return read(target)
+
+
+def key_of(bundle: Bundle, *parts: str) -> str:
+    """One key per backbone, processor, runtime and state of our own code, and per `parts`."""
+    # The digest is over weights alone: the same ones may end at other features, or stand in another graph.
+    backbone = [bundle.digest, hashlib.sha256(bundle.graph_path.read_bytes()).hexdigest(), repr(bundle.layers)]
+    machine = [version("onnxruntime"), platform.machine(), _processor()]
+    package = Path(__file__).parents[1]
+    sources = [*sorted((package / "autodiff").glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
+    texts = [*backbone, *parts, *machine, *(source.read_text() for source in sources)]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
+def make_in_child(module: str, bundle: Bundle, folder: Path, given: str = "") -> None:
+    """Run `python -m MODULE BUNDLE FOLDER` with `given` as its input; what it says on failure is raised here."""
+    command = [sys.executable, "-m", module, str(bundle.path), str(folder)]
+    # The child must find this very package, also where it is not installed.
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    child = subprocess.run(command, input=given, env=environment, text=True, capture_output=True, check=False)
+    if child.returncode == UnsupportedError.exit_code:
+        raise UnsupportedError(child.stderr.strip())
+    if child.returncode:
+        raise KsmEdgeError(f"a graph of {bundle.path} could not be made:\n{child.stderr.strip()}")
+
+
+def in_child(make: Callable[[], object]) -> int:
+    """The exit status of that process: `make`, with its errors said."""
+    try:
+        make()
+    except KsmEdgeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / "graphs" / key
+
+
+def _evict(newest: Path) -> None:
+    """Leave `newest` and those beside it that were used last. A training that runs has read its own long ago."""
+    times = {}
+    for path in newest.parent.iterdir():
+        with suppress(OSError):  # another process evicts as well
+            times[path] = path.stat().st_mtime
+    # Not by the clock alone: a board without one may start years before its last run.
+    graphs = [path for path in sorted(times, key=times.__getitem__) if not path.name.startswith(".") and path != newest]
+    power_cuts = [path for path in times if path.name.startswith(".new-") and times[path] < times[newest] - DAY]
+    for path in [*graphs[: len(graphs) + 1 - KEPT], *power_cuts]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _processor() -> str:
+    """The processor's features: an SD card may be moved to another board."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,138 @@
+"""At most so many tasks are ready at once, whatever threads ask for, and none leaves that is pinned or in use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from random import Random
+
+import numpy as np
+import pytest
+
+from ksm_edge.app.residents import Resident, Residents
+from ksm_edge.errors import BudgetError
+
+
+class Maker:
+    """Makes residents that say their name, and counts how many are there."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.made: list[str] = []
+        self.seconds = seconds
+
+    def __call__(self, name: str) -> Resident:
+        time.sleep(self.seconds)
+        if name == "broken":
+            raise RuntimeError("cannot be made")
+        self.made.append(name)
+        return Resident(None, np.zeros(0), np.zeros(0), (name,))  # type: ignore[arg-type]
+
+
+def used(residents: Residents, *names: str) -> None:
+    for name in names:
+        with residents.use(name) as resident:
+            assert resident.classes == (name,)
+
+
+def test_the_one_used_least_recently_leaves() -> None:
+    residents = Residents(make := Maker(), limit=2)
+    used(residents, "a", "b", "a", "c", "a", "b")
+    assert make.made == ["a", "b", "c", "b"]
+    assert residents.names == ("a", "b")
+
+
+def test_a_pinned_one_stays_and_leaves_again_once_unpinned() -> None:
+    residents = Residents(make := Maker(), limit=2)
+    residents.pin("a")
+    used(residents, "a", "b", "c", "b")
+    assert residents.names == ("a", "b")
+    residents.unpin("a")
+    used(residents, "c")
+    assert residents.names == ("b", "c")
+    assert make.made == ["a", "b", "c", "b", "c"]
+
+
+def test_pins_leave_a_place_for_the_others() -> None:
+    residents = Residents(Maker(), limit=2)
+    residents.pin("a")
+    residents.pin("a")
+    with pytest.raises(BudgetError, match=r"'b' cannot be pinned: of 2 sessions one has to be free.*Give a limit of 3"):
+        residents.pin("b")
+
+
+def test_one_that_cannot_be_made_leaves_no_trace() -> None:
+    residents = Residents(Maker(), limit=1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot be made"):
+            used(residents, "broken")
+    used(residents, "a")
+    assert residents.names == ("a",)
+
+
+def test_one_that_is_forgotten_in_use_is_made_anew_for_the_next() -> None:
+    residents = Residents(make := Maker(), limit=1)
+    with residents.use("a") as first:
+        residents.forget("a")
+        with residents.use("a") as second:
+            assert second is not first
+    assert residents.names == ("a",)
+    assert make.made == ["a", "a"]
+
+
+def test_one_in_use_does_not_leave_before_its_user_is_done() -> None:
+    residents = Residents(Maker(), limit=1)
+    order: list[str] = []
+
+    def other() -> None:
+        with residents.use("b"):
+            order.append("b is ready")
+
+    with residents.use("a"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        time.sleep(0.05)
+        order.append("a is done")
+    thread.join()
+    assert order == ["a is done", "b is ready"]
+
+
+def test_others_answer_while_one_is_being_made() -> None:
+    residents = Residents(Maker(), limit=2)
+    used(residents, "a")
+    residents._make = Maker(seconds=0.2)
+    thread = threading.Thread(target=used, args=(residents, "slow"))
+    thread.start()
+    time.sleep(0.02)
+    used(residents, "a")
+    assert residents.names == ("a",)  # and "slow" is still on its way
+    thread.join()
+    assert set(residents.names) == {"a", "slow"}
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_sixteen_threads_never_have_more_than_the_limit_and_each_its_own(limit: int) -> None:
+    residents = Residents(make := Maker(0.001), limit)
+    inside: list[str] = []
+    lock, faults = threading.Lock(), []
+
+    def work(seed: int) -> None:
+        random = Random(seed)
+        for _ in range(20):
+            name = random.choice("abcde")
+            with residents.use(name) as resident:
+                with lock:
+                    inside.append(name)
+                    if len(set(inside)) > limit or resident.classes != (name,):
+                        faults.append((name, list(inside)))
+                time.sleep(0.0005)
+                with lock:
+                    inside.remove(name)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert len(residents.names) <= limit
+    assert len(make.made) >= 5
