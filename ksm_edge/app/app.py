@@ -79,8 +79,8 @@ class App:
         """`bundle`: a Bundle, the path of one, or "embedded"; `threads`: all of this process's cores if not given.
 
         `limit`: sessions kept; `memory_budget`: bytes that the fused weights of all of them may take, and BudgetError
-        where these are fewer than one task's. `require_signature`: a PEM file with an Ed25519 public key; a pack that it
-        does not fit is refused undecoded.
+        where these are fewer than one task's. `require_signature`: a PEM file with an Ed25519 public key; a pack that
+        it does not fit is refused undecoded.
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(Path(bundle))
         self._keys = None if require_signature is None else (load_public_key(require_signature),)
