@@ -56,7 +56,9 @@ class Layout:
             out[array.size :] = 0
             return
         if out.shape != array.shape:
-            array = np.pad(array, [(0, full - size) for full, size in zip(out.shape, array.shape, strict=True)])
+            filled = np.zeros(out.shape, np.float32)  # several times faster than np.pad
+            filled[: array.shape[0], : array.shape[1]] = array
+            array = filled
         O, I, kh, kw = array.shape
         rows, columns = O // self.filters, I // self.channels
         blocks = array.reshape(rows, self.filters, columns, self.channels, kh, kw).transpose(0, 2, 4, 5, 3, 1)

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_README = ("accuracy", "demo", "latency", "pack", "startup", "step")
-SCRIPTS = (*IN_README, "bits", "pareto")
+SCRIPTS = (*IN_README, "apps", "bits", "pareto")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -232,3 +232,26 @@ def test_a_grid_with_gaps_is_no_result(load: Any, results: Path) -> None:
 def test_a_readme_without_the_markers_is_left_alone(load: Any, text: str) -> None:
     with pytest.raises(SystemExit, match="needs the lines"):
         load("readme_table").between(text, "results", "table", Path("README.md"))
+
+
+def test_growth_is_that_of_the_later_half(load: Any) -> None:
+    filling = [[0, 0], [100, 900], [200, 1000], [300, 1000]]
+    assert load("apps").slope(filling + [[100 * i, 1000 + 300 * (i - 4)] for i in range(4, 8)]) == pytest.approx(3)
+    assert load("apps").slope([[0, 5]]) == 0
+
+
+def test_an_app_is_held_against_one_onnx_file_for_each_task(load: Any) -> None:
+    apps = load("apps")
+    names = ("pack, prepared graph", "pack, graph optimised each time", "an ONNX file for each task")
+    ways = {name: {part: [1.0, 3.0, 2.0] for part in apps.PARTS} | {"bytes": 1000} for name in names}
+    ways[names[0]] |= {"session": [0.0, 0.0, 0.0], "bytes": 50}
+    found = apps.summary(
+        ways,
+        {"tasks": 10, "before_bytes": 1000, "after_bytes": 1600},
+        {"rss_bytes": [[0, 7], [100, 7]], "ready_switch_ms": 0.1, "peak_rss_bytes": 9, "budget_bytes": 10,
+         "board": "b", "switches": 200},
+        {"by_processes": {}},
+    )  # fmt: skip
+    row = found["loads"][names[0]]
+    assert (row["total"], row["ratio"], row["bytes_ratio"]) == (8.0, 0.8, 0.05)
+    assert (found["loaded_task_bytes"], found["loaded_task_ratio"]) == (60, 1.2)

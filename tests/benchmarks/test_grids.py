@@ -130,31 +130,54 @@ def test_the_plot_is_the_same_for_the_same_figures(load: Any, tmp_path: Path) ->
 
 
 @pytest.fixture
-def page(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script with a page and results of its own."""
-    script = load("pack_size_page")
-    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
+def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script with pages and results of its own."""
+    script = load("pages")
+    monkeypatch.setattr(script, "DOCS", tmp_path)
     monkeypatch.setattr(script, "RESULTS", tmp_path)
-    shutil.copy(ROOT / "docs" / "pack-size.md", script.PAGE)
+    for name in script.PAGES:
+        shutil.copy(ROOT / "docs" / name, tmp_path)
     origin = {"version": 1, **{name: PARETO[0][name] for name in ("machine", "after")}}
     runs = [bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)]
     summaries = {"bits": load("bits").summary(runs), "pareto": load("pareto").summary(PARETO)}
     for name, summary in summaries.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**origin, "summary": summary}))
+    (tmp_path / "apps.json").write_text(json.dumps({**origin, **APPS}))
     return script
 
 
-def test_the_pages_tables_are_those_of_the_results(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["pack_size_page.py", "--check"])
-    assert page.main() == 1
-    monkeypatch.setattr(sys, "argv", ["pack_size_page.py"])
-    assert page.main() == 0
-    text = page.PAGE.read_text()
+APPS = {
+    "settings": {"size": 224, "tasks": 50},
+    "runs": [{"way": "pack", "read": [], "session": [], "bytes": 1}],
+    "summary": {
+        "loads": {"pack": {"read": 1, "session": 2.25, "total": 3.25, "ratio": 0.5, "bytes": 50_000}},
+        "ready_switch_ms": 0.005,
+        "loaded_task_ratio": 1.05,
+        "switches": 10_000,
+        "peak_rss_bytes": 150 << 20,
+        "budget_bytes": 200 << 20,
+        "board": "a-board",
+        "leak_bytes_per_switch": 0.0,
+        "by_processes": {str(n): {"rss_bytes": 100 << 20, "pss_bytes": (90 // n) << 20} for n in (1, 3)},
+    },
+}
+
+
+def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
+    assert pages.main() == 1
+    monkeypatch.setattr(sys, "argv", ["pages.py"])
+    assert pages.main() == 0
+    text = (tmp_path / "pack-size.md").read_text()
     assert "| scale 2 | +0.50 ± 0.50 | +0.5000 ± 0.0000 | 1.0 |" in text
     assert "| KSM, default | 85.0 %, 50.0 (2 seeds) |" in text
     assert "| full fine-tuning, fp16 | 85.0 %, 4,500.0 |" in text
-    monkeypatch.setattr(sys, "argv", ["pack_size_page.py", "--check"])
-    assert page.main() == 0
+    text = (tmp_path / "app.md").read_text()
+    assert "| pack | 1.0 | 2.2 | 3.2 | 0.50 | 50 kB |" in text
+    assert "10,000 switches among all of them, peak RSS | 150 MiB of the 200 MiB budget of a-board (emulated" in text
+    assert "| each of 3 such processes on one bundle: RSS, PSS | 100 MiB, 30 MiB |" in text
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
+    assert pages.main() == 0
 
 
 @pytest.mark.torch

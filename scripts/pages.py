@@ -1,0 +1,142 @@
+"""Write the tables of pages under docs/ from what the benchmarks measured, each between its two marker lines.
+
+    python scripts/pages.py            # write them
+    python scripts/pages.py --check    # exit status 1 where a page says something else
+
+Every number comes from benchmarks/results/; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from readme_table import ROOT, between, load
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from pareto import METHODS, SIZES  # found by the line above
+
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+MIB = 1 << 20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
+    options = parser.parse_args()
+    differing = []
+    for name, tables in PAGES.items():
+        page = DOCS / name
+        wanted = text = page.read_text()
+        for marker, (result, table) in tables.items():
+            wanted = between(wanted, marker, table(load(RESULTS, result)), page)
+        if wanted != text:
+            differing.append(page)
+            if not options.check:
+                page.write_text(wanted)
+    if options.check and differing:
+        print(f"{', '.join(map(str, differing))}: not the tables of {RESULTS}: run python scripts/pages.py")
+        return 1
+    return 0
+
+
+def bits_tables(content: Mapping[str, Any]) -> str:
+    """A table for each setting that tasks were learned with."""
+    parts = []
+    for setting, found in content["summary"].items():
+        lines = [
+            f"Learned as `adapt{'' if setting == 'default' else ' --small'}` does, {found['runs']} runs "
+            f"({', '.join(found['tasks'])}; mean accuracy {100 * found['rows']['unquantized']['accuracy']:.2f} %, "
+            f"cross-entropy {found['rows']['unquantized']['cross_entropy']:.4f}):",
+            "",
+            "| bits | accuracy, points | cross-entropy | pack, kB |",
+            "|---|---|---|---|",
+        ]
+        for name, row in found["rows"].items():
+            if name != "unquantized":
+                lines.append(f"| {name} | {_change(row, 'accuracy', 100, 2)} | {_change(row, 'cross_entropy', 1, 4)} | "
+                             f"{row['pack_bytes'] / 1e3:.1f} |")  # fmt: skip
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, _origin(content)])
+
+
+def _change(row: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
+    change, error = factor * row[f"{name}_change"], factor * row.get(f"{name}_change_error", 0)
+    return f"{change:+.{digits}f} ± {error:.{digits}f}"
+
+
+def pareto_tables(content: Mapping[str, Any]) -> str:
+    """A table for each backbone: test accuracy and kB of each method on each task."""
+    parts = []
+    for recipe, tasks in content["summary"].items():
+        names = sorted(tasks)
+        lines = [f"{recipe}, {SIZES[recipe]} px:", "", f"| test accuracy, kB | {' | '.join(names)} |",
+                 f"|---|{'---|' * len(names)}"]  # fmt: skip
+        for key, method in METHODS.items():
+            rows = [tasks[name].get(key) for name in names]
+            if any(rows):
+                lines.append(f"| {method.title} | {' | '.join(map(_cell, rows))} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, _origin(content)])
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "not measured"
+    seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
+    return f"{100 * row['test_accuracy']:.1f} %, {row['pack_bytes'] / 1e3:,.1f}{seeds}"
+
+
+def app_tables(content: Mapping[str, Any]) -> str:
+    """Loading part by part, and memory."""
+    found = content["summary"]
+    parts = [part for part in content["runs"][0] if part not in ("way", "bytes")]
+    lines = [
+        f"From disk to the first answer, MobileNetV2, {content['settings']['size']} px, one thread, ms:",
+        "",
+        f"| a task as | {' | '.join(parts)} | total | ratio | bytes read |",
+        f"|---|{'---|' * len(parts)}---|---|---|",
+    ]
+    for name, row in found["loads"].items():
+        times = " | ".join(f"{row[part]:.1f}" for part in (*parts, "total"))
+        lines.append(f"| {name} | {times} | {row['ratio']:.2f} | {row['bytes'] / 1e3:,.0f} kB |")
+    alone, *_, among = found["by_processes"].values()
+    count = list(found["by_processes"])[-1]
+    lines += [
+        "",
+        "| | |",
+        "|---|---|",
+        f"| switch to a task that is ready | {found['ready_switch_ms']:.3f} ms |",
+        f"| memory of a task that is loaded | {found['loaded_task_ratio']:.2f} x its pack |",
+        f"| {content['settings']['tasks']} tasks, {found['switches']:,} switches among all of them, peak RSS | "
+        f"{found['peak_rss_bytes'] / MIB:.0f} MiB of the {found['budget_bytes'] / MIB:.0f} MiB budget of "
+        f"{found['board']} (emulated: a watchdog on resident memory held it) |",
+        f"| growth per 1000 of those switches | {1e3 * found['leak_bytes_per_switch'] / 1024:.1f} KiB |",
+        f"| a process with one task ready, alone: RSS, PSS | {_mib(alone)} |",
+        f"| each of {count} such processes on one bundle: RSS, PSS | {_mib(among)} |",
+    ]
+    return "\n".join([*lines, "", _origin(content)])
+
+
+def _mib(row: Mapping[str, float]) -> str:
+    return f"{row['rss_bytes'] / MIB:.0f} MiB, {row['pss_bytes'] / MIB:.0f} MiB"
+
+
+def _origin(content: Mapping[str, Any]) -> str:
+    machine, day = content["machine"], content["after"]["time"][:10]
+    return f"{machine['cpu']}, {machine['cores']} cores; {day}; raw values in `benchmarks/results/`."
+
+
+# Of each page its markers, and the result and function that each one's table comes from.
+Table = Callable[[Mapping[str, Any]], str]
+PAGES: dict[str, dict[str, tuple[str, Table]]] = {
+    "pack-size.md": {"bits": ("bits", bits_tables), "pareto": ("pareto", pareto_tables)},
+    "app.md": {"costs": ("apps", app_tables)},
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
