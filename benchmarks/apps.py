@@ -148,11 +148,10 @@ def _write_whole(bundle: Bundle, weights: dict[str, Any], path: Path) -> None:
     """One plain ONNX file with the task's weights inside."""
     import onnx
 
+    from ksm_edge.app.standalone import put_inside
+
     model = onnx.load(bundle.graph_path, load_external_data=False)
-    inside = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(inside)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+    put_inside(model, weights)
     onnx.save(model, path)
 
 

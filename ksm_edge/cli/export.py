@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksm_edge.cli.arguments import add_json
+from ksm_edge.cli.arguments import add_json, positive
 from ksm_edge.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ksm_edge.bundle.recipe import Recipe, WeightSource
 
 HELP = "freeze a backbone into a bundle"
+ROWS = 64  # as in ksm_edge.bundle.mobile, which would import numpy here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mean", type=float, nargs=3, metavar="X", help="of R, G, B in 0..1 (default: the recipe's, or ImageNet's)")
     add("--std", type=float, nargs=3, metavar="X", help="likewise")
     add("--licence", metavar="TEXT", help="licence of the weights, kept in the bundle")
+    add("--executorch", type=positive, nargs="?", const=ROWS, metavar="CLASSES",
+        help=f"also an ExecuTorch program for tasks of up to CLASSES classes ({ROWS}); needs torch")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a bundle that is there")
     add_json(parser)
 
@@ -43,7 +46,14 @@ def run(args: argparse.Namespace) -> int:
     if (args.recipe is None) == (args.onnx is None):
         raise UsageError("give a RECIPE or --onnx FILE, and not both; recipes: " + ", ".join(_recipe_names()))
     frozen, settings = _from_onnx(args) if args.onnx else _from_recipe(args)
+    if args.executorch is not None:
+        _require_executorch()
     bundle = save_bundle(frozen, args.out, overwrite=args.overwrite, **settings)
+    if args.executorch is not None:
+        from ksm_edge.exporter.executorch import write_program
+
+        print("ExecuTorch: lowering, half a minute ...", file=sys.stderr)
+        write_program(bundle, args.executorch)
     summary = _summary(bundle)
     print(json.dumps(summary) if args.json else _as_text(summary))
     return 0
@@ -125,6 +135,13 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
     from ksm_edge.exporter.pth import read_pth
 
     return read_pth(path)
+
+
+def _require_executorch() -> None:
+    from ksm_edge.runtimes import executorch
+
+    if (reason := executorch.available()) is not None:
+        raise UnsupportedError(f"--executorch: {reason}")
 
 
 def _require_torch(weights: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ksm_edge import __version__
-from ksm_edge.cli import adapt, devices, eval, export, inspect, predict, sign, verify
+from ksm_edge.cli import adapt, devices, eval, export, fuse, inspect, predict, sign, verify
 from ksm_edge.errors import KsmEdgeError
 
 VERBS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ VERBS: dict[str, ModuleType] = {
     "eval": eval,
     "predict": predict,
     "inspect": inspect,
+    "fuse": fuse,
     "sign": sign,
     "verify": verify,
     "devices": devices,

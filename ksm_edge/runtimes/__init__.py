@@ -9,6 +9,7 @@ from ksm_edge.errors import UnsupportedError, UsageError
 from ksm_edge.runtimes.base import Runtime
 
 RUNTIMES = {
+    "executorch": "ksm_edge.runtimes.executorch",
     "onnxruntime": "ksm_edge.runtimes.onnxruntime",
     "pytorch": "ksm_edge.runtimes.pytorch",
     "reference": "ksm_edge.runtimes.reference",

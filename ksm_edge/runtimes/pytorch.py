@@ -63,7 +63,7 @@ class Graph:
     image: str
     output: str
     nodes: tuple[Node, ...]
-    constants: Mapping[str, torch.Tensor]
+    constants: Mapping[str, Any]  # a float, an array of whole numbers, or a tensor
     weights: Mapping[str, tuple[int, ...]]  # shapes of those that are given when it is run
 
 
@@ -77,7 +77,6 @@ def read_graph(graph: Path | bytes) -> Graph:
 def decoded(graph: onnx.GraphProto) -> Graph:
     """The same from a graph in memory."""
     import onnx
-    import torch
 
     from ksm_edge.autodiff.graph import Node
 
@@ -89,9 +88,18 @@ def decoded(graph: onnx.GraphProto) -> Graph:
         graph.input[0].name,
         graph.output[0].name,
         nodes,
-        {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in inline},
+        {t.name: _constant(onnx.numpy_helper.to_array(t)) for t in inline},
         {t.name: tuple(t.dims) for t in graph.initializer if t.external_data},
     )
+
+
+def _constant(array: np.ndarray) -> Any:
+    """As torch's functions take it: what is no tensor there stays fixed when a network is traced."""
+    import torch
+
+    if array.dtype.kind in "iu":
+        return array
+    return float(array) if array.ndim == 0 else torch.tensor(array)
 
 
 def features(
@@ -115,10 +123,12 @@ def with_weights(weights: Mapping[str, torch.Tensor]) -> Callable[[str, torch.Te
     def conv(name: str, x: torch.Tensor, attributes: Attributes) -> torch.Tensor:
         from torch.nn import functional
 
-        x = functional.pad(x, _padding(attributes))
+        left, right, top, bottom = _padding(attributes)
+        if (top, left) != (bottom, right):
+            x, top, left = functional.pad(x, (left, right, top, bottom)), 0, 0
         strides, dilations = attributes.get("strides", 1), attributes.get("dilations", 1)
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return functional.conv2d(x, weight, bias, strides, 0, dilations, attributes.get("group", 1))
+        return functional.conv2d(x, weight, bias, strides, (top, left), dilations, attributes.get("group", 1))
 
     return conv
 
@@ -130,9 +140,16 @@ def _padding(attributes: Attributes) -> tuple[int, int, int, int]:
 
 
 def _max_pool(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:
-    functional = torch.nn.functional
-    padded = functional.pad(x[0], _padding(a), value=-torch.inf)
-    return functional.max_pool2d(padded, a["kernel_shape"], a.get("strides", 1), 0, 1, bool(a.get("ceil_mode", 0)))
+    functional, ceil = torch.nn.functional, bool(a.get("ceil_mode", 0))
+    left, right, top, bottom = _padding(a)
+    kernel, image = a["kernel_shape"], x[0]
+    # torch pads alike on both sides, by half a kernel at most; and with ceil_mode it leaves windows out.
+    fits = (
+        (top, left) == (bottom, right) and 2 * top <= kernel[0] and 2 * left <= kernel[1] and not (ceil and top + left)
+    )
+    if not fits:
+        image, top, left = functional.pad(image, (left, right, top, bottom), value=-torch.inf), 0, 0
+    return functional.max_pool2d(image, kernel, a.get("strides", 1), (top, left), 1, ceil)
 
 
 def _average_pool(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:

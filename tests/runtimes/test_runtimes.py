@@ -22,7 +22,8 @@ def bundle(tmp_path: Path) -> Bundle:
     return tiny_bundle(tmp_path)
 
 
-@pytest.fixture(params=RUNTIMES)
+# ExecuTorch runs a program of its bundle's and images of one size: tests/runtimes/test_executorch.py has its cases.
+@pytest.fixture(params=[name for name in RUNTIMES if name != "executorch"])
 def runtime(request: pytest.FixtureRequest) -> ModuleType:
     module = importlib.import_module(RUNTIMES[request.param])
     if (reason := module.available()) is not None:
@@ -88,7 +89,9 @@ def test_an_operator_that_is_not_there_is_refused_by_name(runtime: ModuleType, b
 
 
 def test_an_unknown_runtime_is_refused_naming_those_there_are() -> None:
-    with pytest.raises(UsageError, match="'tensorrt' is not known: choose from onnxruntime, pytorch, reference"):
+    with pytest.raises(
+        UsageError, match="'tensorrt' is not known: choose from executorch, onnxruntime, pytorch, reference"
+    ):
         load_runtime("tensorrt")
 
 
