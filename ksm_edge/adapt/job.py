@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ksm_edge.adapt.descent import Descent
 from ksm_edge.adapt.interrupt import interrupt_held_back
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.bundle.layers import Bundle
@@ -58,6 +59,7 @@ class Job:
         plan: Plan,
         checkpoint: Path,
         observer: Observer,
+        descent: Descent | None = None,
     ) -> None:
         """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge each epoch.
 
@@ -65,7 +67,7 @@ class Job:
         """
         self.bundle, self.images, self.settings, self.plan = bundle, images, settings, plan
         self.train, self.held_out, self.skipped, self.cache = train, held_out, skipped, cache
-        self.checkpoint = checkpoint
+        self.checkpoint, self.descent = checkpoint, descent
         self.progress, self.timing = Progress(), Timing()
         self.best: bytes | None = None  # pack
         self._observer, self._saved_at = observer, time.monotonic()
@@ -90,6 +92,7 @@ class Job:
             "settings": asdict(self.settings),
             "micro_batch": self.plan.micro_batch,
             "threads": self.plan.threads,
+            "parent": None if self.descent is None else self.descent.sha256,
         }
 
     def restore(self) -> None:

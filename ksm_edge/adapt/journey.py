@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ksm_edge.adapt.descent import Descent
 from ksm_edge.adapt.job import Job, Timing
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.bundle.layers import Bundle
@@ -22,6 +23,7 @@ from ksm_edge.training.checkpoint import read_identity
 from ksm_edge.training.packing import finished
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
+from ksm_edge.training.start import start_from
 
 CACHE_BYTES = 512 * 2**20  # on disk
 # Larger than evaluation needs, so that a crop of half the area still fills the input.
@@ -67,10 +69,12 @@ def adapt(
     resume: bool = False,
     observer: Observer | None = None,
     provenance: Mapping[str, Any] | None = None,
+    parent: Path | None = None,
 ) -> Adapted:
     """Learn the task that `images` shows and write its pack to `out`.
 
     `budget_bytes` bounds the expected resident memory of the process. `provenance` goes into the pack's record.
+    `parent` is a pack to go on from: with more images of its classes, or of others as well.
     Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit.
     Raises DataError, BudgetError, UnsupportedError.
     """
@@ -86,6 +90,7 @@ def adapt(
         budget_bytes=budget_bytes,
         resume=resume,
         observer=observer,
+        parent=parent,
     ) as job:
         try:
             job.run()
@@ -109,6 +114,7 @@ def prepared(
     budget_bytes: int | None = None,
     resume: bool = False,
     observer: Observer | None = None,
+    parent: Path | None = None,
 ) -> Iterator[Job]:
     """The job of learning that task, ready to run: images read and split, memory planned, gone on from `checkpoint`.
 
@@ -116,6 +122,7 @@ def prepared(
     """
     observer = observer or Observer()
     before = read_identity(checkpoint) if resume else {}
+    descent = None if parent is None else Descent.of(parent, images.classes)
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, skipped = cache.prepare(images.train, observer.reading)
         _require_every_class(images, items, skipped)
@@ -130,9 +137,13 @@ def prepared(
             micro_batch=before.get("micro_batch"),
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
-        job = Job(bundle, images, cache, learned_from, judged_on, skipped, settings, plan, checkpoint, observer)
+        job = Job(
+            bundle, images, cache, learned_from, judged_on, skipped, settings, plan, checkpoint, observer, descent
+        )
         if resume:
             job.restore()
+        elif descent is not None:
+            start_from(job.trainer, descent.pack, images.classes)
         observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)
         yield job
 
@@ -149,6 +160,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         "epoch": progress.best_epoch,
         "steps": progress.steps_done,
         "settings": asdict(job.settings),
+        **({} if job.descent is None else {"parent": {"task": job.descent.pack.task, "sha256": job.descent.sha256}}),
         **provenance,
     }
     pack = finished(decode(job.best), job.bundle, job.judge, record)

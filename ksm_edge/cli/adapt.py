@@ -79,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--learn-in-bits", action="store_true", help="late in training learn with the values that the pack will hold"
     )
+    parser.add_argument(
+        "--from",
+        dest="parent",
+        type=Path,
+        metavar="PACK",
+        help="go on from a pack: more photos, or more classes as well",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     add_json(parser)
 
@@ -117,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
                 resume=args.resume,
                 observer=observer,
                 provenance={"device": device.name, "emulated": device.is_emulated},
+                parent=args.parent,
             )
     except Interrupted as stop:
         following = _resume_command(args)

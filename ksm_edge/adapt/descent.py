@@ -1,0 +1,32 @@
+"""The pack that a training goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksm_edge.errors import DataError
+from ksm_edge.pack.files import load_pack_and_bytes
+from ksm_edge.pack.record import Pack
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A parent, and the digest of its file, by which its children name it."""
+
+    pack: Pack
+    sha256: str
+
+    @staticmethod
+    def of(path: Path, classes: tuple[str, ...]) -> Descent:
+        """Read the parent of a task with these classes. DataError where one of its own is not among them: without
+        images of it, what the parent knew of that class would be lost in what it learns of the others.
+        """
+        pack, data = load_pack_and_bytes(path)
+        if missing := sorted(set(pack.classes) - set(classes)):
+            raise DataError(
+                f"{path} knows classes that there are no images of: {', '.join(missing[:5])}. "
+                "Give images of them too, or start anew without the pack"
+            )
+        return Descent(pack, hashlib.sha256(data).hexdigest())
