@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ksm_edge.cli.arguments import add_bundle, add_json, add_require_signature, add_threads
 
+if TYPE_CHECKING:
+    from ksm_edge.app.answers import AnswerFile
+    from ksm_edge.app.app import App
+
 HELP = "classify images, or folders of images, with a task pack"
+LOOK_SECONDS = 0.5  # between two looks at a folder that is watched
+SETTLED_SECONDS = 0.5  # since a new file was last written to: before that, half of it may be missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pack", metavar="PACK", help="task pack (.ksm)")
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="how many classes to name (default: 3)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="add to a .csv or .jsonl; images that are in it already are left out"
+    )
+    parser.add_argument("--watch", action="store_true", help="go on with every new image in the folders, until Ctrl-C")
     add_bundle(parser)
     add_threads(parser)
     add_require_signature(parser)
@@ -22,27 +37,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ksm_edge.app.answers import AnswerFile
     from ksm_edge.app.app import App
+    from ksm_edge.errors import UsageError
+
+    if args.json and (args.watch or args.out):
+        raise UsageError("--json is one object at the end: with --watch or --out, write --out FILE.jsonl")
+    good, listed = 0, []
+    with (
+        App(args.bundle, args.threads, require_signature=args.require_signature) as app,
+        nullcontext() if args.out is None else AnswerFile(args.out) as answers,
+    ):
+        task = app.load(args.pack)
+        try:
+            for path in _images(args, answers):
+                answer = _answer(app, path, args.top)
+                good += "error" not in answer
+                if answers is not None:
+                    answers.add(answer)
+                elif args.json:
+                    listed.append(answer)
+                else:
+                    print(_line(answer), flush=True)
+        except KeyboardInterrupt:
+            if not args.watch:
+                raise
+            return 0  # that is how watching ends
+        done = 0 if answers is None else len(answers)
+    if args.json:
+        print(json.dumps({"task": task, "predictions": listed}))
+    return 0 if good or done else 1
+
+
+def _images(args: argparse.Namespace, answers: AnswerFile | None) -> Iterator[Path]:
+    """The images to answer, with --watch also those that come; with --out behind a progress bar."""
+    from ksm_edge.cli.progress import counted
     from ksm_edge.data.image_set import image_files
     from ksm_edge.errors import DataError
 
-    good = 0
-    listed: list[dict[str, Any]] = []
-    with App(args.bundle, args.threads, require_signature=args.require_signature) as app:
-        task = app.load(args.pack)
-        for path in image_files(args.images):
-            try:
-                (prediction,) = app.predict(path, top=args.top)
-                top = [{"label": label, "probability": share} for label, share in prediction.top]
-                listed.append({"image": str(path), "top": top})
-                good += 1
-            except DataError as error:
-                listed.append({"image": str(path), "error": str(error)})
-            if not args.json:
-                print(_line(listed[-1]), flush=True)
-    if args.json:
-        print(json.dumps({"task": task, "predictions": listed}))
-    return 0 if good else 1
+    left_out = answers if answers is not None else ()
+    if not args.watch:
+        wanted = [path for path in image_files(args.images) if str(path) not in left_out]
+        yield from counted(wanted, "Predicting") if args.out else wanted
+        return
+    folders = [folder for folder in map(Path, args.images) if not folder.is_dir()]
+    if folders:
+        raise DataError(f"{folders[0]} is no folder: --watch takes folders")
+    seen: set[Path] = set()
+    print(f"watching {', '.join(args.images)}; Ctrl-C ends it", file=sys.stderr)
+    while True:
+        for path in _there(args.images):
+            if path not in seen and time.time() - path.stat().st_mtime > SETTLED_SECONDS:
+                seen.add(path)
+                if str(path) not in left_out:
+                    yield path
+        time.sleep(LOOK_SECONDS)
+
+
+def _there(folders: list[str]) -> list[Path]:
+    """Images in the folders as they are now, which may be none."""
+    from ksm_edge.data.image_set import image_files
+    from ksm_edge.errors import DataError
+
+    found: list[Path] = []
+    for folder in folders:
+        try:
+            found += image_files([folder])
+        except DataError:
+            continue
+    return [path for path in found if path.exists()]
+
+
+def _answer(app: App, path: Path, top: int) -> dict[str, Any]:
+    from ksm_edge.errors import DataError
+
+    try:
+        (prediction,) = app.predict(path, top=top)
+    except DataError as error:
+        return {"image": str(path), "error": str(error)}
+    return {
+        "image": str(path),
+        "top": [{"label": label, "probability": share} for label, share in prediction.top],
+    }
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""The progress of an adaptation on stderr: the plan, a bar with what matters, a line per epoch."""
+"""Progress on stderr: of an adaptation the plan, a bar with what matters and a line per epoch; of others a bar."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -14,6 +15,8 @@ from ksm_edge.training.checkpoint import Progress
 from ksm_edge.training.planner import Plan
 
 SHOWN_SKIPS = 10
+
+T = TypeVar("T")
 
 
 class ProgressBar(Observer):
@@ -77,6 +80,14 @@ class ProgressBar(Observer):
             f"accuracy {record['train_accuracy']:.1%}{judged}",
             file=sys.stderr,
         )
+
+
+def counted(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items, one after the other, behind a bar."""
+    with _bar(len(items), what) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def _bar(total: int, what: str, *, done: int = 0, leave: bool = True) -> tqdm[Any]:

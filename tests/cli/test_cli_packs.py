@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +19,7 @@ from tiny import saved_tiny_bundle, tiny_pack
 from ksm_edge.app.app import App
 from ksm_edge.cli import eval as eval_verb
 from ksm_edge.cli import inspect, predict
-from ksm_edge.errors import DamagedFileError, DataError, WrongBackboneError
+from ksm_edge.errors import DamagedFileError, DataError, UsageError, WrongBackboneError
 from ksm_edge.pack.files import load_pack, save_pack
 
 
@@ -174,6 +176,82 @@ def test_predict_prints_a_line_an_image(
 
 def test_predict_fails_only_if_no_image_could_be_read(bundle: Path, pack: Path, photos: Path) -> None:
     assert call(predict, pack, photos / "test/class 1/broken.png", "--bundle", bundle) == 1
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_predict_goes_on_in_a_file_where_it_was_stopped(
+    bundle: Path, pack: Path, photos: Path, tmp_path: Path, suffix: str
+) -> None:
+    out, straight = tmp_path / f"answers.{suffix}", tmp_path / f"straight.{suffix}"
+    folder = photos / "test"
+    assert call(predict, pack, folder, "--bundle", bundle, "--out", straight) == 0
+    assert call(predict, pack, folder / "class 0", "--bundle", bundle, "--out", out) == 0
+    with open(out, "ab") as file:
+        file.write(b'{"image": "half a li')  # a power cut
+    assert call(predict, pack, folder, "--bundle", bundle, "--out", out) == 0
+    assert out.read_bytes() == straight.read_bytes()
+    heads = suffix == "csv"
+    assert len(lines_of(out)) == 6 + heads
+    assert sum("broken.png" in line for line in lines_of(out)) == 1
+    if heads:
+        assert lines_of(out)[0] == "image,label,probability,error"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.txt", None, "written as .csv or .jsonl"), ("a.csv", "x,y\n", "holds no answers: its columns are x, y"),
+     ("a.jsonl", "[]\n", "holds no answers")],
+)  # fmt: skip
+def test_predict_refuses_a_file_of_something_else(
+    bundle: Path, pack: Path, photos: Path, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    out = tmp_path / name
+    if content is not None:
+        out.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        call(predict, pack, photos / "test", "--bundle", bundle, "--out", out)
+    assert content is None or out.read_text() == content
+
+
+def test_predict_watches_a_folder_until_it_is_interrupted(bundle: Path, pack: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "camera", tmp_path / "answers.jsonl"
+    folder.mkdir()
+    words = [pack, folder, "--bundle", bundle, "--out", out, "--watch", "--threads", 1]
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # the shell may have it ignored
+        "from ksm_edge.cli.main import entry; entry()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "predict", *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stderr is not None
+        assert "watching" in child.stderr.readline()
+        for index in range(2):
+            pixels = np.random.default_rng(index).integers(0, 255, (20, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+            deadline = time.monotonic() + 60
+            while not (out.exists() and len(lines_of(out)) == index + 1):
+                assert time.monotonic() < deadline
+                assert child.poll() is None
+                time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.communicate()
+    assert [json.loads(line)["image"] for line in lines_of(out)] == [str(folder / f"{index}.png") for index in range(2)]
+
+
+def test_predict_says_what_watching_needs(bundle: Path, pack: Path, photos: Path) -> None:
+    with pytest.raises(DataError, match="--watch takes folders"):
+        call(predict, pack, photos / "test/class 0/0.png", "--bundle", bundle, "--watch")
+    with pytest.raises(UsageError, match=r"write --out FILE\.jsonl"):
+        call(predict, pack, photos, "--bundle", bundle, "--watch", "--json")
 
 
 @pytest.mark.parametrize("verb", [eval_verb, predict])
