@@ -338,8 +338,8 @@ static int take_cuts(Rest *rest, Work *work, int32_t *cuts)
 /* ---- Fusing, as ksm_edge/fuse.py says ---- */
 
 /* `out`, (filters, kernels, size): each weight times its filter's factor, those of a cut kernel times its scale first.
-   `cut` holds flat numbers of kernels; returns REFUSED where they are not ascending ones of this layer, with `out` not
-   finished. */
+   `cut` holds flat numbers of kernels; returns REFUSED where they are not ones of this layer, filter by filter, with
+   `out` not finished. */
 static int fuse(const float *restrict weight, const float *restrict factor, int64_t filters, int64_t kernels,
                 int64_t size, const int32_t *restrict cut, const float *restrict scale, int64_t cuts,
                 float *restrict out)
@@ -350,8 +350,10 @@ static int fuse(const float *restrict weight, const float *restrict factor, int6
         float *made = out + o * kernels * size;
         for (int64_t i = 0; i < kernels * size; i++)
             made[i] = row[i] * factor[o];
-        for (; next < cuts && cut[next] < (o + 1) * kernels; next++) {
-            int64_t first = (cut[next] - o * kernels) * size;
+        for (; next < cuts; next++) {
+            int64_t first = (*(const volatile int32_t *)&cut[next] - o * kernels) * size; /* read once: it is checked */
+            if (first >= kernels * size)
+                break;
             if (first < 0)
                 return REFUSED;
             for (int64_t i = first; i < first + size; i++)
@@ -388,7 +390,8 @@ static int borrow(Array *arrays, int count)
             give_back(arrays, i);
             return -1;
         }
-        int fits = strchr(array->types, view->format[0]) && !view->format[1] && view->itemsize == array->bytes;
+        const char *format = view->format;
+        int fits = format[0] && strchr(array->types, format[0]) && !format[1] && view->itemsize == array->bytes;
         if (!fits || (uintptr_t)view->buf % (size_t)view->itemsize) {
             PyErr_Format(PyExc_TypeError, "argument %d is no aligned array of type %s", i, array->types);
             give_back(arrays, i + 1);

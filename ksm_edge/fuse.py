@@ -59,7 +59,8 @@ def fuse_weight_into(
         out[:] = fused_weight(weight, expand(mask.values, weight.shape, granularity), factor)
         return
     cut, scale = (mask.cut, mask.cut_scale) if mask is not None else NOTHING_CUT
-    if native.loops is not None and weight.dtype == np.float32:
+    in_one_piece = all(a.flags.c_contiguous and a.flags.aligned for a in (weight, out))
+    if native.loops is not None and weight.dtype == np.float32 and in_one_piece:
         native.loops.fuse(weight, factor, cut, scale, out)
     else:
         _fuse_kernels(weight, factor, cut, scale, out)

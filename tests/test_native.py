@@ -97,6 +97,9 @@ def test_only_aligned_arrays_of_the_right_type_in_one_piece_are_taken(loops: Mod
                 loops.fuse(*(given | {name: wrong}).values())
     with pytest.raises((TypeError, BufferError, ValueError)):
         loops.fuse(*(given | {"weight": np.ones((3, 2, 1, 1), np.float32).transpose(1, 0, 2, 3)}).values())
+    beside = np.zeros(4 * 6 + 1, np.uint8)[1:].view(np.float32).reshape(2, 3, 1, 1)
+    with pytest.raises((TypeError, BufferError, ValueError)):
+        loops.fuse(*(given | {"out": beside}).values())
     given["out"].flags.writeable = False
     with pytest.raises((BufferError, ValueError), match=r"(?i)read-only|writable"):
         loops.fuse(*given.values())

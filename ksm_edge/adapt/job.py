@@ -20,6 +20,7 @@ from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.prefetch import prefetch
 from ksm_edge.errors import KsmEdgeError
+from ksm_edge.pack.calibration import Calibration, calibrate
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.record import Pack
 from ksm_edge.resident import give_back
@@ -182,8 +183,14 @@ class Job:
         give_back()
         self._observer.epoch(progress.history[-1], self.settings.epochs)
 
+    def calibration(self, pack: Pack) -> Calibration:
+        """How far the pack's probabilities can be trusted, from the held-out images."""
+        parts = [(self.judge.logits(pack, batch.images), batch.labels) for batch in self._held_out_batches()]
+        return calibrate(*map(np.concatenate, zip(*parts, strict=True))) if parts else Calibration()
+
     def _accuracy(self, pack: Pack) -> float:
+        return self.judge.accuracy(pack, self._held_out_batches())
+
+    def _held_out_batches(self) -> Generator[Batch, None, None]:
         size = self.plan.micro_batch
-        return self.judge.accuracy(
-            pack, prefetch(evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=size))
-        )
+        return prefetch(evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=size))

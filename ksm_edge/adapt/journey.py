@@ -152,6 +152,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     progress = job.progress
     assert job.best is not None  # every finished epoch leaves one
     accuracy = progress.best_accuracy if job.held_out else None
+    best = decode(job.best)
     record = {
         "data_digest": job.images.digest(),
         "images": len(job.train) + len(job.held_out),
@@ -160,10 +161,11 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         "epoch": progress.best_epoch,
         "steps": progress.steps_done,
         "settings": asdict(job.settings),
+        "calibration": job.calibration(best).as_record(),
         **({} if job.descent is None else {"parent": {"task": job.descent.pack.task, "sha256": job.descent.sha256}}),
         **provenance,
     }
-    pack = finished(decode(job.best), job.bundle, job.judge, record)
+    pack = finished(best, job.bundle, job.judge, record)
     size = save_pack(pack, out, **job.settings.pack_bits)
     job.checkpoint.unlink(missing_ok=True)
     return Adapted(

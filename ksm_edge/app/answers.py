@@ -12,7 +12,7 @@ from typing import Any
 
 from ksm_edge.errors import UsageError
 
-COLUMNS = ("image", "label", "probability", "error")
+COLUMNS = ("image", "label", "probability", "known", "error")
 
 
 class AnswerFile:
@@ -20,7 +20,7 @@ class AnswerFile:
 
     >>> with AnswerFile(Path("answers.csv")) as answers:       # doctest: +SKIP
     ...     if "cat.jpg" not in answers:
-    ...         answers.add({"image": "cat.jpg", "top": [{"label": "cat", "probability": 0.9}]})
+    ...         answers.add({"image": "cat.jpg", "error": "no such file"})
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,10 +45,11 @@ class AnswerFile:
         return len(self._images)
 
     def add(self, answer: Mapping[str, Any]) -> None:
-        """`image`, and `top` (a list of `label` and `probability`, the best first) or `error`."""
+        """`image`, and `error`, or `known` and `top`, a list of `label` and `probability`, the best first."""
         if self._is_csv:
             best = answer["top"][0] if "top" in answer else {"label": "", "probability": ""}
-            line = _row([answer["image"], best["label"], best["probability"], answer.get("error", "")])
+            known = str(answer.get("known", "")).lower()
+            line = _row([answer["image"], best["label"], best["probability"], known, answer.get("error", "")])
         else:
             line = json.dumps(answer, ensure_ascii=False) + "\n"
         self._write(line)

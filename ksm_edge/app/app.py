@@ -19,6 +19,7 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsignedError, UnsupportedError, UsageError
 from ksm_edge.fuse import fuse
+from ksm_edge.pack.calibration import Calibration
 from ksm_edge.pack.files import load_pack_and_bytes, require_backbone
 from ksm_edge.pack.keys import load_public_key
 from ksm_edge.pack.reader import decode
@@ -37,11 +38,16 @@ IMAGES_A_RUN = 8  # activations of more images at once would cost memory and win
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a task says of one image: the best class, its probability in [0, 1], and the first few of them."""
+    """What a task says of one image: the best class, its probability in [0, 1], and the first few of them.
+
+    `known` is False where the best class is less likely than all but a few of the images that the task was judged on:
+    the image is perhaps of none of its classes.
+    """
 
     label: str
     probability: float
     top: tuple[tuple[str, float], ...]
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class App:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(Path(bundle))
         self._keys = None if require_signature is None else (load_public_key(require_signature),)
         self._runtime = load_runtime(runtime)
-        self._graph = prepared(self.bundle) if runtime == DEFAULT else None
+        self._prepares = runtime == DEFAULT
+        self._graph = prepared(self.bundle) if self._prepares else None
         self._threads = threads or len(os.sched_getaffinity(0))
         self._tasks: dict[str, _Loaded] = {}
         self._fresh: tuple[str, Pack] | None = None  # the pack loaded last, decoded, until something is made of it
@@ -108,7 +115,7 @@ class App:
 
         Does nothing where that was done, or where the runtime optimises in a way that does not allow it.
         """
-        if self._graph is None and self._runtime is load_runtime(DEFAULT):
+        if self._graph is None and self._prepares:
             with suppress(UnsupportedError):
                 self._graph = prepare(self.bundle)
 
@@ -166,9 +173,15 @@ class App:
         """Ready a task's session and keep it, whatever else is used, until `unpin`; BudgetError where no session would
         be left for the other tasks.
         """
-        self._loaded(name)
-        self._residents.pin(name)
-        self.prefetch(name)
+        with self._lock:
+            self._loaded(name)
+            is_new = self._residents.pin(name)
+        try:
+            self.prefetch(name)
+        except BaseException:
+            if is_new:
+                self._residents.unpin(name)
+            raise
 
     def unpin(self, name: str) -> None:
         """Undo `pin`: the task's session may leave again."""
@@ -187,14 +200,15 @@ class App:
         self, images: AnyImage | Sequence[AnyImage], tasks: Iterable[str] | None = None, top: int = 5
     ) -> dict[str, list[Prediction]]:
         """Predictions by each of several tasks, all loaded ones if none are given; every image is read once."""
-        names = list(self.tasks if tasks is None else tasks)
+        names = list(dict.fromkeys(self.tasks if tasks is None else tasks))
         several = images if isinstance(images, (list, tuple)) else [images]
         predictions: dict[str, list[Prediction]] = {self._named(name): [] for name in names}
         for start in range(0, len(several), IMAGES_A_RUN):
             part = several[start : start + IMAGES_A_RUN]
             inputs = np.stack([as_input(image, self.bundle.input) for image in part])
             for name in names:
-                predictions[name] += _predictions(*self.logits(inputs, name), top)
+                with self._residents.use(name) as resident:
+                    predictions[name] += _predictions(resident, inputs, top)
             names.reverse()  # the tasks used last are the ones that are ready
         return predictions
 
@@ -202,6 +216,11 @@ class App:
         """Preprocessed images (N, 3, S, S) float32 -> logits (N, C) float32, and the C class names."""
         with self._residents.use(self._named(task)) as resident:
             return resident.logits(inputs), resident.classes
+
+    def calibration(self, task: str | None = None) -> Calibration:
+        """What turns the task's logits into probabilities, and which of them are too low to be known."""
+        with self._residents.use(self._named(task)) as resident:
+            return resident.calibration
 
     def record(self, task: str | None = None) -> Mapping[str, Any]:
         """The training record of `task`, or of the current one."""
@@ -259,13 +278,14 @@ class App:
             session: Session = self._graph.session(weights, self._threads)
         else:
             session = self._runtime.Session(self.bundle.graph_path, weights, self._threads)
-        return Resident(session, pack.head_weight, pack.head_bias, pack.classes)
+        return Resident(session, pack.head_weight, pack.head_bias, pack.classes, Calibration.from_record(pack.record))
 
 
-def _predictions(logits: np.ndarray, classes: tuple[str, ...], top: int) -> list[Prediction]:
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+def _predictions(resident: Resident, inputs: np.ndarray, top: int) -> list[Prediction]:
+    classes, calibration = resident.classes, resident.calibration
     predictions = []
-    for row in exponents / exponents.sum(axis=1, keepdims=True):
+    for row in calibration.probabilities(resident.logits(inputs)):
         best = tuple((classes[c], float(row[c])) for c in np.argsort(-row, kind="stable")[: max(top, 1)])
-        predictions.append(Prediction(label=best[0][0], probability=best[0][1], top=best))
+        label, probability = best[0]
+        predictions.append(Prediction(label, probability, best, probability >= calibration.threshold))
     return predictions

@@ -12,6 +12,7 @@ from ksm_edge.app.images import as_input
 from ksm_edge.bundle.layers import InputContract
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.errors import DataError
+from ksm_edge.pack.calibration import calibration_error
 
 BATCH = 8
 
@@ -24,13 +25,19 @@ def evaluate(app: App, images: ImageSet, progress: Callable[[int, int], None] | 
     """
     split, items = ("test", images.test) if images.test else ("all", images.train)
     answers: dict[str, list[bool]] = {}
+    right: list[bool] = []
+    confidence: list[float] = []
+    calibration = app.calibration()
     skipped: list[dict[str, str]] = []
     done = 0
     for inputs, labels in _batches(images, items, app.bundle.input, skipped):
         logits, classes = app.logits(inputs)
         _require_classes(images, classes)
-        for label, guess in zip(labels, logits.argmax(axis=1), strict=True):
-            answers.setdefault(label, []).append(classes[guess] == label)
+        probabilities = calibration.probabilities(logits)
+        for label, row in zip(labels, probabilities, strict=True):
+            right.append(classes[row.argmax()] == label)
+            answers.setdefault(label, []).append(right[-1])
+            confidence.append(float(row.max()))
         done += len(labels)
         if progress is not None:
             progress(done, len(items))
@@ -39,12 +46,27 @@ def evaluate(app: App, images: ImageSet, progress: Callable[[int, int], None] | 
     return {
         "split": split,
         "n": done,
-        "accuracy": sum(map(sum, answers.values())) / done,
+        "accuracy": sum(right) / done,
+        "calibration_error": calibration_error(np.array(confidence), np.array(right)),
+        "known": float(np.mean(np.array(confidence) >= calibration.threshold)),
         "per_class": {name: sum(given) / len(given) for name, given in sorted(answers.items())},
         "n_per_class": {name: len(given) for name, given in sorted(answers.items())},
         "skipped": skipped,
         "learned_from": split == "all" and images.digest() == app.record().get("data_digest"),
     }
+
+
+def unknown_share(app: App, images: ImageSet) -> float:
+    """The share of images of another task that the app's current task calls unknown: the more the better."""
+    items, calibration = images.test or images.train, app.calibration()
+    skipped: list[dict[str, str]] = []
+    below: list[bool] = []
+    for inputs, _ in _batches(images, items, app.bundle.input, skipped):
+        confidence = calibration.probabilities(app.logits(inputs)[0]).max(axis=1)
+        below += (confidence < calibration.threshold).tolist()
+    if not below:
+        raise DataError(f"{images.name}: none of {len(items)} images can be read; {skipped[0]['reason']}")
+    return float(np.mean(below))
 
 
 def _batches(

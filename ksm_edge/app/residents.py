@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksm_edge.errors import BudgetError
+from ksm_edge.pack.calibration import Calibration
 from ksm_edge.runtimes.base import Session
 
 
@@ -22,6 +23,7 @@ class Resident:
     head_weight: np.ndarray  # (C, F)
     head_bias: np.ndarray  # (C,)
     classes: tuple[str, ...]
+    calibration: Calibration
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
         """Preprocessed images (N, 3, S, S) float32 -> (N, C) float32."""
@@ -34,6 +36,7 @@ class _Place:
     def __init__(self) -> None:
         self.resident: Resident | None = None
         self.users = 1  # whoever makes it
+        self.leaving = False  # True: somebody waits for its room, so it takes no new users
 
 
 class Residents:
@@ -44,6 +47,7 @@ class Residents:
         self._make = make
         self._places: OrderedDict[str, _Place] = OrderedDict()  # the one used last is at the end
         self._pinned: set[str] = set()
+        self._line: deque[object] = deque()  # of threads that need room
         self._changed = threading.Condition()
 
     @property
@@ -65,19 +69,24 @@ class Residents:
         finally:
             with self._changed:
                 place.users -= 1
-                if place.resident is None and self._places.get(name) is place:  # could not be made
+                failed, free = place.resident is None, place.leaving and not place.users
+                if (failed or free) and self._places.get(name) is place:
                     del self._places[name]
                 self._changed.notify_all()
 
-    def pin(self, name: str) -> None:
-        """Keep that task once it is ready. BudgetError where no place would be left for the others."""
+    def pin(self, name: str) -> bool:
+        """Keep that task once it is ready; whether that is new. BudgetError where others would have no place left."""
         with self._changed:
             if len(self._pinned | {name}) >= self.limit:
                 raise BudgetError(
-                    f"task {name!r} cannot be pinned: of {self.limit} sessions one has to be free for all other tasks. "
-                    f"Give a limit of {len(self._pinned | {name}) + 1}"
+                    f"task {name!r} cannot be pinned: of {self.limit} sessions one has to be free for all other tasks; "
+                    f"there has to be room for {len(self._pinned | {name}) + 1}"
                 )
+            is_new = name not in self._pinned
             self._pinned.add(name)
+            if name in self._places:
+                self._places[name].leaving = False
+            return is_new
 
     def unpin(self, name: str) -> None:
         with self._changed:
@@ -98,24 +107,42 @@ class Residents:
             self._changed.notify_all()
 
     def _enter(self, name: str) -> _Place:
-        """The task's place, counted as in use: either its resident is there, or it is the caller's to make."""
+        """The task's place, counted as in use: either its resident is there, or it is the caller's to make.
+
+        Who needs room stands in line for it: whoever has just left would otherwise be back in before those who wait.
+        """
+        ticket: object | None = None
         with self._changed:
-            while True:
-                place = self._places.get(name)
-                if place is not None and place.resident is not None:
-                    self._places.move_to_end(name)
-                    place.users += 1
-                    return place
-                if place is None and self._has_room():
-                    self._places[name] = place = _Place()
-                    return place
-                self._changed.wait()  # until another thread has made it, or is done with one that may leave
+            try:
+                while True:
+                    place = self._places.get(name)
+                    if place is not None and not place.leaving:
+                        if place.resident is not None:
+                            self._places.move_to_end(name)
+                            place.users += 1
+                            return place
+                    elif ticket is None:
+                        ticket = object()
+                        self._line.append(ticket)
+                    if place is None and self._line[0] is ticket and self._has_room():
+                        self._places[name] = place = _Place()
+                        return place
+                    self._changed.wait()  # until another thread has made it, or is done with one that is to leave
+            finally:
+                if ticket is not None:
+                    self._line.remove(ticket)
+                    self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        """Whether there is, once what may leave has left."""
+        """Whether there is, once what may leave has left. If not, the one used least recently is to leave: users that
+        come one after the other would otherwise keep it for ever.
+        """
         while len(self._places) >= self.limit:
-            idle = (n for n, place in self._places.items() if not place.users and n not in self._pinned)
-            if (least := next(idle, None)) is None:
+            loose = [(n, place) for n, place in self._places.items() if n not in self._pinned]
+            idle = next((n for n, place in loose if not place.users), None)
+            if idle is None:
+                if loose and not any(place.leaving for _, place in loose):
+                    loose[0][1].leaving = True
                 return False
-            del self._places[least]
+            del self._places[idle]
         return True

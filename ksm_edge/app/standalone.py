@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ksm_edge.bundle.layers import Bundle
-from ksm_edge.bundle.mobile import mobile_program, task_labels
+from ksm_edge.bundle.mobile import HEAD_BIAS, HEAD_WEIGHT, mobile_program, task_labels
 from ksm_edge.fuse import fuse
 from ksm_edge.pack.record import Pack
 
 if TYPE_CHECKING:
     import onnx
-
-HEAD = ("head.weight", "head.bias")
 
 
 def onnx_model(bundle: Bundle, pack: Pack) -> onnx.ModelProto:
@@ -27,13 +25,15 @@ def onnx_model(bundle: Bundle, pack: Pack) -> onnx.ModelProto:
     import onnx
 
     model = onnx.load(bundle.graph_path, load_external_data=False)
-    head = dict(zip(HEAD, (pack.head_weight, pack.head_bias), strict=True))
-    put_inside(model, fuse(bundle, pack) | head)
+    put_inside(model, fuse(bundle, pack) | {HEAD_WEIGHT: pack.head_weight, HEAD_BIAS: pack.head_bias})
     (features,) = model.graph.output
-    model.graph.node.append(onnx.helper.make_node("Gemm", [features.name, *HEAD], ["logits"], "head", transB=1))
+    inputs = [features.name, HEAD_WEIGHT, HEAD_BIAS]
+    model.graph.node.append(onnx.helper.make_node("Gemm", inputs, ["logits"], "ksm_edge.head", transB=1))
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param or "N"
     del model.graph.output[:]
-    model.graph.output.append(onnx.helper.make_tensor_value_info("logits", 1, [batch, len(pack.classes)]))
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [batch, len(pack.classes)])
+    )
     contract = {name: getattr(bundle.input, name) for name in ("size", "resize", "mean", "std")}
     facts = {"task": pack.task, "classes": json.dumps(pack.classes, ensure_ascii=False), "input": json.dumps(contract)}
     onnx.helper.set_model_props(model, facts)

@@ -11,10 +11,12 @@ UNUSED, which no softmax sees.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import DamagedFileError, UnsupportedError, UsageError
 
 PROGRAM, DATA, TABLE = "backbone.pte", "backbone.ptd", "executorch.json"
-HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
+HEAD_WEIGHT, HEAD_BIAS = "ksm_edge.head.weight", "ksm_edge.head.bias"  # no layer of a network has such a name
 ROWS = 64
 UNUSED = -1e4  # a logit; half precision holds it
 
@@ -34,6 +36,7 @@ class Placed:
 
     offset: int
     axes: tuple[int, ...]
+    shape: tuple[int, ...]  # in the order that the bundle has it
 
 
 @dataclass(frozen=True)
@@ -55,30 +58,35 @@ class MobileProgram:
 
         UsageError for more classes than the program has rows, UnsupportedError for weights that are not the program's.
         """
-        features = np.zeros((0, 0)) if head_weight is None else head_weight
-        if len(features) > self.rows:
+        classes = 0 if head_weight is None else len(head_weight)
+        if classes > self.rows:
             raise UsageError(
-                f"the task has {len(features)} classes, the program {self.rows} rows: "
-                f"export the bundle again with --executorch {len(features)} or more"
+                f"the task has {classes} classes, the program {self.rows} rows: "
+                f"export the bundle again with --executorch {classes} or more"
             )
         if strange := sorted((weights.keys() | {HEAD_WEIGHT, HEAD_BIAS}) ^ self.tensors.keys()):
             raise UnsupportedError(f"the weights are not those of {self.program}: {', '.join(strange[:3])}")
-        data = bytearray(self.data.read_bytes())
+        head = np.zeros(self.tensors[HEAD_WEIGHT].shape, np.float32)
         bias = np.full(self.rows, UNUSED, np.float32)
         if head_weight is not None and head_bias is not None:
-            bias[: len(head_bias)] = head_bias
-            self._put(data, HEAD_WEIGHT, np.pad(head_weight, ((0, self.rows - len(head_weight)), (0, 0))))
-        self._put(data, HEAD_BIAS, bias)
-        for name, weight in weights.items():
-            self._put(data, name, weight)
+            head[:classes], bias[:classes] = head_weight, head_bias
+        data = bytearray(self.data.read_bytes())
+        for name, array in {**weights, HEAD_WEIGHT: head, HEAD_BIAS: bias}.items():
+            placed = self.tensors[name]
+            if array.shape != placed.shape:
+                raise UnsupportedError(f"{name}: an array {array.shape}, the program's is {placed.shape}")
+            values = np.ascontiguousarray(array.transpose(placed.axes), "<f4").tobytes()
+            data[placed.offset : placed.offset + len(values)] = values
         return bytes(data)
 
-    def _put(self, data: bytearray, name: str, array: np.ndarray) -> None:
-        placed = self.tensors[name]
-        if array.ndim != len(placed.axes):
-            raise UnsupportedError(f"{name}: an array of {array.ndim} dimensions, the program's has {len(placed.axes)}")
-        values = np.ascontiguousarray(array.transpose(placed.axes), "<f4").tobytes()
-        data[placed.offset : placed.offset + len(values)] = values
+    def table(self) -> str:
+        """The table as JSON, with the digests of both files, and of itself."""
+        content = {
+            "rows": self.rows,
+            "sha256": {path.name: file_sha256(path) for path in (self.program, self.data)},
+            "tensors": {name: [placed.offset, placed.axes, placed.shape] for name, placed in self.tensors.items()},
+        }
+        return json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
 
 
 def mobile_program(folder: Path) -> MobileProgram:
@@ -95,14 +103,20 @@ def mobile_program(folder: Path) -> MobileProgram:
         ) from None
     except (OSError, ValueError) as error:
         raise DamagedFileError(f"{folder / TABLE} cannot be read: {error}") from error
-    try:
-        for name in (PROGRAM, DATA):
-            if file_sha256(folder / name) != table["sha256"][name]:
-                raise DamagedFileError(f"{folder / name} is not what was written; export the bundle again")
-        tensors = {name: Placed(int(offset), tuple(axes)) for name, (offset, *axes) in table["tensors"].items()}
-        return MobileProgram(folder / PROGRAM, folder / DATA, int(table["rows"]), tensors)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{folder}: its ExecuTorch program cannot be read: {error!r}") from error
+    if not isinstance(table, dict) or table.pop("checksum", None) != _checksum(table):
+        raise DamagedFileError(f"{folder / TABLE} is not what was written; export the bundle again")
+    for name in (PROGRAM, DATA):
+        if not (folder / name).is_file() or file_sha256(folder / name) != table["sha256"][name]:
+            raise DamagedFileError(f"{folder / name} is not what was written; export the bundle again")
+    tensors = {
+        name: Placed(offset, tuple(axes), tuple(shape)) for name, (offset, axes, shape) in table["tensors"].items()
+    }
+    return MobileProgram(folder / PROGRAM, folder / DATA, table["rows"], tensors)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of a table, however it is spaced."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def task_labels(bundle: Bundle, program: MobileProgram, classes: tuple[str, ...]) -> str:

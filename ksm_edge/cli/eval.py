@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="folder or zip: its test/ if there is one, else all of its images (default: the handwritten digits)",
     )
+    parser.add_argument(
+        "--foreign", metavar="DATA", help="images of another task: report how many of them are called unknown"
+    )
     add_bundle(parser)
     add_threads(parser)
     add_require_signature(parser)
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ksm_edge.app.app import App
-    from ksm_edge.app.evaluation import evaluate
+    from ksm_edge.app.evaluation import evaluate, unknown_share
     from ksm_edge.data.digits import digits
     from ksm_edge.data.image_set import open_image_set
 
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         task = app.load(args.pack)
         images = digits() if args.data is None else open_image_set(args.data, least_classes=1)
         report = {"pack": args.pack, "task": task} | evaluate(app, images, _progress)
+        if args.foreign is not None:
+            report["foreign_unknown"] = unknown_share(app, open_image_set(args.foreign, least_classes=1))
     if report["learned_from"]:
         print("These are the images the task was learned from: keep some apart, in test/.", file=sys.stderr)
     if args.json:
@@ -56,6 +61,12 @@ def _as_text(report: dict[str, Any], data: str) -> str:
     lines = [f"task {report['task']!r} on {data} ({which}): accuracy {report['accuracy']:.2%} of {report['n']} images"]
     counts = report["n_per_class"]
     lines += [f"  {share:>8.2%} of {counts[name]:<6} {name}" for name, share in report["per_class"].items()]
+    lines.append(
+        f"probabilities off by {report['calibration_error']:.1%} (expected calibration error); "
+        f"{report['known']:.1%} of the images are known"
+    )
+    if "foreign_unknown" in report:
+        lines.append(f"{report['foreign_unknown']:.1%} of the foreign images are called unknown")
     if report["skipped"]:
         lines.append(f"{len(report['skipped'])} image(s) could not be read:")
         lines += [f"  {skip['reason']}" for skip in report["skipped"]]

@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.recipe is None) == (args.onnx is None):
         raise UsageError("give a RECIPE or --onnx FILE, and not both; recipes: " + ", ".join(_recipe_names()))
-    frozen, settings = _from_onnx(args) if args.onnx else _from_recipe(args)
     if args.executorch is not None:
         _require_executorch()
+    frozen, settings = _from_onnx(args) if args.onnx else _from_recipe(args)
     bundle = save_bundle(frozen, args.out, overwrite=args.overwrite, **settings)
     if args.executorch is not None:
         from ksm_edge.exporter.executorch import write_program

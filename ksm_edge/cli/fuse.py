@@ -38,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"{args.pack.stem}{SUFFIXES[kind]}")
     bundle, pack = load_bundle(args.bundle), load_pack(args.pack)
     require_backbone(pack, bundle)
+    if out.suffix != SUFFIXES[kind]:
+        raise UsageError(f"{out}: --to {kind} writes a {SUFFIXES[kind]} file")
+    if out.parent.resolve() == bundle.path.resolve():
+        raise UsageError(f"{out} is in the bundle's own folder: give another place with --out")
     written = _write(kind, bundle, pack, out)
     sizes = {str(path): path.stat().st_size for path in written}
     summary = {"task": pack.task, "classes": list(pack.classes), "to": kind, "files": sizes}

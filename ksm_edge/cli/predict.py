@@ -115,13 +115,14 @@ def _answer(app: App, path: Path, top: int) -> dict[str, Any]:
         (prediction,) = app.predict(path, top=top)
     except DataError as error:
         return {"image": str(path), "error": str(error)}
-    return {
-        "image": str(path),
-        "top": [{"label": label, "probability": share} for label, share in prediction.top],
-    }
+    top_classes = [{"label": label, "probability": share} for label, share in prediction.top]
+    return {"image": str(path), "known": prediction.known, "top": top_classes}
 
 
 def _line(entry: dict[str, Any]) -> str:
     if "error" in entry:
         return f"not read: {entry['error']}"
-    return f"{entry['image']}: " + ", ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in entry["top"])
+    unknown = "" if entry["known"] else "unknown; perhaps "
+    return f"{entry['image']}: {unknown}" + ", ".join(
+        f"{guess['label']} {guess['probability']:.1%}" for guess in entry["top"]
+    )

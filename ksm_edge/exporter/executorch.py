@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 
 from ksm_edge.atomic import atomic_write
-from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.golden import TOLERANCE, golden_images, relative_error
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.mobile import DATA, HEAD_BIAS, HEAD_WEIGHT, PROGRAM, ROWS, TABLE, MobileProgram, Placed
@@ -55,15 +53,13 @@ def write_program(bundle: Bundle, rows: int = ROWS) -> MobileProgram:
     _write(bundle.path / PROGRAM, program)
     _write(bundle.path / DATA, data)
     written = MobileProgram(bundle.path / PROGRAM, bundle.path / DATA, rows, tensors)
-    zeros = np.zeros((0, bundle.features), np.float32), np.zeros(0, np.float32)
-    _write(bundle.path / DATA, written.data_with(fuse(bundle, None), *zeros))
-    table = {
-        "rows": rows,
-        "sha256": {name: file_sha256(bundle.path / name) for name in (PROGRAM, DATA)},
-        "tensors": {name: [placed.offset, *placed.axes] for name, placed in tensors.items()},
-    }
-    _write(bundle.path / TABLE, json.dumps(table, indent=1).encode() + b"\n")
-    _compare(bundle)
+    _write(written.data, written.data_with(fuse(bundle, None)))
+    _write(bundle.path / TABLE, written.table().encode())
+    try:
+        _compare(bundle)
+    except BaseException:
+        (bundle.path / TABLE).unlink()  # without it there is no program
+        raise
     return written
 
 
@@ -100,7 +96,7 @@ def _placed(data: bytes, name: str, array: np.ndarray) -> Placed:
         content = np.ascontiguousarray(array.transpose(axes)).tobytes()
         offset = data.find(content)
         if offset >= 0 and data.find(content, offset + 1) < 0:
-            return Placed(offset, axes)
+            return Placed(offset, axes, array.shape)
     raise UnsupportedError(
         f"ExecuTorch keeps {name} {array.shape} in the program, or in an order that is not known here"
     )
@@ -128,8 +124,9 @@ def _attribute(name: str) -> str:
 @contextmanager
 def _without_logs() -> Iterator[None]:
     """ExecuTorch and torch.export tell of their inner life."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

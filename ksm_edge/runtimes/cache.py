@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,7 +48,12 @@ def found_or_made(key: str, read: Callable[[Path], T], make: Callable[[Path], No
         return result
     target = _place(key)
     shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KsmEdgeError(
+            f"the cache folder {target.parent} cannot be written: {error.strerror}; give another one as KSM_EDGE_CACHE"
+        ) from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
         new = Path(folder, "graph")
         new.mkdir()
@@ -62,9 +66,11 @@ def found_or_made(key: str, read: Callable[[Path], T], make: Callable[[Path], No
 
 def key_of(bundle: Bundle, *parts: str) -> str:
     """One key per backbone, processor, runtime and state of our own code, and per `parts`."""
+    import onnxruntime
+
     # The digest is over weights alone: the same ones may end at other features, or stand in another graph.
     backbone = [bundle.digest, hashlib.sha256(bundle.graph_path.read_bytes()).hexdigest(), repr(bundle.layers)]
-    machine = [version("onnxruntime"), platform.machine(), _processor()]
+    machine = [onnxruntime.__version__, platform.machine(), _processor()]
     package = Path(__file__).parents[1]
     sources = [*sorted((package / "autodiff").glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
     texts = [*backbone, *parts, *machine, *(source.read_text() for source in sources)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ksm_edge.bundle.mobile import mobile_program
+from ksm_edge.bundle.mobile import HEAD_WEIGHT, mobile_program
 from ksm_edge.errors import UnsupportedError
 
 
@@ -35,6 +35,7 @@ class Session:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the package is experimental
             from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+        self._features = program.tensors[HEAD_WEIGHT].shape[1]
         # The module reads from these for as long as it lives.
         self._program, self._data = program.program.read_bytes(), program.data_with(weights)
         self._module = _load_for_executorch_from_buffer(self._program, self._data)
@@ -44,7 +45,7 @@ class Session:
         """Images (N, 3, S, S) float32 -> features (N, F) float32."""
         import torch
 
-        rows = []
+        rows = [np.zeros((0, self._features), np.float32)]
         for image in images:
             with self._lock:
                 found, _ = self._module.forward([torch.from_numpy(np.array(image[None], np.float32, order="C"))])

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import UnsupportedError
@@ -72,7 +71,7 @@ LAYOUTS = (Layout(1, 1), *(Layout(block, 1) for block in BLOCKS), *(Layout(block
 class PreparedGraph:
     """An optimised inference graph and what its initializers are made from."""
 
-    path: Path
+    model: bytes  # not its place: the cache may let go of it while an app still makes sessions
     initializers: Mapping[str, tuple[str, Layout]]  # by the graph's names: which of the bundle's, and how it lies
 
     def session(self, weights: Mapping[str, np.ndarray], threads: int = 1) -> Session:
@@ -87,7 +86,7 @@ class PreparedGraph:
             laid_out[name] = whole[first : first + size].reshape(shapes[name])
             layout.lay(weight, laid_out[name])
             first += size
-        return Session(self.path, laid_out, threads, optimise=False)
+        return Session(self.model, laid_out, threads, optimise=False)
 
 
 def prepared(bundle: Bundle) -> PreparedGraph | None:
@@ -107,11 +106,11 @@ def prepare(bundle: Bundle) -> PreparedGraph:
 def read_prepared(folder: Path) -> PreparedGraph:
     """What `prepare_graph` wrote; one of `cache.NOT_WHOLE` where that is not what is there."""
     table = json.loads((folder / "graph.json").read_text())
-    path = folder / "graph.onnx"
-    if table["sha256"] != file_sha256(path):
+    model = (folder / "graph.onnx").read_bytes()
+    if table["sha256"] != hashlib.sha256(model).hexdigest():
         raise ValueError(f"{folder}: the graph is not the one its description is of")
     found = {name: (str(source), Layout(*sizes)) for name, (source, *sizes) in table["initializers"].items()}
-    return PreparedGraph(path, found)
+    return PreparedGraph(model, found)
 
 
 def prepare_graph(bundle: Bundle, folder: Path) -> PreparedGraph:
@@ -134,9 +133,10 @@ def prepare_graph(bundle: Bundle, folder: Path) -> PreparedGraph:
             _leave_out(tensor)
     if lost := sorted(counting.keys() - {source for source, _ in found.values()}):
         raise UnsupportedError(f"ONNX Runtime makes something else of the weights here: {', '.join(lost[:3])}")
-    (folder / "graph.onnx").write_bytes(model.SerializeToString())
+    content = model.SerializeToString()
+    (folder / "graph.onnx").write_bytes(content)
     initializers = {name: [source, layout.filters, layout.channels] for name, (source, layout) in found.items()}
-    table = {"sha256": file_sha256(folder / "graph.onnx"), "initializers": initializers}
+    table = {"sha256": hashlib.sha256(content).hexdigest(), "initializers": initializers}
     (folder / "graph.json").write_text(json.dumps(table))
     return read_prepared(folder)
 

@@ -25,6 +25,7 @@ from ksm_edge.fuse import fuse
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.keys import load_private_key
 from ksm_edge.pack.signature import signed
+from ksm_edge.runtimes.prepared import PreparedGraph
 from ksm_edge.runtimes.reference import Session as Reference
 
 
@@ -213,6 +214,7 @@ def test_one_image_through_all_tasks_is_each_tasks_own_prediction(app: App, phot
     assert together == {name: app.predict(photo, task=name) for name in app.tasks}
     assert app.predict_all([photo] * 9, ["c", "a"], top=1) == {n: app.predict([photo] * 9, n, 1) for n in "ac"}
     assert app.predict_all(photo, []) == {}
+    assert app.predict_all(photo, ["a", "a"]) == {"a": app.predict(photo, "a")}
     with pytest.raises(UsageError, match="no task 'x' is loaded"):
         app.predict_all(photo, ["a", "x"])
 
@@ -276,7 +278,9 @@ def test_an_event_loop_goes_on_while_a_thread_predicts(app: App, photo: Path) ->
 def test_a_prepared_backbone_answers_the_same(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "cache"))
     bundle = saved_tiny_bundle(tmp_path / "saved")
-    answers = []
+    answers, made = [], []
+    whole = PreparedGraph.session
+    monkeypatch.setattr(PreparedGraph, "session", lambda *given: made.append(None) or whole(*given))
     for prepares in (False, True, False):  # the last one finds what the second has prepared
         with App(bundle, threads=1) as app:
             if prepares:
@@ -284,7 +288,7 @@ def test_a_prepared_backbone_answers_the_same(tmp_path: Path, photo: Path, monke
             app.load(tiny_pack(cut=0.3, changes={"backbone": bundle.digest}))
             answers.append(app.predict(photo))
     assert answers[0] == answers[1] == answers[2]
-    assert app._graph is not None
+    assert len(made) == 2  # all sessions but the first app's
 
 
 def test_a_task_from_a_file_takes_the_files_bytes_until_it_is_used(app: App, tmp_path: Path, photo: Path) -> None:
@@ -297,3 +301,31 @@ def test_a_task_from_a_file_takes_the_files_bytes_until_it_is_used(app: App, tmp
     (tmp_path / "x.ksm").unlink()
     assert app.predict(photo, "x") == app.predict(photo, "y")
     assert app.record("x") == app.record("y")
+
+
+def test_probabilities_are_the_calibrated_ones_and_below_the_threshold_an_image_is_unknown(
+    app: App, photo: Path
+) -> None:
+    plain = app.predict(photo, task="a")[0]
+    assert plain.known
+    for threshold, known in ((0.0, True), (1.0, False)):
+        record = {"calibration": {"temperature": 2.0, "threshold": threshold}}
+        pack = tiny_pack(seed=1, cut=0.3, changes={"task": f"calibrated {threshold}", "record": record})
+        found = app.predict(photo, task=app.load(pack))[0]
+        assert found.known == known
+        assert found.label == plain.label
+        odds = np.array([p for _, p in plain.top]) ** 0.5
+        np.testing.assert_allclose([p for _, p in found.top], odds / odds.sum(), rtol=1e-5)
+
+
+def test_a_name_that_is_used_again_is_the_new_task(app: App, photo: Path, tmp_path: Path) -> None:
+    for seed in (4, 5):
+        save_pack(tiny_pack(seed=seed, cut=0.3), tmp_path / f"{seed}.ksm")
+    expected = [app.predict(photo, app.load(tmp_path / f"{seed}.ksm", f"task {seed}")) for seed in (4, 5)]
+    app.load(tmp_path / "4.ksm", "x")
+    app.unload("x")
+    app.load(tmp_path / "5.ksm", "x")
+    assert app.predict(photo, "x") == expected[1]
+    app.unload("x")
+    app.load(tmp_path / "4.ksm", "x")
+    assert app.predict(photo, "x") == expected[0]

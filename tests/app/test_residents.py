@@ -11,6 +11,7 @@ import pytest
 
 from ksm_edge.app.residents import Resident, Residents
 from ksm_edge.errors import BudgetError
+from ksm_edge.pack.calibration import Calibration
 
 
 class Maker:
@@ -25,7 +26,7 @@ class Maker:
         if name == "broken":
             raise RuntimeError("cannot be made")
         self.made.append(name)
-        return Resident(None, np.zeros(0), np.zeros(0), (name,))  # type: ignore[arg-type]
+        return Resident(None, np.zeros(0), np.zeros(0), (name,), Calibration())  # type: ignore[arg-type]
 
 
 def used(residents: Residents, *names: str) -> None:
@@ -56,7 +57,7 @@ def test_pins_leave_a_place_for_the_others() -> None:
     residents = Residents(Maker(), limit=2)
     residents.pin("a")
     residents.pin("a")
-    with pytest.raises(BudgetError, match=r"'b' cannot be pinned: of 2 sessions one has to be free.*Give a limit of 3"):
+    with pytest.raises(BudgetError, match=r"'b' cannot be pinned: of 2 sessions one has to be free.*room for 3"):
         residents.pin("b")
 
 
@@ -94,6 +95,28 @@ def test_one_in_use_does_not_leave_before_its_user_is_done() -> None:
         order.append("a is done")
     thread.join()
     assert order == ["a is done", "b is ready"]
+
+
+def test_users_that_follow_each_other_do_not_keep_another_task_out() -> None:
+    residents, done = Residents(Maker(), limit=1), threading.Event()
+
+    def busy() -> None:
+        while not done.is_set():
+            with residents.use("a"):
+                time.sleep(0.01)
+
+    workers = [threading.Thread(target=busy) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+        time.sleep(0.003)  # so that one of them is always inside
+    other = threading.Thread(target=used, args=(residents, "b"))
+    other.start()
+    other.join(5)
+    was_let_in = not other.is_alive()
+    done.set()
+    for worker in (*workers, other):
+        worker.join()
+    assert was_let_in
 
 
 def test_others_answer_while_one_is_being_made() -> None:

@@ -65,5 +65,9 @@ def test_fuse_writes_a_file_that_onnx_takes(saved: list[str], tmp_path: Path, ca
 def test_fuse_wants_to_know_what_to_write(saved: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main(["fuse", *saved]) == 2
     assert "--to onnx or --to ptd" in capsys.readouterr().err
+    assert main(["fuse", *saved, "--to", "ptd", "--out", "task.json"]) == 2
+    assert "--to ptd writes a .ptd file" in capsys.readouterr().err
+    assert main(["fuse", *saved, "--out", f"{saved[2]}/backbone.onnx"]) == 2
+    assert "the bundle's own folder" in capsys.readouterr().err
     assert main(["fuse", *saved, "--to", "ptd"]) == 4
     assert "no ExecuTorch program" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -178,6 +179,27 @@ def test_predict_fails_only_if_no_image_could_be_read(bundle: Path, pack: Path, 
     assert call(predict, pack, photos / "test/class 1/broken.png", "--bundle", bundle) == 1
 
 
+def test_eval_tells_how_far_probabilities_are_off_and_what_is_unknown(
+    bundle: Path, pack: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"calibration": {"temperature": 1.0, "threshold": 1.0}}
+    save_pack(replace(load_pack(pack), record=record), tmp_path / "strict.ksm")
+    words = [photos, "--bundle", bundle, "--foreign", photos / "test/class 0", "--json"]
+    (tmp_path / "foreign/x").mkdir(parents=True)
+    Image.new("RGB", (20, 20), "grey").save(tmp_path / "foreign/x/1.png")
+    words[words.index(photos / "test/class 0")] = tmp_path / "foreign"
+    for path, unknown in ((pack, 0.0), (tmp_path / "strict.ksm", 1.0)):
+        assert call(eval_verb, path, *words) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["foreign_unknown"] == unknown
+        assert report["known"] == 1 - unknown
+        assert 0 <= report["calibration_error"] <= 1
+    assert call(eval_verb, tmp_path / "strict.ksm", *words[:-1]) == 0
+    assert "100.0% of the foreign images are called unknown" in capsys.readouterr().out
+    assert call(predict, tmp_path / "strict.ksm", photos / "test/class 0", "--bundle", bundle) == 0
+    assert capsys.readouterr().out.count("unknown; perhaps class") == 3
+
+
 def lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
@@ -198,7 +220,7 @@ def test_predict_goes_on_in_a_file_where_it_was_stopped(
     assert len(lines_of(out)) == 6 + heads
     assert sum("broken.png" in line for line in lines_of(out)) == 1
     if heads:
-        assert lines_of(out)[0] == "image,label,probability,error"
+        assert lines_of(out)[0] == "image,label,probability,known,error"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tiny import saved_tiny_bundle, tiny_pack
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
-from ksm_edge.errors import UnsupportedError
+from ksm_edge.errors import KsmEdgeError, UnsupportedError
 from ksm_edge.fuse import fuse
 from ksm_edge.runtimes import prepared as preparing
 from ksm_edge.runtimes.onnxruntime import Session
@@ -50,13 +51,14 @@ def test_a_graph_is_prepared_once_and_found_from_then_on(bundle: Bundle, monkeyp
     first = prepare(bundle)
     monkeypatch.setattr("ksm_edge.runtimes.cache.make_in_child", None)
     assert prepare(bundle) == prepared(bundle) == first
-    assert first.path.stat().st_size < 100_000  # no weights are in it
+    assert len(first.model) < 100_000  # no weights are in it
 
 
 @pytest.mark.parametrize("name", ["graph.json", "graph.onnx"])
 @pytest.mark.parametrize("left", [b"", b"{}", None])
-def test_half_a_graph_is_none(bundle: Bundle, name: str, left: bytes | None) -> None:
-    path = prepare(bundle).path.with_name(name)
+def test_half_a_graph_is_none(bundle: Bundle, tmp_path: Path, name: str, left: bytes | None) -> None:
+    prepare(bundle)
+    (path,) = (tmp_path / "cache").rglob(name)
     path.unlink() if left is None else path.write_bytes(left)
     assert prepared(bundle) is None
     assert prepare(bundle).initializers
@@ -87,3 +89,16 @@ def test_a_bias_is_filled_up() -> None:
     layout = Layout(4, 4)
     layout.lay(np.array([1, 2, 3, 4, 5], np.float32), out := np.full(layout.shape((5,)), np.nan, np.float32))
     assert out.tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+
+
+def test_a_graph_that_was_found_outlives_its_place_in_the_cache(bundle: Bundle, tmp_path: Path) -> None:
+    found = prepare(bundle)
+    shutil.rmtree(tmp_path / "cache")
+    assert found.session(fuse(bundle, None)).run(images(bundle, 1)).shape == (1, bundle.features)
+
+
+def test_a_cache_that_cannot_be_made_is_said(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(KsmEdgeError, match=r"cannot be written.*KSM_EDGE_CACHE"):
+        prepare(bundle)
