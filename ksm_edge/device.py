@@ -9,7 +9,7 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ MODEL_FILE = Path("/proc/device-tree/model")
 
 
 @dataclass(frozen=True)
+class PowerMode:
+    """What a board is set to, to stay within some watts."""
+
+    name: str
+    watts: float
+    cores: int
+    clock_mhz: int
+
+
+@dataclass(frozen=True)
 class Device:
     """A board as its profile declares it."""
 
@@ -39,6 +49,16 @@ class Device:
     free_ram_bytes: int  # what the system leaves
     memory_budget_bytes: int  # of one process, unless the user says otherwise
     batch: int  # images in an optimizer step
+    # What predictions are made from; 0 where it is unknown.
+    flop_per_cycle: int = 0  # FP32, of one core at its peak; a multiplication and its addition are two
+    copy_bytes_per_second: int = 0  # memcpy of large blocks by one thread, every byte counted once
+    set_bytes_per_second: int = 0  # memset of the same
+    storage_read_bytes_per_second: int = 0
+    storage_write_bytes_per_second: int = 0
+    idle_watts: float = 0.0  # of the whole board
+    in_order: bool = False  # a core that waits for each load before the next operation
+    power_modes: tuple[PowerMode, ...] = ()  # the first is the one that `threads` and `clock_mhz` are of
+    runtimes: tuple[str, ...] = ()  # that stock wheels bring to its usual system
     aliases: tuple[str, ...] = ()
     model_strings: tuple[str, ...] = ()  # beginnings of the text in MODEL_FILE
     notes: tuple[str, ...] = ()
@@ -66,8 +86,14 @@ class Device:
         return self.name != HOST and not _matches(self.model_strings, machine_model())
 
 
-_KIND_NAMES = {str: "text", int: "whole number", list: "list", dict: "table"}
-NUMBERS = tuple(f.name for f in fields(Device) if f.type == "int")
+NUMBERS = tuple(f.name for f in fields(Device) if f.type == "int" and f.default is MISSING)
+_KINDS: dict[str, tuple[str, type]] = {
+    "str": ("a text", str),
+    "int": ("a whole number", int),
+    "float": ("a number", float),
+    "bool": ("true or false", bool),
+    "Mapping[str, str]": ("a table", dict),
+}
 
 
 def device_names() -> tuple[str, ...]:
@@ -124,24 +150,33 @@ def _read(path: Path) -> Device:
 
 def _from_table(table: Mapping[str, Any], origin: str) -> Device:
     """The record of a TOML table; raises UsageError that names the field which is unknown, missing or off."""
-    kinds: dict[str, type] = {"name": str, "title": str, "sources": dict, **dict.fromkeys(NUMBERS, int)}
-    for name in table:
-        kind = kinds.get(name, list)
-        if name not in {f.name for f in fields(Device)}:
-            raise UsageError(f"{origin}: {name} is no field of a device profile; fields: {', '.join(_field_names())}")
-        if not isinstance(table[name], kind) or isinstance(table[name], bool):
-            raise UsageError(f"{origin}: {name} must be a {_KIND_NAMES[kind]}, not {table[name]!r}")
-        if kind is int and table[name] < (0 if name == "clock_mhz" else 1):
-            raise UsageError(f"{origin}: {name} must be positive, not {table[name]}")
-    missing = [name for name in ("name", "title", *NUMBERS) if name not in table]
-    if missing:
-        raise UsageError(f"{origin}: a device profile needs {', '.join(missing)} as well")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    return Device(**values)
+    values = _checked(Device, table, origin, "a device profile")
+    modes = tuple(
+        PowerMode(**_checked(PowerMode, mode, origin, "a power mode")) for mode in table.get("power_modes", ())
+    )
+    return Device(**{**values, "power_modes": modes})
 
 
-def _field_names() -> list[str]:
-    return [f.name for f in fields(Device)]
+def _checked(record: type, table: Any, origin: str, what: str) -> dict[str, Any]:
+    """The table's values, each of its field's type; lists as tuples."""
+    kinds = {f.name: f for f in fields(record)}
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{origin}: {what} is a table, not {table!r}")
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in kinds:
+            raise UsageError(f"{origin}: {name} is no field of {what}; fields: {', '.join(kinds)}")
+        kind, wanted = _KINDS.get(str(kinds[name].type), ("a list", list))
+        number = wanted is float and isinstance(value, int)
+        if not (isinstance(value, wanted) or number) or isinstance(value, bool) != (wanted is bool):
+            raise UsageError(f"{origin}: {name} must be {kind}, not {value!r}")
+        if wanted in (int, float) and value < (1 if name in NUMBERS and name != "clock_mhz" else 0):
+            raise UsageError(f"{origin}: {name} must be positive, not {value}")
+        values[name] = tuple(value) if wanted is list else value
+    missing = [name for name, f in kinds.items() if f.default is MISSING and f.default_factory is MISSING]
+    if lacking := [name for name in missing if name not in table]:
+        raise UsageError(f"{origin}: {what} needs {', '.join(lacking)} as well")
+    return values
 
 
 def _host() -> Device:

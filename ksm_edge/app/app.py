@@ -26,7 +26,7 @@ from ksm_edge.pack.reader import decode
 from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes import DEFAULT, load_runtime
 from ksm_edge.runtimes.base import Session
-from ksm_edge.runtimes.prepared import prepare, prepared
+from ksm_edge.runtimes.prepared import PreparedGraph, prepare, prepared
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,7 +92,7 @@ class App:
         self._keys = None if require_signature is None else (load_public_key(require_signature),)
         self._runtime = load_runtime(runtime)
         self._prepares = runtime == DEFAULT
-        self._graph = prepared(self.bundle) if self._prepares else None
+        self._graph = _if_faster(prepared(self.bundle)) if self._prepares else None
         self._threads = threads or len(os.sched_getaffinity(0))
         self._tasks: dict[str, _Loaded] = {}
         self._fresh: tuple[str, Pack] | None = None  # the pack loaded last, decoded, until something is made of it
@@ -113,11 +113,12 @@ class App:
     def prepare(self) -> None:
         """Optimise the backbone's graph for this machine, once for all apps on it: seconds now, faster sessions then.
 
+        Which way to make a session is the faster one is measured in doing so, and that one is taken from then on.
         Does nothing where that was done, or where the runtime optimises in a way that does not allow it.
         """
         if self._graph is None and self._prepares:
             with suppress(UnsupportedError):
-                self._graph = prepare(self.bundle)
+                self._graph = _if_faster(prepare(self.bundle))
 
     def load(self, pack: Pack | str | os.PathLike[str], name: str | None = None) -> str:
         """Load a task and return its name, the pack's own if none is given; the first one loaded becomes current.
@@ -279,6 +280,10 @@ class App:
         else:
             session = self._runtime.Session(self.bundle.graph_path, weights, self._threads)
         return Resident(session, pack.head_weight, pack.head_bias, pack.classes, Calibration.from_record(pack.record))
+
+
+def _if_faster(graph: PreparedGraph | None) -> PreparedGraph | None:
+    return graph if graph is not None and graph.is_faster else None
 
 
 def _predictions(resident: Resident, inputs: np.ndarray, top: int) -> list[Prediction]:

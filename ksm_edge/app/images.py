@@ -18,11 +18,17 @@ from ksm_edge.errors import DataError
 READ_MARGIN = 1.25
 
 
+def opened(source: str | os.PathLike[str] | bytes, contract: InputContract) -> Image.Image:
+    """A file, or the bytes of one, as an image no larger than `as_input` needs, else DataError."""
+    return open_rgb(
+        source if isinstance(source, bytes) else Path(source), short_side=int(contract.resize * READ_MARGIN)
+    )
+
+
 def as_input(image: Any, contract: InputContract) -> np.ndarray:
     """A path, a file's bytes, a PIL image or a uint8 array (H, W, 3) or (H, W) -> float32 (3, S, S), else DataError."""
     if isinstance(image, (str, os.PathLike, bytes)):
-        source = image if isinstance(image, bytes) else Path(image)
-        return to_input(open_rgb(source, short_side=int(contract.resize * READ_MARGIN)), contract)
+        return to_input(opened(image, contract), contract)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2 or not image.size:
             raise DataError(

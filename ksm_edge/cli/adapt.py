@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         following = _resume_command(args)
         print(f"\nInterrupted. Everything is in {stop.checkpoint}; go on with:\n  {following}", file=sys.stderr)
         return INTERRUPTED
-    report = _report(device, bundle, images, result, time.perf_counter() - began)
+    report = _report(device, threads, bundle, images, result, time.perf_counter() - began)
     print(json.dumps(report) if args.json else _as_text(report, args, result))
     return 0
 
@@ -178,24 +178,30 @@ def _say_defaults(
     args: argparse.Namespace, device: Device, bundle: Bundle, images: ImageSet, threads: int, budget: int
 ) -> None:
     """The first lines: what runs, and which of it nobody asked for."""
+    from ksm_edge.limits import enforced_by
+
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     if args.data is None or args.bundle == "embedded":
         what = [f"task {images.name!r} (scikit-learn's handwritten digits)"] if args.data is None else []
         what += [f"backbone {bundle.recipe!r}"] if args.bundle == "embedded" else []
         say(f"Embedded default: {' and '.join(what)}, as none was given.")
-    where = " (EMULATED on this machine: its threads and memory budget, not its speed)" if device.is_emulated else ""
-    say(f"Device    {device.title}{where}; threads {threads}, memory budget {budget >> 20} MiB")
+    where = " (EMULATED on this machine: its threads and memory, not its speed)" if device.is_emulated else ""
+    held = f", held by a {enforced_by()}" if enforced_by() else ""
+    say(f"Device    {device.title}{where}; threads {threads}, memory budget {budget >> 20} MiB{held}")
     say(f"Backbone  {bundle.recipe}, {len(bundle.layers)} layers, input {bundle.input.size}x{bundle.input.size}")
 
 
-def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, wall_seconds: float) -> dict[str, Any]:
+def _report(
+    device: Device, threads: int, bundle: Bundle, images: ImageSet, result: Adapted, wall_seconds: float
+) -> dict[str, Any]:
+    from ksm_edge.cli.limited import enforcement
     from ksm_edge.resident import peak_rss_bytes
 
     timing = result.timing
     ordered, waits = sorted(timing.step_ms), sorted(timing.wait_ms)
     return {
         "device": device.name,
-        "emulated": device.is_emulated,
+        **enforcement(device, threads),
         "backbone": bundle.recipe,
         "backbone_digest": bundle.digest,
         "task": images.name,

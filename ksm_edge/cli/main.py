@@ -14,6 +14,7 @@ from types import ModuleType
 
 from ksm_edge import __version__
 from ksm_edge.cli import adapt, devices, eval, export, fuse, inspect, predict, sign, verify
+from ksm_edge.cli.limited import emulation, run_emulated
 from ksm_edge.errors import KsmEdgeError
 
 VERBS: dict[str, ModuleType] = {
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(given, argparse.Namespace(command_line=given))
     try:
+        if (board := emulation(args)) is not None:
+            return run_emulated(args, board)
         return int(VERBS[args.verb].run(args))
     except KsmEdgeError as error:
         print(f"ksm-edge {args.verb}: {error}", file=sys.stderr)

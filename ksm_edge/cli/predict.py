@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 from ksm_edge.cli.arguments import add_bundle, add_json, add_require_signature, add_threads
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ksm_edge.app.answers import AnswerFile
     from ksm_edge.app.app import App
 
+    Answer = dict[str, Any]
+
 HELP = "classify images, or folders of images, with a task pack"
+BATCH = 8  # images read at once; a power cut loses the answers to these at most
 LOOK_SECONDS = 0.5  # between two looks at a folder that is watched
 SETTLED_SECONDS = 0.5  # since a new file was last written to: before that, half of it may be missing
 
@@ -50,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         task = app.load(args.pack)
         try:
-            for path in _images(args, answers):
-                answer = _answer(app, path, args.top)
+            for answer in _answers(args, app, answers):
                 good += "error" not in answer
                 if answers is not None:
                     answers.add(answer)
@@ -69,28 +73,39 @@ def run(args: argparse.Namespace) -> int:
     return 0 if good or done else 1
 
 
-def _images(args: argparse.Namespace, answers: AnswerFile | None) -> Iterator[Path]:
-    """The images to answer, with --watch also those that come; with --out behind a progress bar."""
+def _answers(args: argparse.Namespace, app: App, given: AnswerFile | None) -> Iterator[Answer]:
+    """One for each image that `given` has none of, in order; with --out behind a progress bar."""
     from ksm_edge.cli.progress import counted
     from ksm_edge.data.image_set import image_files
+    from ksm_edge.data.prefetch import prefetch
+
+    left_out = given if given is not None else ()
+    if args.watch:
+        for path in _coming(args.images):
+            if str(path) not in left_out:
+                yield from _answered(app, [_read(app, path)], args.top)
+        return
+    wanted = [path for path in image_files(args.images) if str(path) not in left_out]
+    batches = ([_read(app, path) for path in wanted[i : i + BATCH]] for i in range(0, len(wanted), BATCH))
+    # A photo takes about as long to decode as to classify: the next ones are read while these run.
+    answers = (answer for batch in prefetch(batches, depth=1) for answer in _answered(app, batch, args.top))
+    yield from counted(answers, len(wanted), "Predicting") if args.out else answers
+
+
+def _coming(folders: list[str]) -> Iterator[Path]:
+    """The images in the folders and, for ever, those that come."""
     from ksm_edge.errors import DataError
 
-    left_out = answers if answers is not None else ()
-    if not args.watch:
-        wanted = [path for path in image_files(args.images) if str(path) not in left_out]
-        yield from counted(wanted, "Predicting") if args.out else wanted
-        return
-    folders = [folder for folder in map(Path, args.images) if not folder.is_dir()]
-    if folders:
-        raise DataError(f"{folders[0]} is no folder: --watch takes folders")
+    others = [folder for folder in map(Path, folders) if not folder.is_dir()]
+    if others:
+        raise DataError(f"{others[0]} is no folder: --watch takes folders")
     seen: set[Path] = set()
-    print(f"watching {', '.join(args.images)}; Ctrl-C ends it", file=sys.stderr)
+    print(f"watching {', '.join(folders)}; Ctrl-C ends it", file=sys.stderr)
     while True:
-        for path in _there(args.images):
+        for path in _there(folders):
             if path not in seen and time.time() - path.stat().st_mtime > SETTLED_SECONDS:
                 seen.add(path)
-                if str(path) not in left_out:
-                    yield path
+                yield path
         time.sleep(LOOK_SECONDS)
 
 
@@ -108,18 +123,29 @@ def _there(folders: list[str]) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def _answer(app: App, path: Path, top: int) -> dict[str, Any]:
+def _read(app: App, path: Path) -> tuple[Path, Image | str]:
+    """The image as it is classified, or why it cannot be."""
+    from ksm_edge.app.images import opened
     from ksm_edge.errors import DataError
 
     try:
-        (prediction,) = app.predict(path, top=top)
+        return path, opened(path, app.bundle.input)
     except DataError as error:
-        return {"image": str(path), "error": str(error)}
-    top_classes = [{"label": label, "probability": share} for label, share in prediction.top]
-    return {"image": str(path), "known": prediction.known, "top": top_classes}
+        return path, str(error)
 
 
-def _line(entry: dict[str, Any]) -> str:
+def _answered(app: App, batch: Sequence[tuple[Path, Image | str]], top: int) -> Iterator[Answer]:
+    predictions = iter(app.predict([image for _, image in batch if not isinstance(image, str)], top=top))
+    for path, image in batch:
+        if isinstance(image, str):
+            yield {"image": str(path), "error": image}
+            continue
+        prediction = next(predictions)
+        top_classes = [{"label": label, "probability": share} for label, share in prediction.top]
+        yield {"image": str(path), "known": prediction.known, "top": top_classes}
+
+
+def _line(entry: Answer) -> str:
     if "error" in entry:
         return f"not read: {entry['error']}"
     unknown = "" if entry["known"] else "unknown; perhaps "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -82,9 +82,9 @@ class ProgressBar(Observer):
         )
 
 
-def counted(items: Sequence[T], what: str) -> Iterator[T]:
+def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items, one after the other, behind a bar."""
-    with _bar(len(items), what) as bar:
+    with _bar(total, what) as bar:
         for item in items:
             yield item
             bar.update()

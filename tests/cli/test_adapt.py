@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from tiny import saved_tiny_bundle, tiny_pack
 
 from ksm_edge.cli.main import main
 from ksm_edge.device import Device
+from ksm_edge.limits import run_limited
 from ksm_edge.pack.container import read_container
 from ksm_edge.pack.files import load_pack, save_pack
 from ksm_edge.pack.metadata import read_metadata
@@ -55,13 +57,16 @@ def call(photos: Path, bundle: Path, out: Path, *more: object) -> list[str]:
 
 
 def test_json_is_one_object_on_stdout_with_every_key(
-    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.ksm"
     assert main(call(photos, bundle, out, "--json", "--device", "raspberry-pi-4")) == 0
-    stdout, stderr = capsys.readouterr()
+    stdout, stderr = capfd.readouterr()  # of the process too that runs under the board's limit
     report = json.loads(stdout)
     assert report.keys() >= KEYS
+    assert report["enforced"]["threads"] == 1
+    assert "watchdog on resident memory" in report["enforced"]["memory"]
+    assert report["not_enforced"] == ["clock", "memory bandwidth", "storage speed"]
     assert (report["device"], report["emulated"]) == ("raspberry-pi-4", True)
     assert (report["backbone"], report["task"], report["classes"]) == ("tiny", "colours", ["green", "red"])
     assert (report["steps"], report["epochs"]) == (8, 2)
@@ -118,6 +123,16 @@ def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tm
     assert main(arguments[:at] + arguments[at + 2 :]) == 0
     # No more images in a batch than there are to learn from.
     assert load_pack(tmp_path / "a.ksm").record["settings"]["batch"] == min(Device.load("jetson-nano").batch, 16)
+
+
+def test_an_emulated_board_that_has_too_little_memory_stops_the_command(
+    photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ksm_edge.cli.limited.run_limited", lambda command, budget: run_limited(command, 30 << 20))
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--device", "raspberry-pi-4")) == 5
+    error = capfd.readouterr().err
+    assert re.search(r"stopped, as it took 3\d MiB and more: as Raspberry Pi 4 .* has 768 MiB, held by a? ?", error)
+    assert not (tmp_path / "a.ksm").exists()
 
 
 REFUSED = {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from tiny import saved_tiny_bundle, tiny_pack
 
+from ksm_edge.app.app import App
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import KsmEdgeError, UnsupportedError
@@ -95,6 +99,22 @@ def test_a_graph_that_was_found_outlives_its_place_in_the_cache(bundle: Bundle, 
     found = prepare(bundle)
     shutil.rmtree(tmp_path / "cache")
     assert found.session(fuse(bundle, None)).run(images(bundle, 1)).shape == (1, bundle.features)
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_an_app_takes_the_way_that_was_measured_to_be_faster(bundle: Bundle, tmp_path: Path, is_faster: bool) -> None:
+    prepare(bundle)
+    (path,) = (tmp_path / "cache").rglob("graph.json")
+    table = json.loads(path.read_text())
+    assert min(table["session_ms"], table["optimised_session_ms"]) > 0
+    path.write_text(json.dumps({**table, "session_ms": 1.0, "optimised_session_ms": 2.0 if is_faster else 0.5}))
+    with App(bundle, threads=1) as app:
+        app.prepare()
+        app.load(tiny_pack(changes={"backbone": bundle.digest}))
+        with patch.object(preparing.PreparedGraph, "session", autospec=True, side_effect=RuntimeError) as session:
+            with nullcontext() if not is_faster else pytest.raises(RuntimeError):
+                app.logits(images(bundle, 1))
+            assert session.called == is_faster
 
 
 def test_a_cache_that_cannot_be_made_is_said(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,47 @@
+"""A board that is emulated has its memory held: the same command once more, in a process under the board's limit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ksm_edge.device import HOST, Device
+from ksm_edge.errors import BudgetError
+from ksm_edge.limits import enforced_by, run_limited
+
+COMMAND = (sys.executable, "-c", "from ksm_edge.cli.main import entry; entry()")
+NOT_ENFORCED = ("clock", "memory bandwidth", "storage speed")
+
+
+def emulation(args: argparse.Namespace) -> Device | None:
+    """The board that this command is to be run as and this machine is not; None once it is, or where there is none."""
+    name = getattr(args, "device", HOST)
+    if name == HOST or enforced_by() is not None:
+        return None
+    device = Device.load(name)
+    return device if device.is_emulated else None
+
+
+def run_emulated(args: argparse.Namespace, device: Device) -> int:
+    """The command's exit status; BudgetError where it took more memory than the board gives it."""
+    budget = getattr(args, "memory_budget", None) or device.memory_budget_bytes
+    outcome = run_limited([*COMMAND, *args.command_line], budget)
+    if outcome.exceeded:
+        raise BudgetError(
+            f"stopped, as it took {outcome.peak_rss_bytes >> 20} MiB and more: as {device.title} it has "
+            f"{budget >> 20} MiB, held by {outcome.enforced}. Give a larger --memory-budget if the board has it, "
+            "or a smaller --batch"
+        )
+    return outcome.exit_status
+
+
+def enforcement(device: Device, threads: int) -> dict[str, object]:
+    """For a report: what of an emulated board was held, and what was not."""
+    if not device.is_emulated:
+        return {"emulated": False}
+    memory = enforced_by()
+    return {
+        "emulated": True,
+        "enforced": {"threads": threads, **({} if memory is None else {"memory": memory})},
+        "not_enforced": list(NOT_ENFORCED) if memory else [*NOT_ENFORCED, "memory"],
+    }

@@ -1,0 +1,117 @@
+"""The enforcer of a memory budget: what is over it is stopped, what is not is left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ksm_edge import limits
+from ksm_edge.limits import WATCHDOG, enforced_by, run_limited
+
+MIB = 1 << 20
+TAKE = "import os, sys, time; taken = bytearray(int(sys.argv[1])); time.sleep(0.2); sys.exit(3)"
+
+
+@pytest.fixture(params=["cgroup", "watchdog alone"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to hold a limit; the first may be out of reach, where it comes down to the second."""
+    if request.param == "watchdog alone":
+        monkeypatch.setattr(limits, "_own_cgroups", lambda: iter(()))
+    return str(request.param)
+
+
+def take(number: int, budget: int) -> limits.Outcome:
+    return run_limited([sys.executable, "-c", TAKE, str(number)], budget)
+
+
+def test_a_command_within_its_budget_ends_as_it_would(held: str) -> None:
+    outcome = take(40 * MIB, 200 * MIB)
+    assert (outcome.exit_status, outcome.exceeded) == (3, False)
+    assert 40 * MIB < outcome.peak_rss_bytes < 100 * MIB
+    times, sizes = zip(*outcome.rss_bytes, strict=True)
+    assert list(times) == sorted(times)
+    assert max(sizes) <= outcome.peak_rss_bytes
+
+
+def test_a_command_over_its_budget_is_stopped(held: str) -> None:
+    began = time.monotonic()
+    outcome = take(400 * MIB, 100 * MIB)
+    assert (outcome.exit_status, outcome.exceeded) == (128 + signal.SIGKILL, True)
+    assert time.monotonic() - began < 10
+
+
+def test_what_a_child_of_it_takes_counts_as_well(held: str) -> None:
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TAKE!r}, sys.argv[1]], check=False)"
+    assert run_limited([sys.executable, "-c", code, str(400 * MIB)], 100 * MIB).exceeded
+
+
+def test_a_command_that_is_killed_by_others_did_not_exceed_anything(held: str) -> None:
+    outcome = run_limited([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], 200 * MIB)
+    assert (outcome.exit_status, outcome.exceeded) == (137, False)
+
+
+def test_the_command_knows_what_holds_it(held: str, tmp_path: Path) -> None:
+    code = "from ksm_edge.limits import enforced_by; import sys; open(sys.argv[1], 'w').write(enforced_by())"
+    outcome = run_limited([sys.executable, "-c", code, str(tmp_path / "how")], 200 * MIB)
+    assert (tmp_path / "how").read_text() == outcome.enforced
+    assert outcome.enforced.endswith(WATCHDOG)
+    assert (outcome.enforced == WATCHDOG) or held == "cgroup"
+    assert enforced_by() is None
+
+
+def test_signals_reach_the_command(held: str, tmp_path: Path) -> None:
+    inner = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+        "open(sys.argv[1], 'w').close(); time.sleep(60)"
+    )
+    code = f"from ksm_edge.limits import run_limited; import sys; sys.exit(run_limited([sys.executable, '-c', {inner!r}, sys.argv[1]], {200 * MIB}).exit_status)"
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "ready")])
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 7
+
+
+@pytest.mark.parametrize(
+    ("version", "limit", "swap", "content"),
+    [
+        ("v2", "memory.max", "memory.swap.max", "0"),
+        ("v1", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "1000"),
+    ],
+)
+def test_a_cgroup_gets_its_limit_and_no_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, limit: str, swap: str, content: str
+) -> None:
+    def mkdir(path: Path) -> None:  # as the kernel fills the folder of a new cgroup
+        os.mkdir(path)
+        for name in (limit, swap):
+            (path / name).touch()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    made = limits._made(version, tmp_path, 1000)
+    assert made is not None
+    assert made.path.parent == tmp_path
+    assert ((made.path / limit).read_text(), (made.path / swap).read_text()) == ("1000", content)
+
+
+def test_a_level_without_the_memory_controller_is_passed_over(tmp_path: Path) -> None:
+    assert limits._made("v2", tmp_path, 1000) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "text", "killed"),
+    [("v2", "memory.events", "low 0\noom 1\noom_kill 1\n", True), ("v2", "memory.events", "oom_kill 0\n", False),
+     ("v1", "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n", True), ("v1", "absent", "", False)],
+)  # fmt: skip
+def test_the_kernel_tells_whether_it_ended_the_command(
+    tmp_path: Path, version: str, name: str, text: str, killed: bool
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert limits._Cgroup(version, tmp_path).has_killed() == killed
