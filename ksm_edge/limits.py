@@ -81,7 +81,7 @@ def _watch(child: subprocess.Popen[bytes], budget_bytes: int, outcome: Outcome) 
 
 
 def _resident_bytes(pid: int) -> int:
-    """Of a process; its children are short-lived helpers that run while it waits, so the largest counts, not the sum."""
+    """Of a process or the largest of its children: these are helpers that run while it waits."""
     found = 0
     for each in (pid, *_children(pid)):
         with suppress(OSError, IndexError, ValueError):

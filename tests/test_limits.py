@@ -70,7 +70,10 @@ def test_signals_reach_the_command(held: str, tmp_path: Path) -> None:
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
         "open(sys.argv[1], 'w').close(); time.sleep(60)"
     )
-    code = f"from ksm_edge.limits import run_limited; import sys; sys.exit(run_limited([sys.executable, '-c', {inner!r}, sys.argv[1]], {200 * MIB}).exit_status)"
+    code = (
+        "from ksm_edge.limits import run_limited; import sys; "
+        f"sys.exit(run_limited([sys.executable, '-c', {inner!r}, sys.argv[1]], {200 * MIB}).exit_status)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "ready")])
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
