@@ -237,17 +237,17 @@ def _hold(bundle: str, pack: str, number: str) -> dict[str, Any]:
     """An app with one task that has answered, one of `number` processes; a line on stdin is the next step."""
     from ksm_edge import App
     from ksm_edge.bundle.golden import golden_images
+    from ksm_edge.resident import shared_bytes
 
     with App(bundle, threads=1) as app:
         app.load(pack)
         app.logits(golden_images(app.bundle.input, 1))
         print("ready", flush=True)
         sys.stdin.readline()  # all are ready
-        fields = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in fields[1:]}
+        found = shared_bytes()
         print("measured", flush=True)
         sys.stdin.readline()  # all have measured
-        return {"rss_bytes": 1024 * kib["Rss"], "pss_bytes": 1024 * kib["Pss"]}
+        return found
 
 
 def _sharing(bundle: Path, pack: Path, most: int) -> dict[str, Any]:

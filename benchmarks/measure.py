@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -14,8 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +26,11 @@ sys.path.insert(0, str(ROOT))  # this checkout is measured, whatever else is ins
 
 FORMAT_VERSION = 1
 KSM_EDGE = (sys.executable, "-c", "from ksm_edge.cli.main import entry; entry()")  # as the command `ksm-edge` does
-PACKAGES = ("numpy", "onnx", "onnxruntime", "Pillow", "safetensors", "torch", "torchvision")
 POOLS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")  # libraries with threads of their own: each has X_NUM_THREADS
 WEIGHTS = {  # of the data folder, by recipe
     "mobilenet_v2": "mobilenet_v2_imagenet.safetensors",
     "resnet20_cifar10": "resnet20_cifar10.safetensors",
 }
-IDLE_CORES = 0.3  # busier than this before a run counts as disturbed
 FULL_SHARE = 0.95  # of one core: a single-threaded loop that got less was kept waiting
 
 
@@ -49,35 +44,23 @@ def data_folder() -> Path:
 
 def machine() -> dict[str, Any]:
     """What does not change while a benchmark runs."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
-    }
+    from ksm_edge.profiler import telemetry
+
+    return {**telemetry.machine(), "commit": _commit()}
 
 
 def condition() -> dict[str, Any]:
-    """What does: the time, the load average, and how many cores were busy in the second just gone by."""
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load_average": os.getloadavg(),
-        "busy_cores": round(_busy_cores(1.0), 2),
-    }
+    """What does: the time, the load, and how many cores were busy in the second just gone by."""
+    from ksm_edge.profiler import telemetry
+
+    return telemetry.condition()
 
 
 def disturbance(condition: dict[str, Any]) -> list[str]:
-    """A sentence where something else was running."""
-    busy, load = condition["busy_cores"], condition["load_average"][0]
-    if busy <= IDLE_CORES:
-        return []
-    return [
-        f"{busy:.1f} of {os.cpu_count()} cores were busy with something else at {condition['time']} (load average "
-        f"{load:.1f}): times may be unstable; stop it and run this again"
-    ]
+    """A sentence for everything that makes figures doubtful."""
+    from ksm_edge.profiler import telemetry
+
+    return telemetry.warnings(condition)
 
 
 def share_warning(name: str, shares: Sequence[float]) -> list[str]:
@@ -85,23 +68,6 @@ def share_warning(name: str, shares: Sequence[float]) -> list[str]:
     if min(shares, default=1.0) >= FULL_SHARE:
         return []
     return [f"{name}: a timed loop got only {min(shares):.0%} of a core, so its times are too long; run it again"]
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(
-            r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -113,18 +79,6 @@ def _commit() -> str | None:
         return head.stdout.strip() + ("-dirty" if subprocess.run(changes, check=False).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _busy_cores(seconds: float) -> float:
-    """Cores that were not idle, on average over the next `seconds`."""
-
-    def idle() -> float:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")  # idle and iowait, of all cores
-
-    began, idle_before = time.perf_counter(), idle()
-    time.sleep(seconds)
-    return max(0.0, (os.cpu_count() or 1) - (idle() - idle_before) / (time.perf_counter() - began))
 
 
 # The process

@@ -40,29 +40,31 @@ def enforced_by() -> str | None:
     return os.environ.get(SUPERVISED)
 
 
-def run_limited(command: Sequence[str], budget_bytes: int) -> Outcome:
-    """Run a command to its end, or to the moment when it and its children take more than the budget.
+def run_limited(command: Sequence[str], budget_bytes: int | None) -> Outcome:
+    """Run a command to its end, or to the moment when it or a child of it takes more than the budget.
 
-    It has this process's own input and output; the signals that end a program are passed on to it.
+    It has this process's own input and output; the signals that end a program are passed on to it. Without a budget it
+    is only looked at.
     """
     with _cgroup(budget_bytes) as cgroup:
         enforced = WATCHDOG if cgroup is None else f"memory cgroup {cgroup.version} and {WATCHDOG}"
+        marked = {} if budget_bytes is None else {SUPERVISED: enforced}
         outcome = Outcome(0, False, enforced)
         # From its first page on: what a process takes before it joins a cgroup is not counted there.
         entering = (
             [] if cgroup is None else ["sh", "-c", 'echo 0 > "$0" && exec "$@"', str(cgroup.path / "cgroup.procs")]
         )
-        child = subprocess.Popen([*entering, *command], env={**os.environ, SUPERVISED: enforced})
+        child = subprocess.Popen([*entering, *command], env={**os.environ, **marked})
         with _passed_on(child):
             _watch(child, budget_bytes, outcome)
         status = child.wait()
         outcome.exit_status = 128 - status if status < 0 else status
-        if cgroup is not None and status == -signal.SIGKILL and cgroup.has_killed():
-            outcome.exceeded = True
+        # It may be a process that the command started that was ended, and the command went on.
+        outcome.exceeded |= cgroup is not None and cgroup.has_killed()
     return outcome
 
 
-def _watch(child: subprocess.Popen[bytes], budget_bytes: int, outcome: Outcome) -> None:
+def _watch(child: subprocess.Popen[bytes], budget_bytes: int | None, outcome: Outcome) -> None:
     """Until the child has ended; ends it, and its children, where they take more than the budget."""
     began = time.monotonic()
     while child.poll() is None:
@@ -71,9 +73,9 @@ def _watch(child: subprocess.Popen[bytes], budget_bytes: int, outcome: Outcome) 
         seconds = time.monotonic() - began
         if not outcome.rss_bytes or seconds - outcome.rss_bytes[-1][0] >= SAMPLE_SECONDS:
             outcome.rss_bytes.append((round(seconds, 3), resident))
-        if resident > budget_bytes:
+        if budget_bytes is not None and resident > budget_bytes:
             outcome.exceeded = True
-            for pid in (child.pid, *_children(child.pid)):
+            for pid in (child.pid, *_started_by(child.pid)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             return
@@ -81,18 +83,22 @@ def _watch(child: subprocess.Popen[bytes], budget_bytes: int, outcome: Outcome) 
 
 
 def _resident_bytes(pid: int) -> int:
-    """Of a process or the largest of its children: these are helpers that run while it waits."""
+    """Of a process or the largest of those it started: these are helpers that run while it waits."""
     found = 0
-    for each in (pid, *_children(pid)):
+    for each in (pid, *_started_by(pid)):
         with suppress(OSError, IndexError, ValueError):
             found = max(found, int(Path(f"/proc/{each}/statm").read_text().split()[1]) * PAGE)
     return found
 
 
-def _children(pid: int) -> tuple[int, ...]:
+def _started_by(pid: int) -> Iterator[int]:
+    """Its children, theirs, and so on."""
+    children: list[str] = []
     with suppress(OSError):
-        return tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    return ()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for child in map(int, children):
+        yield child
+        yield from _started_by(child)
 
 
 @contextmanager
@@ -127,9 +133,10 @@ class _Cgroup:
 
 
 @contextmanager
-def _cgroup(budget_bytes: int) -> Iterator[_Cgroup | None]:
-    """A new one with that limit below this process's own; None where that cannot be made."""
-    made = next(filter(None, (_made(version, parent, budget_bytes) for version, parent in _own_cgroups())), None)
+def _cgroup(budget_bytes: int | None) -> Iterator[_Cgroup | None]:
+    """A new one with that limit below this process's own; None where that cannot be made, or there is no limit."""
+    places = () if budget_bytes is None else _own_cgroups()
+    made = next(filter(None, (_made(version, parent, budget_bytes or 0) for version, parent in places)), None)
     try:
         yield made
     finally:

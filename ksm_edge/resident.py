@@ -19,10 +19,32 @@ def rss_bytes() -> int:
     return _field("VmRSS")
 
 
+def shared_bytes() -> dict[str, int]:
+    """`rss_bytes`, and `pss_bytes`, in which a page that several processes have counts in equal parts."""
+    fields = dict(re.findall(r"^(\w+): +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE))
+    return {"rss_bytes": 1024 * int(fields["Rss"]), "pss_bytes": 1024 * int(fields["Pss"])}
+
+
 def give_back() -> None:
     """Return freed memory to the system, where the C library can; glibc would keep it for later."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's mallopt
+LARGE = 1 << 20
+
+
+def use_compact_heap() -> None:
+    """Have freed blocks go back to the system at once, and one heap for all threads, where the C library can.
+
+    glibc keeps a heap for each thread and, having seen a large block freed, puts the next ones into it too: what lies
+    between those that are freed is then held. Seen with MobileNetV2 at 224 px: 224 MiB at the peak for 230 to 235.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 MADV_COLLAPSE = 25  # Linux 6.1; an older kernel refuses it, which does no harm

@@ -42,7 +42,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_every_number_has_a_source(path: Path) -> None:
     table = tomllib.loads(path.read_text())
-    numbers = {name for name, value in table.items() if isinstance(value, int)}
+    numbers = {name for name, value in table.items() if isinstance(value, (int, float)) or name == "power_modes"}
     assert set(table["sources"]) == numbers
     assert all(len(source) > 10 for source in table["sources"].values())
 
@@ -53,6 +53,9 @@ def test_a_profile_is_named_as_its_file_and_consistent(path: Path) -> None:
     assert profile.name == path.stem
     assert 0 < profile.threads <= profile.cores
     assert 0 < profile.memory_budget_bytes < profile.free_ram_bytes <= profile.ram_bytes
+    for mode in profile.power_modes[:1]:  # the one that the profile is of
+        assert (mode.cores, mode.clock_mhz) == (profile.threads, profile.clock_mhz)
+    assert all(0 < mode.cores <= profile.cores and mode.watts > 0 for mode in profile.power_modes)
 
 
 def test_the_names_and_aliases_are_those_promised_and_distinct() -> None:

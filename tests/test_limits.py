@@ -51,6 +51,19 @@ def test_what_a_child_of_it_takes_counts_as_well(held: str) -> None:
     assert run_limited([sys.executable, "-c", code, str(400 * MIB)], 100 * MIB).exceeded
 
 
+def test_what_a_child_of_its_child_takes_counts_as_well(held: str) -> None:
+    inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TAKE!r}, sys.argv[1]], check=False)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}, sys.argv[1]], check=False)"
+    assert run_limited([sys.executable, "-c", code, str(400 * MIB)], 100 * MIB).exceeded
+
+
+def test_a_command_without_a_budget_is_only_looked_at() -> None:
+    code = "import sys; from ksm_edge.limits import enforced_by; sys.exit(enforced_by() is not None)"
+    outcome = run_limited([sys.executable, "-c", code], None)
+    assert (outcome.exit_status, outcome.exceeded) == (0, False)
+    assert outcome.peak_rss_bytes > 5 * MIB
+
+
 def test_a_command_that_is_killed_by_others_did_not_exceed_anything(held: str) -> None:
     outcome = run_limited([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], 200 * MIB)
     assert (outcome.exit_status, outcome.exceeded) == (137, False)

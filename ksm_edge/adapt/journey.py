@@ -19,6 +19,7 @@ from ksm_edge.data.split import stratified_split
 from ksm_edge.errors import DataError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.reader import decode
+from ksm_edge.resident import use_compact_heap
 from ksm_edge.training.checkpoint import read_identity
 from ksm_edge.training.packing import finished
 from ksm_edge.training.planner import make_plan
@@ -120,6 +121,7 @@ def prepared(
 
     Raises DataError, BudgetError, UnsupportedError.
     """
+    use_compact_heap()
     observer = observer or Observer()
     before = read_identity(checkpoint) if resume else {}
     descent = None if parent is None else Descent.of(parent, images.classes)

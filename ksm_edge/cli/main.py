@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ksm_edge import __version__
-from ksm_edge.cli import adapt, devices, eval, export, fuse, inspect, predict, sign, verify
+from ksm_edge.cli import adapt, devices, eval, export, fuse, inspect, predict, profile, sign, verify
 from ksm_edge.cli.limited import emulation, run_emulated
 from ksm_edge.errors import KsmEdgeError
 
@@ -26,6 +26,7 @@ VERBS: dict[str, ModuleType] = {
     "fuse": fuse,
     "sign": sign,
     "verify": verify,
+    "profile": profile,
     "devices": devices,
 }
 INTERRUPTED = 130

@@ -36,17 +36,26 @@ class Session:
     """A backbone graph in ONNX Runtime with one task's weights, on the CPU."""
 
     def __init__(
-        self, graph: Path | bytes, weights: Mapping[str, np.ndarray], threads: int = 1, *, optimise: bool = True
+        self,
+        graph: Path | bytes,
+        weights: Mapping[str, np.ndarray],
+        threads: int = 1,
+        *,
+        optimise: bool = True,
+        profile: Path | None = None,
     ) -> None:
         """`graph`: an ONNX file or its bytes; `weights`: every external initializer by name, float32.
 
-        `optimise` False: the graph runs as it is, having been optimised before.
+        `optimise` False: the graph runs as it is, having been optimised before. `profile`: how the file begins in which
+        the runtime writes down the time of every operator, until `end_profile`.
         """
         import onnxruntime
 
         options = session_options(threads)
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # Copied when the session is made, so that neither these nor `weights` need outlive this call.
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(w)) for w in weights.values()]
         options.add_external_initializers(list(weights), values)
@@ -63,3 +72,7 @@ class Session:
         """Images (N, 3, H, W) float32 -> features (N, F) float32."""
         (features,) = self._session.run(["features"], {"image": images})
         return features
+
+    def end_profile(self) -> Path:
+        """The file of a session that was made with `profile`: JSON, Chrome's trace events."""
+        return Path(self._session.end_profiling())

@@ -81,6 +81,12 @@ class Trainer:
         With frozen statistics the result is that of one batch, however it is cut into micro-batches. `release` gives
         the activations' memory back behind the step.
         """
+        result = self.accumulate(images, targets, release=release)
+        self.update()
+        return result
+
+    def accumulate(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> StepResult:
+        """The first half of a step: the gradients of these images."""
         for layer in self.layers.values():
             layer.reset()
         for gradient in self._head_gradients.values():
@@ -91,7 +97,6 @@ class Trainer:
             last = start + self.micro_batch >= len(images)
             part_loss, part_correct = self._micro_step(images[part], targets[part], release=release and last)
             loss, correct = loss + part_loss, correct + part_correct
-        self._update()
         return StepResult(loss, correct, len(images))
 
     def _micro_step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> tuple[float, int]:
@@ -111,7 +116,8 @@ class Trainer:
                 mean, var = (self._session.output(f"{name}.batch_{which}") for which in ("mean", "var"))
                 layer.observe(mean, var, n * self._pixels[name])
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """The second half: new parameters from the gradients, and the weights that they make."""
         settings, factor = self.settings, rate_factor(self.count, self.steps, self.settings.warmup)
         self.count += 1
         rates = {"score": settings.score_rate, "gamma": settings.norm_rate, "beta": settings.norm_rate}

@@ -1,0 +1,139 @@
+"""`ksm-edge profile`: measure this machine, compare two measurements, predict boards that are not here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ksm_edge.cli.arguments import add_bundle, add_device, add_json, add_threads, byte_size, positive
+
+HELP = "measure time and memory of a backbone and tasks here, or predict them for boards"
+QUICK = {"runs": 40, "processes": 2, "steps": 3}
+DEFAULT_IMAGES = 500  # of the task that is predicted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "packs", nargs="*", type=Path, metavar="PACK", help="tasks to measure beside the plain backbone"
+    )
+    add_bundle(parser)
+    add_device(parser)
+    add_threads(parser)
+    parser.add_argument(
+        "--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)"
+    )
+    parser.add_argument("--runs", type=positive, default=500, metavar="N", help="timed inferences (default: 500)")
+    parser.add_argument("--processes", type=positive, default=5, metavar="N", help="fresh ones for these (default: 5)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N", help="timed optimizer steps, 0: none (default: 10)"
+    )
+    parser.add_argument("--quick", action="store_true", help="few repetitions: for a look, not for a comparison")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all raw values")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw latency, memory and operators, PNG and SVG")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="ratios of two files of --out")
+    parser.add_argument("--predict", nargs="+", metavar="DEVICE", help="measure nothing: what these boards would take")
+    parser.add_argument(
+        "--kernels", default="onnxruntime", metavar="ENGINE", help="that --predict is of (onnxruntime, ncnn)"
+    )
+    parser.add_argument("--images", type=positive, default=DEFAULT_IMAGES, metavar="N",
+                        help=f"to learn from, of --predict (default: {DEFAULT_IMAGES})")  # fmt: skip
+    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over them, of --predict")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        return _compare(args)
+    if args.predict:
+        return _predict(args)
+    return _measure(args)
+
+
+# Measuring
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.cli.adapt import available_threads, memory_budget
+    from ksm_edge.cli.limited import enforcement
+    from ksm_edge.cli.profile_report import measured
+    from ksm_edge.device import HOST, Device, this_machine
+    from ksm_edge.profiler.files import save_profile
+    from ksm_edge.profiler.profile import measure_profile
+
+    device = this_machine() if args.device == HOST else Device.load(args.device)
+    bundle = load_bundle(args.bundle)
+    threads = args.threads or available_threads(device)
+    if args.quick:
+        vars(args).update(QUICK)
+    result = measure_profile(
+        bundle,
+        args.packs,
+        threads=threads,
+        runs=args.runs,
+        processes=args.processes,
+        batch=args.batch or device.batch,
+        steps=args.steps,
+        budget_bytes=args.memory_budget or memory_budget(device),
+        provenance={"device": device.name, **enforcement(device, threads)},
+        progress=lambda text: print(f"measuring {text}", file=sys.stderr),
+    )
+    if args.out is not None:
+        save_profile(result, args.out)
+    if args.plot is not None:
+        from ksm_edge.profiler.plots import plot_profile
+
+        for path in plot_profile(result, args.plot):
+            print(path, file=sys.stderr)
+    if args.json:
+        print(json.dumps({name: value for name, value in result.items() if name not in ("inference", "adaptation")}))
+    else:
+        print("\n".join(measured(result, device.title)))
+    for warning in result["warnings"]:
+        print(f"WARNING {warning}", file=sys.stderr)
+    return 0
+
+
+# Comparing
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from ksm_edge.cli.profile_report import compared
+    from ksm_edge.profiler.files import compare_profiles, load_profile
+
+    found = compare_profiles(*map(load_profile, args.compare))
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print("\n".join(compared(found)))
+    for warning in found["warnings"]:
+        print(f"WARNING {warning}", file=sys.stderr)
+    return 0
+
+
+# Predicting
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.cli.profile_report import predicted
+    from ksm_edge.device import HOST, Device, this_machine
+    from ksm_edge.profiler.predict import predict
+    from ksm_edge.training.settings import Settings
+
+    bundle, found = load_bundle(args.bundle), []
+    for name in args.predict:
+        device = this_machine() if name == HOST else Device.load(name)
+        given = {"batch": args.batch or device.batch, **({"epochs": args.epochs} if args.epochs else {})}
+        settings, options = Settings(**given), {"kernels": args.kernels, "threads": args.threads}
+        found.append(predict(bundle, device, images=args.images, settings=settings, **options))
+    if args.json:
+        work = {"backbone": bundle.digest, "recipe": bundle.recipe, "size": bundle.input.size, "images": args.images}
+        print(json.dumps({"predicted": True, "work": work, "devices": [one.as_json() for one in found]}))
+        return 0
+    lines = predicted(found, bundle.recipe, bundle.input.size, args.images, settings.epochs)
+    print("\n".join(lines))
+    return 0

@@ -1,0 +1,126 @@
+"""What `ksm-edge profile` prints: a measurement, a comparison, a prediction, each as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ksm_edge.profiler.predict import Prediction
+
+MIB = 1 << 20
+COLD = ("cold_start_ms", "read_ms", "decode_ms", "fuse_ms", "session_ms", "first_run_ms")
+SHOWN_OPERATORS = 5
+
+
+def measured(result: Mapping[str, Any], title: str) -> list[str]:
+    """A profile result; `title` is the board's."""
+    work, found = result["work"], result["summary"]
+    where = f"{title} (EMULATED on this machine: not its speed)" if result["emulated"] else title
+    lines = [f"Device     {where}; {work['threads']} thread(s); {result['machine']['cpu']}"]
+    if result["emulated"]:
+        held = result["enforced"].get("memory", "nothing")
+        lines.append(f"Enforced   threads, and memory by a {held}; not enforced: {', '.join(result['not_enforced'])}")
+    lines += [f"Backbone   {work['recipe']}, {work['size']}x{work['size']} px, one image", ""]
+    lines += [*_inference(found["inference"]), "", *_memory(found), ""]
+    if "adaptation" in found:
+        lines += _adaptation(found["adaptation"], work["batch"])
+    name, raw = list(result["inference"].items())[-1]
+    most = list(raw["operators_ms"].items())[:SHOWN_OPERATORS]
+    return [*lines, f"Operators  {name}: " + ", ".join(f"{operator} {_number(ms)} ms" for operator, ms in most)]
+
+
+def _inference(rows: Mapping[str, Any]) -> list[str]:
+    head = ("inference, ms", "p50", "p95", "p99", "n", *(name.removesuffix("_ms").replace("_", " ") for name in COLD))
+    table = [head]
+    for name, row in rows.items():
+        tail = (_number(row.get(key)) for key in ("p50_ms", "p95_ms", "p99_ms"))
+        table.append((name, *tail, str(row["n"]), *(_number(row[key]) for key in COLD)))
+    return aligned(table)
+
+
+def _memory(found: Mapping[str, Any]) -> list[str]:
+    keys = ("baseline_bytes", "peak_rss_bytes", "rss_bytes", "pss_bytes")
+    rows = dict(found["inference"])
+    if "adaptation" in found:
+        rows["adaptation"] = found["adaptation"]
+    table: list[tuple[str, ...]] = [("memory, MiB", "imports", "peak RSS", "RSS", "PSS")]
+    for name, row in rows.items():
+        table.append((name, *(_mib(row[key]) if key in row else "" for key in keys)))
+    return aligned(table)
+
+
+def _adaptation(row: Mapping[str, Any], batch: int) -> list[str]:
+    parts = ", ".join(f"{name} {row[f'{name}_ms']:.0f}" for name in ("forward", "backward", "update"))
+    return [
+        f"Adaptation {row['step_ms']:.0f} ms a step of {batch} images, {row['images_per_second']:.1f} images/s: {parts}"
+        f"; images made meanwhile in {row['data_ms']:.0f}",
+        f"           activations {_mib(row['activation_bytes'])} MiB ({row['micro_batch']} image(s) at a time); "
+        f"peak expected {_mib(row['expected_peak_bytes'])} MiB",
+    ]
+
+
+def compared(found: Mapping[str, Any]) -> list[str]:
+    """What `compare_profiles` found."""
+    table: list[tuple[str, ...]] = [("", "first", "second", "second / first", f"{found['confidence']:.0%} interval")]
+    for name, row in found["rows"].items():
+        scale, unit = (MIB, "MiB") if name.endswith("_bytes") else (1, "ms")
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        interval = "" if "interval" not in row else f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}"
+        values = (f"{row[which] / scale:.2f}" for which in ("first", "second"))
+        table.append((f"{name.rsplit('_', 1)[0]}, {unit}", *values, ratio, interval))
+    return aligned(table)
+
+
+def predicted(predictions: Sequence[Prediction], recipe: str, size: int, images: int, epochs: int) -> list[str]:
+    """One table of all boards, and what is to be known of it."""
+    kernels = predictions[0].kernels
+    table: list[tuple[str, ...]] = [
+        ("device", "fits in memory?", "ms an image", "adaptation, minutes", "peak / budget, MiB", "energy, Wh")
+    ]
+    for one in predictions:
+        latency = _ranged(one.inference_ms, one)
+        table.append((one.device.name, "yes" if one.plan else "no", latency, *_adapting(one)))
+    return [
+        f"PREDICTED, not measured: {recipe}, {size} px; learning {images} images x {epochs} epochs",
+        f"Kernels    {kernels.describes}; fitted on {kernels.fitted_on}",
+        *aligned(table),
+        *(f"{one.device.name}: {remark}" for one in predictions for remark in _remarks(one)),
+        f"Ranges: four of five measurements are expected within a factor of {kernels.spread:.2f}. Making the images",
+        "goes on meanwhile and is not counted. Energy: from the idle board (0 where unknown) to its power mode.",
+    ]
+
+
+def _adapting(one: Prediction) -> tuple[str, str, str]:
+    budget, minutes, energy = _mib(one.device.memory_budget_bytes), one.adaptation_minutes, one.energy_watt_hours
+    if minutes is None or one.plan is None:
+        return "", f"over / {budget}", ""
+    watt_hours = "" if energy is None else f"{energy[0]:.1f} to {energy[1]:.1f}"
+    return _ranged(minutes, one), f"{_mib(one.plan.expected_peak_bytes)} / {budget}", watt_hours
+
+
+def _remarks(one: Prediction) -> list[str]:
+    found = [one.refusal] if one.refusal else []
+    if one.device.flop_per_cycle and not one.device.runtimes:
+        found.append(f"stock wheels do not run on its usual system. {' '.join(one.device.notes[:1])}")
+    return found
+
+
+def _ranged(value: float, one: Prediction) -> str:
+    low, high = one.range_of(value)
+    digits = 0 if value >= 20 else 1
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _mib(count: float) -> str:
+    return f"{count / MIB:.0f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, column under column."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

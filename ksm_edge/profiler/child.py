@@ -1,0 +1,205 @@
+"""What one fresh process measures: a memory figure is of a process that did nothing else.
+
+python -m ksm_edge.profiler.child WHAT OUT.json ASKED.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 3  # runs or steps, in which allocators and caches settle
+COLD_PARTS = ("read_ms", "decode_ms", "fuse_ms", "session_ms", "first_run_ms")
+STEP_PARTS = ("data_ms", "forward_ms", "backward_ms", "update_ms")
+
+
+def measure_inference(bundle: str, pack: str | None, threads: int, runs: int, operators: bool) -> dict[str, Any]:
+    """One cold start of one image, part by part, then `runs` more of it; with `operators` the time of each as well."""
+    import onnxruntime  # noqa: F401 - it and numpy are the baseline
+
+    from ksm_edge.bundle.golden import golden_images
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.fuse import fuse
+    from ksm_edge.pack.files import require_backbone
+    from ksm_edge.pack.reader import decode
+    from ksm_edge.resident import peak_rss_bytes, rss_bytes, shared_bytes
+    from ksm_edge.runtimes.onnxruntime import Session
+
+    baseline, clock = rss_bytes(), _Clock()
+    opened = load_bundle(Path(bundle))
+    data = None if pack is None else Path(pack).read_bytes()
+    clock.lap("read_ms")
+    task = None if data is None else decode(data)
+    if task is not None:
+        require_backbone(task, opened)
+    clock.lap("decode_ms")
+    weights = fuse(opened, task)
+    clock.lap("fuse_ms")
+    session = Session(opened.graph_path, weights, threads)
+    clock.lap("session_ms")
+    image = golden_images(opened.input, 1)
+    clock.skip()
+    features = session.run(image)
+    clock.lap("first_run_ms")
+    for _ in range(WARM_UP):
+        session.run(image)
+    latency, cpu, wall = [], time.process_time(), time.perf_counter()
+    for _ in range(runs):
+        clock.skip()
+        session.run(image)
+        latency.append(clock.since())
+    share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    if not (session.run(image) == features).all():
+        raise SystemExit("the same image gave other features the second time: nothing measured here can be believed")
+    found: dict[str, Any] = {
+        "cold": clock.laps,
+        "latency_ms": latency,
+        "cpu_share": share,
+        "baseline_bytes": baseline,
+        "peak_rss_bytes": peak_rss_bytes(),
+        **shared_bytes(),
+    }
+    if operators:
+        found["operators_ms"] = _by_operator(opened.graph_path, weights, threads, image)
+    return found
+
+
+def _by_operator(graph: Path, weights: dict[str, Any], threads: int, image: Any, runs: int = 20) -> dict[str, float]:
+    """Milliseconds a run that the runtime's own profiler counts for each kind of operator, the largest first."""
+    from ksm_edge.runtimes.onnxruntime import Session
+
+    with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
+        session = Session(graph, weights, threads, profile=Path(folder, "profile"))
+        for _ in range(WARM_UP + runs):
+            session.run(image)
+        events = json.loads(session.end_profile().read_text())
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            times[event["args"]["op_name"]].append(event["dur"] / 1e3)
+    found = {name: sum(values) / (WARM_UP + runs) for name, values in times.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def measure_adaptation(
+    bundle: str, batch: int, threads: int, steps: int, budget_bytes: int | None, classes: int
+) -> dict[str, Any]:
+    """Optimizer steps on generated photos, part by part: making the images, forward, backward, update."""
+    import numpy as np
+    import onnxruntime  # noqa: F401 - it and numpy are the baseline
+
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.data.augment import Augmentation
+    from ksm_edge.data.batches import training_batches
+    from ksm_edge.data.cache import ImageCache
+    from ksm_edge.data.image_set import open_image_set
+    from ksm_edge.resident import peak_rss_bytes, rss_bytes
+    from ksm_edge.runtimes.gradient import GradientSession
+    from ksm_edge.training.planner import make_plan
+    from ksm_edge.training.settings import Settings
+    from ksm_edge.training.targets import target_rows
+    from ksm_edge.training.trainer import Trainer
+
+    baseline, opened, settings = rss_bytes(), load_bundle(Path(bundle)), Settings(batch=batch)
+    plan = make_plan(opened, classes, settings, threads=threads, budget_bytes=budget_bytes)
+    trainer = Trainer(opened, plan.graph, settings, steps=1000, threads=threads)
+    parts: dict[str, list[float]] = {name: [] for name in STEP_PARTS}
+    losses, clock = [], _Clock()
+    with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
+        write_photos(Path(folder), classes, max(2, -(-batch // classes)))
+        images = open_image_set(folder)
+        with ImageCache(images, int(opened.input.resize * 1.25), 512 << 20) as cache:
+            items, _ = cache.prepare(images.train, lambda done, total: None)
+            items = items[:batch]
+            for step in range(WARM_UP + steps):
+                clock.skip()
+                (made,) = training_batches(
+                    cache, items, opened.input, batch=batch, seed=0, epoch=step, augmentation=Augmentation()
+                )
+                data_ms = clock.since()
+                targets = target_rows(made.labels, classes, settings.label_smoothing, None)
+                clock.skip()
+                losses.append(trainer.accumulate(made.images, targets).loss)
+                gradient_ms = clock.since()
+                trainer.update()
+                update_ms = clock.since()
+                if step >= WARM_UP:
+                    parts["data_ms"].append(data_ms)
+                    parts["backward_ms"].append(gradient_ms)  # and forward, which is taken off below
+                    parts["update_ms"].append(update_ms)
+    peak = peak_rss_bytes()
+    # Behind the peak: the forward pass alone is a second session, which training does not have at the same time.
+    forward = GradientSession(plan.forward, trainer.bound(plan.forward), threads)
+    micro_batches = -(-batch // plan.micro_batch)
+    for step in range(WARM_UP + steps):
+        clock.skip()
+        for _ in range(micro_batches):
+            forward.run()
+        if step >= WARM_UP:
+            parts["forward_ms"].append(clock.since())
+    typical = float(np.median(parts["forward_ms"]))
+    parts["backward_ms"] = [both - typical for both in parts["backward_ms"]]
+    return {
+        **parts,
+        "losses": losses,
+        "baseline_bytes": baseline,
+        "peak_rss_bytes": peak,
+        "expected_peak_bytes": plan.expected_peak_bytes,
+        "activation_bytes": plan.activation_bytes,
+        "micro_batch": plan.micro_batch,
+    }
+
+
+def write_photos(folder: Path, classes: int, each: int, size: tuple[int, int] = (640, 480)) -> None:
+    """JPEG files as a camera gives them, of smooth noise, in one folder a class."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class {label:03d}").mkdir()
+        for index in range(each):
+            coarse = rng.integers(0, 255, (24, 32, 3), np.uint8)
+            photo = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+            photo.save(folder / f"class {label:03d}" / f"{index}.jpg", quality=90)
+
+
+class _Clock:
+    """Milliseconds between one call and the next."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.skip()
+
+    def skip(self) -> None:
+        self._at = time.perf_counter()
+
+    def since(self) -> float:
+        now = time.perf_counter()
+        passed, self._at = 1e3 * (now - self._at), now
+        return passed
+
+    def lap(self, name: str) -> None:
+        self.laps[name] = self.since()
+
+
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "inference": measure_inference,
+    "adaptation": measure_adaptation,
+}
+
+
+def _main(what: str, out: str, asked: str) -> int:
+    found = MEASURES[what](**json.loads(Path(asked).read_text()))
+    Path(out).write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
