@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ksm_edge.adapt.interrupt import interrupt_held_back
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.augment import Augmentation
-from ksm_edge.data.batches import Batch, evaluation_batches, training_batches
+from ksm_edge.data.batches import Batch, evaluation_batches, training_batches, training_order
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.prefetch import prefetch
@@ -27,7 +27,7 @@ from ksm_edge.resident import give_back
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import to_pack
-from ksm_edge.training.planner import Plan
+from ksm_edge.training.planner import Plan, parts_ahead
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.targets import balanced_weights, target_rows
 from ksm_edge.training.trainer import Trainer
@@ -77,8 +77,8 @@ class Job:
         steps = self.per_epoch * settings.epochs
         self.trainer = Trainer(bundle, plan.graph, settings, steps=steps, threads=plan.threads)
         self.judge = Judge(self.trainer, plan.forward, plan.threads)
-        labels = np.array([item.label for item in train])
-        self._class_weights = balanced_weights(labels, len(images.classes)) if settings.balanced else None
+        self._labels = np.array([item.label for item in train])
+        self._class_weights = balanced_weights(self._labels, len(images.classes)) if settings.balanced else None
 
     def _steps_of_an_epoch(self) -> int:
         count, batch = len(self.train), self.plan.batch
@@ -114,21 +114,20 @@ class Job:
             self._judge_epoch()
 
     def _learn_epoch(self) -> None:
-        progress = self.progress
-        # A step takes longer than its images, and every batch that waits is a batch of memory.
-        batches = prefetch(self._batches(), depth=1)
+        progress, batch = self.progress, self.plan.batch
+        order = training_order(len(self.train), self.settings.seed, progress.epoch)
+        # Learning from images takes longer than making them, and every one that waits is memory.
+        parts = prefetch(self._parts(), depth=parts_ahead(self.plan.micro_batch))
         try:
             while progress.step < self.per_epoch:
-                asked = time.perf_counter()
-                batch = next(batches)
-                self.timing.wait_ms.append((time.perf_counter() - asked) * 1e3)
-                self._step(batch)
+                first = progress.step * batch
+                self._step(self._labels[order[first : first + batch]], parts)
                 if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
                     self.save_if_possible()
         finally:
-            batches.close()
+            parts.close()
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _parts(self) -> Generator[Batch, None, None]:
         yield from training_batches(
             self.cache,
             self.train,
@@ -138,17 +137,30 @@ class Job:
             epoch=self.progress.epoch,
             augmentation=Augmentation(flip=self.settings.flip),
             first_step=self.progress.step,
+            part=self.plan.micro_batch,
         )
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, labels: np.ndarray, parts: Iterator[Batch]) -> None:
+        """On as many images as there are labels, the next ones of `parts`."""
         progress, settings, classes = self.progress, self.settings, len(self.images.classes)
-        targets = target_rows(batch.labels, classes, settings.label_smoothing, self._class_weights)
+        targets = target_rows(labels, classes, settings.label_smoothing, self._class_weights)
+        waited_ms = 0.0
+
+        def images() -> Iterator[np.ndarray]:
+            nonlocal waited_ms
+            for _ in range(0, len(labels), self.plan.micro_batch):
+                asked = time.perf_counter()
+                part = next(parts)
+                waited_ms += (time.perf_counter() - asked) * 1e3
+                yield part.images
+
         release = progress.step + 1 == self.per_epoch  # what comes behind the last step must not add to the peak
         started = time.perf_counter()
         with interrupt_held_back():
-            result = self.trainer.step(batch.images, targets, release=release)
+            result = self.trainer.step(images(), targets, release=release)
             progress.add(result.loss, result.correct, result.count)
-        self.timing.step_ms.append((time.perf_counter() - started) * 1e3)
+        self.timing.step_ms.append((time.perf_counter() - started) * 1e3 - waited_ms)
+        self.timing.wait_ms.append(waited_ms)
         self.timing.images += result.count
         if not np.isfinite(result.loss):
             raise KsmEdgeError(
@@ -185,8 +197,10 @@ class Job:
 
     def calibration(self, pack: Pack) -> Calibration:
         """How far the pack's probabilities can be trusted, from the held-out images."""
-        parts = [(self.judge.logits(pack, batch.images), batch.labels) for batch in self._held_out_batches()]
-        return calibrate(*map(np.concatenate, zip(*parts, strict=True))) if parts else Calibration()
+        if not self.held_out:
+            return Calibration()
+        logits = self.judge.logits(pack, (batch.images for batch in self._held_out_batches()))
+        return calibrate(logits, np.array([item.label for item in self.held_out]))
 
     def _accuracy(self, pack: Pack) -> float:
         return self.judge.accuracy(pack, self._held_out_batches())

@@ -45,10 +45,12 @@ def training_batches(
     epoch: int,
     augmentation: Augmentation,
     first_step: int = 0,
+    part: int | None = None,
 ) -> Iterator[Batch]:
     """An epoch's ceil(len(items) / batch) batches, shuffled and augmented, from step `first_step` on.
 
-    The last one may be smaller. Raises DataError for an image that can no longer be read.
+    The last one may be smaller. `part`: give each batch in parts of that many images, one after the other. Raises
+    DataError for an image that can no longer be read.
     """
     order = training_order(len(items), seed, epoch)
 
@@ -57,8 +59,10 @@ def training_batches(
         return augment(cache.image(items[index]), contract, augmentation, rng)
 
     for start in range(first_step * batch, len(items), batch):
-        indices = order[start : start + batch]
-        yield _batch(items, indices, [view(int(index)) for index in indices])
+        whole = order[start : start + batch]
+        for first in range(0, len(whole), part or batch):
+            indices = whole[first : first + (part or batch)]
+            yield _batch(items, indices, [view(int(index)) for index in indices])
 
 
 def evaluation_batches(

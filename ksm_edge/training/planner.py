@@ -18,8 +18,9 @@ from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_laye
 PROCESS_BYTES = 96 * 2**20
 # The arena rounds up and keeps what it had to split.
 ACTIVATION_SHARE = 1.4
-# Batches of images alive at once: in use, waiting, in the making, and the one that is being put together.
-BATCHES_ALIVE = 4
+# Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
+# is being put together.
+IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
 # The update works on one layer after the other: products, weights and their product, turned.
 LAYER_COPIES = 4
 # Packing looks at all masks at once: scales in float32, keep bits, and the coder's positions.
@@ -96,11 +97,15 @@ def _widened(
 
 
 def _over_budget(bundle: Bundle, settings: Settings, graph: CompiledGraph, need: int, budget_bytes: int) -> str:
+    # With frozen statistics images go through one at a time, however many a step is of.
+    smaller = (
+        "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "
+    )
     return (
         f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size} px in steps of {settings.batch} images "
         f"needs about {_mib(need)} MiB ({_mib(_activation_bytes(graph))} of it for the activations of "
         f"{graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
-        f"{_mib(need)}MiB or more, a smaller --batch, a smaller --size at export, or --method head."
+        f"{_mib(need)}MiB or more, {smaller}a smaller --size at export, or --method head."
     )
 
 
@@ -109,11 +114,18 @@ def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, graph:
     *_, scores = _counts(bundle, settings)
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
-    stepping = _activation_bytes(graph) + BATCHES_ALIVE * settings.batch * 3 * bundle.input.size**2 * FLOAT_BYTES
+    micro_batch = graph.spec.micro_batch
+    images = (parts_ahead(micro_batch) + PARTS_IN_HAND) * micro_batch
+    stepping = _activation_bytes(graph) + images * 3 * bundle.input.size**2 * FLOAT_BYTES
     stepping += LAYER_COPIES * FLOAT_BYTES * largest
     packing = PACKING_BYTES * scores
     turned = FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(".turned"))
     return PROCESS_BYTES + parameter_bytes(bundle, classes, settings) + turned + max(stepping, packing)
+
+
+def parts_ahead(micro_batch: int) -> int:
+    """How many parts of a step's images are made before they are asked for."""
+    return max(1, IMAGES_AHEAD // micro_batch)
 
 
 def _activation_bytes(graph: CompiledGraph) -> int:

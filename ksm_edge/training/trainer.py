@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,13 @@ from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.thinning import late_step, thin
+
+Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or its parts one after the other
+
+
+def in_parts(images: Images) -> Iterable[np.ndarray]:
+    """The parts; one, where they come all at once."""
+    return (images,) if isinstance(images, np.ndarray) else images
 
 
 @dataclass(frozen=True)
@@ -75,29 +82,31 @@ class Trainer:
         wanted = {name.removeprefix("acc:") for name in graph.inputs}
         return {name: array for name, array in arrays.items() if name in wanted}
 
-    def step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> StepResult:
+    def step(self, images: Images, targets: np.ndarray, *, release: bool = False) -> StepResult:
         """One optimizer step on images (n, 3, S, S) with weighted target distributions (n, C), see `autodiff.loss`.
 
-        With frozen statistics the result is that of one batch, however it is cut into micro-batches. `release` gives
-        the activations' memory back behind the step.
+        The images may come in parts, so that they need not be in memory all at once. With frozen statistics the result
+        is that of one batch, however it is cut into micro-batches. `release` gives the activations' memory back behind
+        the step.
         """
         result = self.accumulate(images, targets, release=release)
         self.update()
         return result
 
-    def accumulate(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> StepResult:
+    def accumulate(self, images: Images, targets: np.ndarray, *, release: bool = False) -> StepResult:
         """The first half of a step: the gradients of these images."""
         for layer in self.layers.values():
             layer.reset()
         for gradient in self._head_gradients.values():
             gradient.fill(0)
-        loss, correct = 0.0, 0
-        for start in range(0, len(images), self.micro_batch):
-            part = slice(start, start + self.micro_batch)
-            last = start + self.micro_batch >= len(images)
-            part_loss, part_correct = self._micro_step(images[part], targets[part], release=release and last)
-            loss, correct = loss + part_loss, correct + part_correct
-        return StepResult(loss, correct, len(images))
+        loss, correct, done = 0.0, 0, 0
+        for part in in_parts(images):
+            for start in range(0, len(part), self.micro_batch):
+                few = part[start : start + self.micro_batch]
+                last = done + len(few) == len(targets)
+                few_loss, few_correct = self._micro_step(few, targets[done : done + len(few)], release=release and last)
+                loss, correct, done = loss + few_loss, correct + few_correct, done + len(few)
+        return StepResult(loss, correct, done)
 
     def _micro_step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> tuple[float, int]:
         session, n = self._session, len(images)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from random_recipe import random_state
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.make import freeze_recipe
@@ -24,29 +25,10 @@ Gradients = dict[str, np.ndarray]
 def random_bundle(name: str, size: int, folder: Path, seed: int = 0) -> Bundle:
     """A recipe's backbone with random weights and random batch-norm, as good as trained ones for gradients."""
     recipe = load_recipe(name)
-    graph = onnx.load(recipe.graph_path)
-    rng = np.random.default_rng(seed)
-    state = {
-        entry.name: _random(entry.name, [d.dim_value for d in entry.type.tensor_type.shape.dim], rng)
-        for entry in graph.graph.input
-        if entry.name != "image"
-    }
-    frozen = freeze_recipe(recipe, state)
+    frozen = freeze_recipe(recipe, random_state(name, seed))
     (folder / "backbone.onnx").write_bytes(frozen.model.SerializeToString())
     contract = at_size(recipe.input, size)
     return Bundle(folder, name, "", f"{seed:064x}", frozen.layers, frozen.weights, frozen.features, contract)
-
-
-def _random(name: str, shape: list[int], rng: np.random.Generator) -> np.ndarray:
-    if len(shape) > 1:
-        value = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-    elif name.endswith("weight"):
-        value = rng.uniform(0.5, 1.2, shape)
-    elif name.endswith("running_var"):
-        value = rng.uniform(0.5, 2, shape)
-    else:
-        value = rng.uniform(-0.3, 0.3, shape)
-    return value.astype(np.float32)
 
 
 class Case:

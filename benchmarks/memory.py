@@ -1,0 +1,145 @@
+"""Does an adaptation take the memory that its plan expects?
+
+    python benchmarks/memory.py
+
+Every recipe, several batches and ways to adapt, each a whole `ksm-edge adapt` of two epochs on generated photos in a
+process of its own, under an enforced limit: what the plan expects. Where that stops it, the plan was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measure import KSM_EDGE, Record, add_output, backbone, output, print_table
+
+RECIPES = (
+    "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0", "squeezenet1_1", "resnet18",
+    "resnet50", "resnet20_cifar10",
+)  # fmt: skip
+CLASSES, IMAGES = 6, 14
+# Recipe, pixels (0: the recipe's own) and options.
+CASES: list[tuple[str, int, tuple[str, ...]]] = [
+    *((recipe, 0, ("--batch", str(batch))) for recipe in RECIPES for batch in (1, 8, 32)),
+    *(("mobilenet_v2", size, ("--batch", "16")) for size in (96, 160)),
+    ("mobilenet_v2", 0, ("--method", "norm")),
+    ("mobilenet_v2", 0, ("--method", "head")),
+    ("mobilenet_v2", 0, ("--layers", "features.11.conv.0.0..")),
+    ("mobilenet_v2", 0, ("--granularity", "element")),
+    ("mobilenet_v2", 96, ("--statistics", "batch", "--batch", "8")),
+]
+MIB = 1 << 20
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="(default: all)")
+    add_output(parser)
+    return parser
+
+
+def main() -> int:
+    options = arguments().parse_args()
+    cases = [case for case in CASES if case[0] in options.recipes]
+    if options.quick:
+        cases = [case for case in cases if case[0] in ("mobilenet_v3_small", "resnet20_cifar10")]
+    record = Record("memory", __doc__.split("\n")[0], {"classes": CLASSES, "images": CLASSES * IMAGES, "threads": 1})
+    with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
+        from ksm_edge.profiler.child import write_photos
+
+        photos = Path(folder, "photos")
+        photos.mkdir()
+        write_photos(photos, CLASSES, IMAGES)
+        for recipe, size in dict.fromkeys(case[:2] for case in cases):
+            with backbone(None, size or _size(recipe), recipe=recipe) as bundle:
+                for case in cases:
+                    if case[:2] == (recipe, size):
+                        record.runs.append(_run(bundle, photos, Path(folder), case[2]))
+                        print(_line(record.runs[-1]), file=sys.stderr)
+    record.summary = summary(record.runs)
+    print_table([("recipe", "pixels", "options", "expected, MiB", "measured, MiB", "ratio"), *map(_row, record.runs)])
+    found = record.summary
+    print(
+        f"\nexpected / measured: {found['least']:.3f} to {found['most']:.3f}; stopped by the limit: {found['exceeded']}"
+    )
+    record.finish(output(options, "memory"))
+    return 0
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """How near the plan is, and on which side."""
+    ratios = [run["expected_bytes"] / run["peak_rss_bytes"] for run in runs]
+    return {"least": min(ratios), "most": max(ratios), "exceeded": sum(run["exceeded"] for run in runs)}
+
+
+def _size(recipe: str) -> int:
+    from ksm_edge.bundle.recipe import load_recipe
+
+    return load_recipe(recipe).input.size
+
+
+def _run(bundle: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> dict[str, Any]:
+    """One adaptation under the limit that its plan expects."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    command = [*KSM_EDGE, "adapt", str(photos), "--bundle", str(bundle), "--out", str(folder / "task.ksm"),
+               "--epochs", "2", "--threads", "1", "--json", *given]  # fmt: skip
+    expected = _expected(bundle, command[len(KSM_EDGE) :])
+    # A process of its own holds the limit, so that what it prints can be read.
+    code = (
+        "import json, sys; from ksm_edge.limits import run_limited; "
+        "found = run_limited(sys.argv[2:], int(sys.argv[1])); print(json.dumps(vars(found)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(expected), *command], capture_output=True, text=True, check=True
+    )
+    *report, outcome = map(json.loads, done.stdout.splitlines())
+    peak = max(outcome["peak_rss_bytes"], *(found["peak_rss_bytes"] for found in report), 0)
+    return {
+        "recipe": manifest["recipe"],
+        "size": manifest["input"]["size"],
+        "options": list(given),
+        "expected_bytes": expected,
+        "peak_rss_bytes": peak,
+        "exceeded": outcome["exceeded"],
+        "enforced": outcome["enforced"],
+        "exit_status": outcome["exit_status"],
+    }
+
+
+def _expected(path: Path, words: list[str]) -> int:
+    """What the planner says of that command."""
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.cli.adapt import settings_of
+    from ksm_edge.cli.main import build_parser
+    from ksm_edge.device import this_machine
+    from ksm_edge.training.planner import make_plan
+
+    settings = settings_of(build_parser().parse_args(words), this_machine())
+    plan = make_plan(load_bundle(path), CLASSES, settings, threads=1, budget_bytes=None)
+    return plan.expected_peak_bytes
+
+
+def _row(run: dict[str, Any]) -> tuple[str, ...]:
+    expected, peak = run["expected_bytes"], run["peak_rss_bytes"]
+    ratio = f"{expected / peak:.3f}" + (" STOPPED" if run["exceeded"] else "")
+    return (
+        run["recipe"],
+        str(run["size"]),
+        " ".join(run["options"]),
+        f"{expected / MIB:.0f}",
+        f"{peak / MIB:.0f}",
+        ratio,
+    )
+
+
+def _line(run: dict[str, Any]) -> str:
+    return "  ".join(_row(run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""A budget is a promise: every recipe adapts within it under an enforced limit, or is refused before it starts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from random_recipe import random_state
+from shapes import CLASSES, make_shapes
+
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.bundle.make import freeze_recipe, save_bundle
+from ksm_edge.bundle.recipe import at_size, load_recipe, recipe_names
+from ksm_edge.errors import BudgetError
+from ksm_edge.limits import run_limited
+from ksm_edge.training.planner import make_plan
+from ksm_edge.training.settings import Settings
+
+MIB = 1 << 20
+BUDGETS = (64, 96, 128, 192, 256, 512)  # MiB
+SIZE = {"resnet20_cifar10": 32}  # pixels; of the others 64, so that they are quick
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shapes(tmp_path_factory.mktemp("photos"), count=6)
+
+
+def random_bundle(name: str, folder: Path) -> Bundle:
+    recipe = load_recipe(name)
+    contract = at_size(recipe.input, SIZE.get(name, 64))
+    return save_bundle(freeze_recipe(recipe, random_state(name)), folder, recipe=name, input_contract=contract)
+
+
+def refusal(bundle: Bundle, budget: int) -> str | None:
+    """What the planner says against adapting within so many MiB."""
+    try:
+        make_plan(bundle, len(CLASSES), Settings(batch=4), threads=1, budget_bytes=budget * MIB)
+    except BudgetError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_keeps_to_its_budget_or_is_refused(name: str, photos: Path, tmp_path: Path) -> None:
+    bundle = random_bundle(name, tmp_path / "bundle")
+    refusals = {budget: refusal(bundle, budget) for budget in BUDGETS}
+    for budget, message in refusals.items():
+        if message is not None:
+            smallest = re.search(r"--memory-budget (\d+)MiB", message)
+            assert smallest
+            assert int(smallest[1]) > budget
+    allowed = [budget for budget, message in refusals.items() if message is None]
+    assert allowed == list(BUDGETS[len(BUDGETS) - len(allowed) :])  # more memory is never refused where less is not
+    if allowed:
+        words = ("adapt", photos, "--bundle", bundle.path, "--out", tmp_path / "a.ksm", "--epochs", 2, "--batch", 4,
+                 "--threads", 1, "--memory-budget", f"{allowed[0]}MiB", "--json")  # fmt: skip
+        code = "from ksm_edge.cli.main import entry; entry()"
+        outcome = run_limited([sys.executable, "-c", code, *map(str, words)], allowed[0] * MIB)
+        assert (outcome.exit_status, outcome.exceeded) == (0, False)
+        assert (tmp_path / "a.ksm").exists()
