@@ -1,0 +1,190 @@
+"""How many layers have to change for a task, and what do the others cost?
+
+    python benchmarks/layers.py            # learns: hours; goes on where it stopped
+    python benchmarks/layers.py --time     # measures steps instead, beside full fine-tuning in torch
+
+MobileNetV2 with only its layers from one on adapted, the others plain: validation accuracy over three tasks and three
+seeds at 96 px, each against the run of the same task and seed in which all layers change; and, with --time, what an
+optimizer step of 8 images takes at 224 px, in processes of one thread that alternate. The test sets are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import grid
+from measure import (
+    KSM_EDGE,
+    RESULTS,
+    Record,
+    add_backbone,
+    backbone,
+    condition,
+    disturbance,
+    fresh_json,
+    machine,
+    print_table,
+)
+
+SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
+TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
+ALL = "*"
+FIRST = (ALL, "features.11.conv.0.0..", "features.14.conv.0.0..", "features.7.conv.0.0..", "features.4.conv.0.0..")
+QUESTION = __doc__.split("\n")[0]
+WARM_UP = 3
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_backbone(parser)
+    parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
+    parser.add_argument("--layers", nargs="+", default=list(FIRST), help="as `adapt --layers` takes them")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")
+    parser.add_argument("--child", metavar="LAYERS", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "layers.json", help="(default: results/layers.json)")
+    return parser
+
+
+def main() -> int:
+    options = arguments().parse_args()
+    if options.child:
+        print(json.dumps(_steps(options.bundle, options.child)))
+        return 0
+    if options.time:
+        return _time(options)
+    with backbone(options.bundle, SIZE, random=False) as bundle:
+        for layers in options.layers:
+            for seed in options.seeds:
+                for task in options.tasks:
+                    _learn(options, bundle, task, seed, layers)
+    _show(summary(grid.runs(options.out)))
+    print(f"\nraw values: {options.out}")
+    return 0
+
+
+# Accuracy
+
+
+def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, layers: str) -> None:
+    """One training, kept in the file; none where that is there."""
+    digest = json.loads((bundle / "manifest.json").read_text())["backbone_digest"]
+    identity = {"task": task, "seed": seed, "layers": layers, "size": SIZE, "backbone_digest": digest}
+    if grid.has(options.out, identity):
+        return
+    print(f"{task}, seed {seed}, {layers} ...", file=sys.stderr)
+    before = condition()
+    with tempfile.TemporaryDirectory(prefix="ksm-edge-layers-") as folder:
+        words = ("adapt", str(grid.task_data(task)), "--bundle", str(bundle), "--out", str(Path(folder, "task.ksm")),
+                 "--layers", layers, "--seed", str(seed), "--threads", "1", "--json")  # fmt: skip
+        report = fresh_json([*KSM_EDGE, *words], quiet=False)
+    kept = ("validation_accuracy", "pack_bytes", "peak_rss_bytes", "step_ms_p50", "wall_seconds", "steps")
+    found = {name: report[name] for name in kept}
+    run = {"identity": identity, **found, "machine": machine(), "before": before, "after": condition()}
+    head = {"benchmark": "layers", "question": QUESTION}
+    grid.keep(options.out, head, {**run, "warnings": disturbance(before)}, summary)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each choice of layers: mean accuracy, and the mean change with its standard error over pairs of runs."""
+    by_layers: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for run in runs:
+        identity = run["identity"]
+        by_layers.setdefault(identity["layers"], {})[identity["task"], identity["seed"]] = run
+    rows = {}
+    for layers, found in by_layers.items():
+        paired = sorted(found.keys() & by_layers.get(ALL, {}).keys())
+        changes = [_accuracy(found[key]) - _accuracy(by_layers[ALL][key]) for key in paired]
+        rows[layers] = {
+            "runs": len(found),
+            "accuracy": statistics.fmean(map(_accuracy, found.values())),
+            "change": statistics.fmean(changes) if changes else None,
+            "change_error": statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None,
+            "pack_bytes": statistics.fmean(run["pack_bytes"] for run in found.values()),
+        }
+    return rows
+
+
+def _accuracy(run: dict[str, Any]) -> float:
+    return float(run["validation_accuracy"])
+
+
+def _show(rows: dict[str, Any]) -> None:
+    table = [("layers that change", "runs", "validation accuracy", "change, points", "pack, kB")]
+    for layers, row in rows.items():
+        change = "" if row["change_error"] is None else f"{100 * row['change']:+.2f} +- {100 * row['change_error']:.2f}"
+        accuracy = f"{100 * row['accuracy']:.2f} %"
+        table.append((layers, str(row["runs"]), accuracy, change, f"{row['pack_bytes'] / 1e3:.1f}"))
+    print_table(table)
+
+
+# Time
+
+
+def _time(options: argparse.Namespace) -> int:
+    record = Record("layer-steps", QUESTION, {"size": STEP_SIZE, "batch": STEP_BATCH, "threads": 1})
+    step = [sys.executable, str(Path(__file__).with_name("step.py")), "--steps=12", f"--batch={STEP_BATCH}"]
+    with backbone(options.bundle, STEP_SIZE) as bundle:
+        ours = {layers: [sys.executable, __file__, "--child", layers] for layers in options.layers}
+        rivals = {**ours, "torch, full fine-tuning": [*step, "--child", "torch"]}
+        for repeat in range(options.repeats):
+            for name in rivals if repeat % 2 == 0 else reversed(rivals):
+                run = fresh_json([*rivals[name], "--bundle", str(bundle)])
+                if "absent" not in run:
+                    record.runs.append({"layers": name, "repeat": repeat, **run})
+    for name in rivals:
+        of_rival = [run for run in record.runs if run["layers"] == name]
+        if of_rival:
+            record.summary[name] = {
+                "step_ms": statistics.median(statistics.median(run["step_ms"]) for run in of_rival),
+                "peak_rss_bytes": max(run["peak_rss_bytes"] for run in of_rival),
+            }
+    torch = record.summary.get("torch, full fine-tuning")
+    for row in record.summary.values():
+        row["ratio"] = row["step_ms"] / torch["step_ms"] if torch else None
+    table = [("", "step, ms", "peak RSS, MiB", "time / torch")]
+    for name, row in record.summary.items():
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        table.append((name, f"{row['step_ms']:.0f}", f"{row['peak_rss_bytes'] / 2**20:.0f}", ratio))
+    print_table(table)
+    record.finish(options.out.with_name("layer-steps.json"))
+    return 0
+
+
+def _steps(path: Path, layers: str, steps: int = 12) -> dict[str, Any]:
+    """Optimizer steps on the same random images."""
+    import time
+
+    import numpy as np
+
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.resident import peak_rss_bytes
+    from ksm_edge.training.planner import make_plan
+    from ksm_edge.training.settings import Settings
+    from ksm_edge.training.targets import target_rows
+    from ksm_edge.training.trainer import Trainer
+
+    bundle, settings = load_bundle(path), Settings(batch=STEP_BATCH, layers=layers)
+    plan = make_plan(bundle, 10, settings, threads=1, budget_bytes=None)
+    trainer = Trainer(bundle, plan.graph, settings, steps=1000)
+    shape = (STEP_BATCH, 3, bundle.input.size, bundle.input.size)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    targets, times, losses = target_rows(np.arange(STEP_BATCH), 10, 0.0), [], []
+    for _ in range(WARM_UP + steps):
+        began = time.perf_counter()
+        losses.append(trainer.step(images, targets).loss)
+        times.append(1e3 * (time.perf_counter() - began))
+    if not losses[-1] < losses[0]:
+        raise SystemExit(f"WRONG ANSWER: the loss went from {losses[0]:.2f} to {losses[-1]:.2f}")
+    return {"step_ms": times[WARM_UP:], "peak_rss_bytes": peak_rss_bytes()}
+
+
+if __name__ == "__main__":
+    sys.exit(grid.resumable(main))
