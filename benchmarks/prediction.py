@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -275,16 +276,23 @@ def work_of(network: str, eager: bool, with_head: bool) -> tuple[Work, ...]:
 
 
 def _halve(model: Any) -> None:
-    """MobileNetV2 of half the width: channels halved and rounded to 8 as its authors do, the last ones kept."""
+    """MobileNetV2 of half the width: channels halved and rounded to 8 as its authors do, the last ones kept.
+
+    A block widens its input six times, so it is the input that is rounded.
+    """
+    filters = {}
     for value in model.graph.input[1:]:
         sides = value.type.tensor_type.shape.dim
-        for side in sides[:2]:
+        widened = re.match(r"features\.(?!1\.)\d+\.conv\.([012])\.", value.name)
+        for place, side in enumerate(sides[:2]):
+            inside = widened is not None and (place == 1) == (widened[1] == "2")
             if side.dim_value not in (1, 3, 1280):
-                side.dim_value = _rounded(side.dim_value / 2)
+                side.dim_value = 6 * _rounded(side.dim_value / 12) if inside else _rounded(side.dim_value / 2)
+        filters[value.name] = sides[0].dim_value
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "group" and attribute.i > 1:
-                attribute.i = _rounded(attribute.i / 2)
+                attribute.i = filters[node.input[1]]
 
 
 def _rounded(channels: float) -> int:

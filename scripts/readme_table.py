@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_COMMAND = "pip install '.[demo]' && ksm-edge adapt --device jetson"
-BENCHMARKS = ("step", "accuracy", "latency", "pack", "demo", "startup")
+BENCHMARKS = ("step", "accuracy", "latency", "pack", "prediction", "memory", "demo", "startup")
 TASKS = ("flowers5", "trashnet", "pacs_sketch7", "gtsrb43")
 SEEDS = (0, 1, 2)
 FORMAT_VERSION = 1
@@ -84,6 +84,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         *_accuracy_rows(summaries["accuracy"]),
         *_latency_rows(summaries["latency"]),
         *_pack_rows(summaries["pack"]),
+        *_plan_rows(summaries["prediction"], summaries["memory"]),
         *_start_rows(summaries["startup"]),
         *_demo_rows(summaries["demo"]),
     ]
@@ -134,6 +135,18 @@ def _pack_rows(pack: dict[str, Any]) -> list[Row]:
     beside = f"making an ONNX Runtime session: {times['session_ms']:.0f} ms (ratio {times['ratio']:.2f})"
     return [
         ("A task from its pack's bytes to fused weights", f"{times['decode_ms'] + times['fuse_ms']:.1f} ms", beside)
+    ]
+
+
+def _plan_rows(prediction: dict[str, Any], memory: dict[str, Any]) -> list[Row]:
+    left_out = prediction["left_out"]
+    boards = len({row["board"] for row in left_out["rows"]})
+    error = f"median error {left_out['median_error']:.0%}, worst factor {left_out['worst_factor']:.2f}"
+    held = f"held to what was expected: {memory['exceeded'] or 'none'} stopped"
+    peaks = f"{memory['least']:.2f} to {memory['most']:.2f} of what was measured"
+    return [
+        (f"Latency predicted for each of {boards} boards that the fit has not seen", error, "as others published it"),
+        ("Peak memory that adaptation is planned with", peaks, held),
     ]
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-IN_README = ("accuracy", "demo", "latency", "pack", "startup", "step")
-SCRIPTS = (*IN_README, "apps", "bits", "pareto")
+IN_README = ("accuracy", "demo", "latency", "memory", "pack", "prediction", "startup", "step")
+SCRIPTS = (*IN_README, "apps", "bits", "layers", "pareto", "runtimes")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -175,7 +175,10 @@ def results(load: Any, tmp_path: Path) -> Path:
         "startup": {**common, "summary": startup.summary(commands), "warnings": ["busy"]},
         "demo": {**common, "summary": demo},
         "accuracy": {**common, "runs": runs, "summary": accuracy.summary(runs)},
-    }
+        "prediction": {**common, "summary": {"left_out": {"rows": [{"board": "a"}, {"board": "b"}, {"board": "a"}],
+                                                          "median_error": 0.084, "worst_factor": 1.311}}},
+        "memory": {**common, "summary": {"least": 1.01, "most": 1.09, "exceeded": 0}},
+    }  # fmt: skip
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     return tmp_path
@@ -202,6 +205,8 @@ def test_the_readme_says_what_the_results_say(results: Path, tmp_path: Path) -> 
         "| 91.0 % (90.0 to 92.0, 3 seeds) | linear probe: 89.3 % |",
         "| 11.0 ms | plain backbone: 10.0 ms (ratio 1.10) |",
         "| 7.0 ms | making an ONNX Runtime session: 28 ms (ratio 0.25) |",
+        "| Latency predicted for each of 2 boards that the fit has not seen | median error 8%, worst factor 1.31 |",
+        "| 1.01 to 1.09 of what was measured | held to what was expected: none stopped |",
         "| 96.0 % of held-out digits in 73 s | pack 30 kB, peak RSS 157 MiB |",
         "Some CPU, 2 cores; 2026-01-02. Something else ran on the machine during: startup.",
     ):
@@ -232,6 +237,80 @@ def test_a_grid_with_gaps_is_no_result(load: Any, results: Path) -> None:
 def test_a_readme_without_the_markers_is_left_alone(load: Any, text: str) -> None:
     with pytest.raises(SystemExit, match="needs the lines"):
         load("readme_table").between(text, "results", "table", Path("README.md"))
+
+
+def test_a_board_takes_no_part_in_its_own_prediction(load: Any) -> None:
+    prediction = load("prediction")
+    rows, _ = prediction.read_published()
+    rows = [row for row in rows if row.kernels == "ncnn" and not row.half]
+    fitting = prediction.Fitting({})
+    found = fitting.leave_one_out(rows, lambda row: row.board)
+    assert {row for row, _ in found} == set(rows)
+    lying = [prediction.replace(row, ms=100 * row.ms) if row.board == "raspberry-pi-4" else row for row in rows]
+    again = dict(fitting.leave_one_out(lying, lambda row: row.board))
+    for row, predicted in found:
+        if row.board == "raspberry-pi-4":  # that row said something else now, and changes nothing
+            assert again[prediction.replace(row, ms=100 * row.ms)] == pytest.approx(predicted)
+    errors = prediction._errors(found)
+    assert errors["median_error"] < 0.25
+    assert errors["worst_factor"] < 2
+
+
+def test_a_fit_finds_the_numbers_that_times_were_made_with(load: Any) -> None:
+    prediction = load("prediction")
+    rows, _ = prediction.read_published()
+    fitting = prediction.Fitting({})
+    numbers = {name: prior.value for name, prior in prediction.PRIORS.items()} | {"traffic": 1.7, "dense": 1.4}
+    made = [prediction.replace(row, ms=fitting.predicted(row, numbers)) for row in rows if not row.half]
+    found = fitting.fit(made)
+    assert found["traffic"] == pytest.approx(1.7, rel=0.1)
+    assert found["dense"] == pytest.approx(1.4, rel=0.1)
+
+
+def test_half_precision_is_predicted_with_twice_the_rates(load: Any) -> None:
+    prediction = load("prediction")
+    fitting = prediction.Fitting({})
+    numbers = {name: prior.value for name, prior in prediction.PRIORS.items()} | {"overhead_cycles": 1e-3}
+    row = prediction.Row("raspberry-pi-5", "ncnn", 4, "mobilenet_v2", 1.0)
+    whole, half = (fitting.predicted(prediction.replace(row, half=half), numbers) for half in (False, True))
+    assert half == pytest.approx(whole / 2, rel=1e-3)
+
+
+def test_mobilenet_of_half_the_width_is_the_published_one(load: Any) -> None:
+    flops = sum(work.flops for work in load("prediction").work_of("mobilenet_v2_half", False, True))
+    assert flops / 2e6 == pytest.approx(97, rel=0.03)  # million multiply-adds, Sandler et al. 2018, table 4
+
+
+def test_layers_are_compared_run_by_run(load: Any) -> None:
+    def run(layers: str, seed: int, accuracy: float) -> dict[str, Any]:
+        identity = {"task": "a", "seed": seed, "layers": layers}
+        return {"identity": identity, "validation_accuracy": accuracy, "pack_bytes": 1000}
+
+    runs = [run("*", 0, 0.8), run("*", 1, 0.9), run("few", 0, 0.79), run("few", 1, 0.87), run("few", 2, 0.1)]
+    row = load("layers").summary(runs)["few"]
+    assert (row["runs"], row["change"]) == (3, pytest.approx(-0.02))
+    assert row["change_error"] == pytest.approx(0.01)
+
+
+def test_memory_is_told_by_its_extremes(load: Any) -> None:
+    runs = [{"expected_bytes": e, "peak_rss_bytes": 100, "exceeded": e < 100} for e in (110, 95, 104)]
+    assert load("memory").summary(runs) == {"least": 0.95, "most": 1.1, "exceeded": 1}
+
+
+def test_runtimes_are_told_by_their_medians(load: Any) -> None:
+    runs = [
+        {"way": "a", "tasks": tasks, "rss_bytes": [10] + [10 + 5 * (i + 1) for i in range(tasks)],
+         "first_ms": [9.0] + [2.0] * (tasks - 1), "run_ms": [1.0, 3.0, 2.0]}
+        for tasks in (1, 2, 5)
+    ]  # fmt: skip
+    row = load("runtimes").summary(runs)["ways"]["a"]
+    assert row == {
+        "before_bytes": 10,
+        "rss_bytes": {"1": 15, "2": 20, "5": 35},
+        "first_ms": 9,
+        "next_ms": 2,
+        "run_ms": 2,
+    }
 
 
 def test_growth_is_that_of_the_later_half(load: Any) -> None:
