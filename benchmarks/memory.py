@@ -32,6 +32,9 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("mobilenet_v2", 0, ("--layers", "features.11.conv.0.0..")),
     ("mobilenet_v2", 0, ("--granularity", "element")),
     ("mobilenet_v2", 96, ("--statistics", "batch", "--batch", "8")),
+    # Budgets for which the plan computes most of the forward pass twice.
+    ("mobilenet_v2", 0, ("--memory-budget", "190MiB")),
+    ("efficientnet_b0", 0, ("--memory-budget", "260MiB")),
 ]
 MIB = 1 << 20
 
@@ -119,8 +122,9 @@ def _expected(path: Path, words: list[str]) -> int:
     from ksm_edge.device import this_machine
     from ksm_edge.training.planner import make_plan
 
-    settings = settings_of(build_parser().parse_args(words), this_machine())
-    plan = make_plan(load_bundle(path), CLASSES, settings, threads=1, budget_bytes=None)
+    args = build_parser().parse_args(words)
+    settings = settings_of(args, this_machine())
+    plan = make_plan(load_bundle(path), CLASSES, settings, threads=1, budget_bytes=args.memory_budget)
     return plan.expected_peak_bytes
 
 

@@ -13,6 +13,7 @@ import onnx
 
 from ksm_edge.autodiff import conv, loss, norm
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
+from ksm_edge.autodiff.recompute import with_least_kept
 from ksm_edge.autodiff.rules import RULES
 from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.autodiff.tape import Tape, gradient_wanted
@@ -57,13 +58,17 @@ def build(
     emit.input("image", shapes["image"])
     builder = _Builder(emit, spec, table, nodes, shapes)
     builder.forward()
+    forward = len(emit.nodes)
     if spec.backward:
         _learn(builder, nodes[-1].output)
     else:
         emit.output(nodes[-1].output, shapes[nodes[-1].output])
+    model = emit.model()
+    if spec.recompute:
+        model = with_least_kept(model, forward)
     inputs, outputs = ({name: shape for name, (_, shape) in d.items()} for d in (emit.inputs, emit.outputs))
     pixels = {node.name: shapes[node.output][2] * shapes[node.output][3] for node in nodes if node.op == "Conv"}
-    return GradientGraph(emit.model(), spec, builder.forms, inputs, outputs, dict(emit.externals), pixels)
+    return GradientGraph(model, spec, builder.forms, inputs, outputs, dict(emit.externals), pixels)
 
 
 def _learn(builder: _Builder, features: str) -> None:

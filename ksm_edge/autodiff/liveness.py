@@ -14,7 +14,7 @@ FUSED_BEHIND_CONV = frozenset({"Relu", "Clip", "HardSigmoid", "Sigmoid"})
 def peak_bytes(model: onnx.ModelProto) -> int:
     """Largest sum of tensors alive at once, in the order of the nodes; inputs, outputs and constants not counted."""
     nodes = list(model.graph.node)
-    sizes = _sizes(model)
+    sizes = tensor_bytes(model)
     owner = _owners(nodes)
     given = {x.name for x in (*model.graph.input, *model.graph.initializer, *model.graph.output)}
     # What nobody reads is free behind the node that made it.
@@ -51,8 +51,9 @@ def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
     return owner
 
 
-def _sizes(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+def tensor_bytes(model: onnx.ModelProto) -> dict[str, int]:
+    """Of every tensor that a node makes, by name."""
+    inferred = with_shapes(model).graph
     sizes = {}
     for info in (*inferred.value_info, *inferred.output):
         tensor = info.type.tensor_type
@@ -60,3 +61,20 @@ def _sizes(model: onnx.ModelProto) -> dict[str, int]:
             item = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
             sizes[info.name] = item * int(np.prod([d.dim_value for d in tensor.shape.dim]))
     return sizes
+
+
+def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the shape of every tensor; operators that onnx does not know come out as ones that it does."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    del plain.graph.node[:]
+    plain.graph.node.extend(map(_of_standard_operators, model.graph.node))
+    return onnx.shape_inference.infer_shapes(plain)
+
+
+def _of_standard_operators(node: onnx.NodeProto) -> onnx.NodeProto:
+    if node.op_type != "FusedMatMul":
+        return node
+    turned = {a.name for a in node.attribute if a.name in ("transA", "transB") and a.i}
+    left, right = ("ki" if "transA" in turned else "ik"), ("jk" if "transB" in turned else "kj")
+    return onnx.helper.make_node("Einsum", node.input, node.output, equation=f"...{left},...{right}->...ij")

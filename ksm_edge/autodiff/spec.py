@@ -20,6 +20,7 @@ class GradientSpec:
     statistics: str = "frozen"  # or "batch": normalise with the micro-batch's own
     per_weight: bool = False  # products of every single weight, also in depthwise layers
     backward: bool = True  # False: image -> features, with the same parameter inputs
+    recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 
 def product_shape(form: str, layer: Layer) -> Shape:

@@ -71,7 +71,7 @@ def measure_inference(bundle: str, pack: str | None, threads: int, runs: int, op
 
 
 def _by_operator(graph: Path, weights: dict[str, Any], threads: int, image: Any, runs: int = 20) -> dict[str, float]:
-    """Milliseconds a run that the runtime's own profiler counts for each kind of operator, the largest first."""
+    """Milliseconds a run that the runtime's own profiler counts for each kind of operator, the longest first."""
     from ksm_edge.runtimes.onnxruntime import Session
 
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
@@ -82,9 +82,18 @@ def _by_operator(graph: Path, weights: dict[str, Any], threads: int, image: Any,
     times: defaultdict[str, list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            times[event["args"]["op_name"]].append(event["dur"] / 1e3)
+            times[_kind_of(event["args"])].append(event["dur"] / 1e3)
     found = {name: sum(values) / (WARM_UP + runs) for name, values in times.items()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _kind_of(event: dict[str, Any]) -> str:
+    """The operator, and of a conv its kernel and whether each channel has one of its own."""
+    if event["op_name"] != "Conv":
+        return str(event["op_name"])
+    image, weight, *_ = (next(iter(given.values())) for given in event["input_type_shape"])
+    depthwise = " depthwise" if weight[1] == 1 < image[1] else ""
+    return f"Conv {weight[2]}x{weight[3]}{depthwise}"
 
 
 def measure_adaptation(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ksm_edge.autodiff.liveness import with_shapes
+
 if TYPE_CHECKING:
     import onnx
 
@@ -121,15 +123,13 @@ def _tensors(model: onnx.ModelProto, size: int) -> dict[str, tuple[tuple[int, ..
     """Shape and bytes of an element of every tensor."""
     import onnx
 
-    plain = onnx.ModelProto()
-    plain.CopyFrom(model)
-    del plain.graph.node[:]
-    plain.graph.node.extend(map(_of_standard_operators, model.graph.node))
-    del plain.graph.value_info[:]
-    for value in (*plain.graph.input, *plain.graph.output):
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    del sized.graph.value_info[:]
+    for value in (*sized.graph.input, *sized.graph.output):
         for place, side in enumerate(value.type.tensor_type.shape.dim):
             side.dim_value = side.dim_value or (size if place > 1 else 1)
-    inferred = onnx.shape_inference.infer_shapes(plain).graph
+    inferred = with_shapes(sized).graph
     found: dict[str, tuple[tuple[int, ...], int]] = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         shape = tuple(side.dim_value for side in value.type.tensor_type.shape.dim)
@@ -143,17 +143,6 @@ def _item_bytes(element: int) -> int:
     import onnx
 
     return int(onnx.helper.tensor_dtype_to_np_dtype(element).itemsize) if element else FLOAT_BYTES
-
-
-def _of_standard_operators(node: onnx.NodeProto) -> onnx.NodeProto:
-    """The node as one whose output's shape onnx can infer."""
-    import onnx
-
-    if node.op_type != "FusedMatMul":
-        return node
-    attributes = _attributes(node)
-    left, right = ("ki" if attributes.get("transA") else "ik"), ("jk" if attributes.get("transB") else "kj")
-    return onnx.helper.make_node("Einsum", node.input, node.output, equation=f"...{left},...{right}->...ij")
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
@@ -15,14 +15,14 @@ from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_laye
 # The numbers below were chosen so that no adaptation of ten backbones in steps of 1, 8 and 16 images took more than was
 # expected, and what was expected was least over that: benchmarks/memory.py measures them again.
 # Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
-PROCESS_BYTES = 96 * 2**20
-# The arena rounds up and keeps what it had to split.
-ACTIVATION_SHARE = 1.4
+PROCESS_BYTES = 95 * 2**20
+# Arena and heap round up, and keep what they had to split.
+ACTIVATION_SHARE, PARAMETER_SHARE = 1.2, 1.12
 # Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
 # is being put together.
 IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
-# The update works on one layer after the other: products, weights and their product, turned.
-LAYER_COPIES = 4
+# The update works on one layer after the other: its products, and what is made of them.
+LAYER_COPIES = 2
 # Packing looks at all masks at once: scales in float32, keep bits, and the coder's positions.
 PACKING_BYTES = 9  # a score
 # Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
@@ -52,25 +52,31 @@ def make_plan(
     budget_bytes: int | None,
     micro_batch: int | None = None,
 ) -> Plan:
-    """The plan for these settings, within the budget if there is one.
+    """The plan for these settings, within the budget if there is one: the fastest that fits.
 
     `micro_batch`: that of a training to be gone on with, or else the best is chosen. Raises BudgetError, naming the
     smallest budget that would do, before anything is started.
     """
 
-    def at(images: int) -> CompiledGraph:
-        return compiled(bundle, gradient_spec(bundle, classes, settings, images))
+    def at(images: int, recompute: bool = False) -> CompiledGraph:
+        spec = gradient_spec(bundle, classes, settings, images)
+        return compiled(bundle, replace(spec, recompute=recompute))
 
     def peak(graph: CompiledGraph) -> int:
         return expected_peak_bytes(bundle, classes, settings, graph)
 
-    smallest = 1 if settings.statistics == "frozen" else settings.batch
-    graph = at(micro_batch or smallest)
-    need = peak(graph)
-    if budget_bytes is not None and need > budget_bytes:
-        raise BudgetError(_over_budget(bundle, settings, graph, need, budget_bytes))
-    if micro_batch is None and settings.statistics == "frozen":
-        graph = _widened(graph, at, peak, settings.batch, budget_bytes)
+    def fits(graph: CompiledGraph) -> bool:
+        return budget_bytes is None or peak(graph) <= budget_bytes
+
+    smallest = micro_batch or (1 if settings.statistics == "frozen" else settings.batch)
+    graph = at(smallest)
+    if fits(graph) and micro_batch is None and settings.statistics == "frozen":
+        graph = _widened(graph, at, fits, settings.batch)
+    elif not fits(graph):
+        # Learns the same, to the bit, in more time.
+        graph = min(graph, at(smallest, recompute=True), key=peak)
+    if budget_bytes is not None and not fits(graph):
+        raise BudgetError(_over_budget(bundle, settings, graph, peak(graph), budget_bytes))
     forward = compiled(bundle, forward_spec(graph.spec))
     activations = _activation_bytes(graph)
     return Plan(settings.batch, graph.spec.micro_batch, threads, activations, peak(graph), graph, forward)
@@ -79,9 +85,8 @@ def make_plan(
 def _widened(
     single: CompiledGraph,
     at: Callable[[int], CompiledGraph],
-    peak: Callable[[CompiledGraph], int],
+    fits: Callable[[CompiledGraph], bool],
     batch: int,
-    budget_bytes: int | None,
 ) -> CompiledGraph:
     """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget."""
     one, count = _activation_bytes(single), 1
@@ -90,7 +95,7 @@ def _widened(
     while count > 1:
         # Several images are transposed for their products, one is not: they may take more than their number says.
         graph = at(count)
-        if budget_bytes is None or peak(graph) <= budget_bytes:
+        if fits(graph):
             return graph
         count //= 2
     return single
@@ -120,7 +125,8 @@ def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, graph:
     stepping += LAYER_COPIES * FLOAT_BYTES * largest
     packing = PACKING_BYTES * scores
     turned = FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(".turned"))
-    return PROCESS_BYTES + parameter_bytes(bundle, classes, settings) + turned + max(stepping, packing)
+    parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings) + turned))
+    return PROCESS_BYTES + parameters + max(stepping, packing)
 
 
 def parts_ahead(micro_batch: int) -> int:

@@ -36,7 +36,8 @@ def test_raw_values_are_all_there(result: dict[str, Any]) -> None:
         assert all(len(values) == 2 and min(values) >= 0 for values in raw["cold"].values())
         assert min(raw["peak_rss_bytes"]) >= max(raw["baseline_bytes"]) > 20 << 20
         assert 0 < min(raw["pss_bytes"]) <= max(raw["rss_bytes"])
-        assert "Conv" in " ".join(raw["operators_ms"])
+        assert {"Conv 3x3", "Conv 3x3 depthwise", "Conv 1x1", "GlobalAveragePool"} <= raw["operators_ms"].keys()
+        assert list(raw["operators_ms"].values()) == sorted(raw["operators_ms"].values(), reverse=True)
     steps = result["adaptation"]
     assert all(len(steps[name]) == 3 for name in STEP_PARTS)
     assert len(steps["losses"]) == 6  # and of three steps before, in which memory settles

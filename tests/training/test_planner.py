@@ -8,6 +8,7 @@ import pytest
 from tiny import LAYERS, saved_tiny_bundle
 
 from ksm_edge.bundle.layers import Bundle
+from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsupportedError
 from ksm_edge.runtimes.compile import compiled
 from ksm_edge.training.planner import PROCESS_BYTES, Plan, make_plan, parameter_bytes
@@ -89,10 +90,23 @@ def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundl
     assert found.micro_batch == 6
     budget = found.expected_peak_bytes - 1
     assert plan(bundle, budget, replace(settings, statistics="frozen")).micro_batch < 6
+    tight = plan(bundle, budget, settings)
+    assert (tight.micro_batch, tight.graph.spec.recompute) == (6, True)
     with pytest.raises(BudgetError):
-        plan(bundle, budget, settings)
+        plan(bundle, tight.expected_peak_bytes - 1, settings)
     with pytest.raises(BudgetError, match="--memory-budget"):
         plan(bundle, 1, settings)
+
+
+def test_memory_that_is_short_is_made_up_for_with_time() -> None:
+    embedded = load_bundle("embedded")
+    fastest = plan(embedded, None, replace(SETTINGS, batch=1))
+    assert not fastest.graph.spec.recompute
+    assert not fastest.forward.spec.recompute
+    tight = plan(embedded, fastest.expected_peak_bytes - 1, replace(SETTINGS, batch=1))
+    assert tight.graph.spec.recompute
+    assert tight.expected_peak_bytes < fastest.expected_peak_bytes
+    assert tight.forward.path == fastest.forward.path  # judging keeps nothing anyway
 
 
 def test_what_learns_less_needs_less(bundle: Bundle) -> None:
