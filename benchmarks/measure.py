@@ -109,6 +109,16 @@ def fresh_json(command: Sequence[str], threads: int | None = 1, quiet: bool = Tr
     return dict(json.loads(fresh(command, threads, quiet)[0].splitlines()[-1]))
 
 
+def optimizer_steps(bundle: Path, steps: int, batch: int, budget_bytes: int | None = None) -> dict[str, Any]:
+    """What a fresh process of one thread measures of optimizer steps on generated photos, see `ksm_edge.profiler`."""
+    given = {"batch": batch, "threads": 1, "steps": steps, "budget_bytes": budget_bytes, "classes": 10}
+    with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
+        asked, out = Path(folder, "asked.json"), Path(folder, "found.json")
+        asked.write_text(json.dumps({"bundle": str(bundle), **given}))
+        fresh([sys.executable, "-m", "ksm_edge.profiler.child", "adaptation", str(out), str(asked)])
+        return dict(json.loads(out.read_text()))
+
+
 # The backbone
 
 

@@ -17,7 +17,6 @@ import math
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import ROOT, Record, add_output, backbone, fresh, fresh_json, output, print_table, share_warning
+from measure import ROOT, Record, add_output, backbone, fresh_json, optimizer_steps, output, print_table, share_warning
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -219,12 +218,8 @@ def measure_steps(steps: int) -> dict[str, Any]:
     """Optimizer steps of several networks, by one thread."""
     found = {}
     for network in STEP_NETWORKS:
-        with backbone(None, SIZE, recipe=network) as path, tempfile.TemporaryDirectory() as folder:
-            asked, out = Path(folder, "asked.json"), Path(folder, "found.json")
-            given = {"batch": STEP_BATCH, "threads": 1, "steps": steps, "budget_bytes": None, "classes": 10}
-            asked.write_text(json.dumps({"bundle": str(path), **given}))
-            fresh([sys.executable, "-m", "ksm_edge.profiler.child", "adaptation", str(out), str(asked)])
-            found[network] = {**json.loads(out.read_text()), **_counted(path)}
+        with backbone(None, SIZE, recipe=network) as path:
+            found[network] = {**optimizer_steps(path, steps, STEP_BATCH), **_counted(path)}
     return {"batch": STEP_BATCH, "steps": found}
 
 

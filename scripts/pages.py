@@ -168,6 +168,22 @@ def memory_tables(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", _origin(content)])
 
 
+def plan_tables(content: Mapping[str, Any]) -> str:
+    """Time and memory of each network's plans."""
+    settings = content["settings"]
+    lines = [
+        f"Steps of {settings['batch']} images at {settings['size']} px, one thread:",
+        "",
+        "| network | plan | step, ms | time / fastest | peak RSS, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for recipe, plans in content["summary"].items():
+        for plan, row in plans.items():
+            lines.append(f"| {recipe} | {plan} | {row['step_ms']:.0f} | {row['time_ratio']:.2f} | "
+                         f"{row['peak_rss_bytes'] / MIB:.0f} |")  # fmt: skip
+    return "\n".join([*lines, "", _origin(content)])
+
+
 def runtime_tables(content: Mapping[str, Any]) -> str:
     """Opening, keeping and running tasks, way by way."""
     lines = [
@@ -196,6 +212,7 @@ def _origin(content: Mapping[str, Any]) -> str:
 Table = Callable[[Mapping[str, Any]], str]
 PAGES: dict[str, dict[str, tuple[str, Table]]] = {
     "pack-size.md": {"bits": ("bits", bits_tables), "pareto": ("pareto", pareto_tables)},
+    "engine.md": {"plans": ("plans", plan_tables)},
     "app.md": {"costs": ("apps", app_tables)},
     "mobile.md": {"runtimes": ("runtimes", runtime_tables)},
     "boards.md": {"prediction": ("prediction", prediction_tables), "memory": ("memory", memory_tables)},

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_README = ("accuracy", "demo", "latency", "memory", "pack", "prediction", "startup", "step")
-SCRIPTS = (*IN_README, "apps", "bits", "layers", "pareto", "runtimes")
+SCRIPTS = (*IN_README, "apps", "bits", "layers", "pareto", "plans", "runtimes")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -295,6 +295,17 @@ def test_layers_are_compared_run_by_run(load: Any) -> None:
 def test_memory_is_told_by_its_extremes(load: Any) -> None:
     runs = [{"expected_bytes": e, "peak_rss_bytes": 100, "exceeded": e < 100} for e in (110, 95, 104)]
     assert load("memory").summary(runs) == {"least": 0.95, "most": 1.1, "exceeded": 1}
+
+
+def test_plans_are_held_against_the_fastest(load: Any) -> None:
+    plans = load("plans")
+    runs = [
+        {"recipe": "a", "plan": plan, "forward_ms": [forward], "backward_ms": [20.0], "update_ms": [10.0],
+         "peak_rss_bytes": peak, "activation_bytes": 1}
+        for plan, forward, peak in ((plans.FASTEST, 10.0, 200), (plans.SMALLEST, 20.0, 150))
+    ]  # fmt: skip
+    row = plans.summary(runs)["a"][plans.SMALLEST]
+    assert (row["step_ms"], row["time_ratio"], row["saved_bytes"]) == (50.0, 1.25, 50)
 
 
 def test_runtimes_are_told_by_their_medians(load: Any) -> None:
