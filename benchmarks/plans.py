@@ -3,8 +3,8 @@
     python benchmarks/plans.py
 
 Optimizer steps of 8 images at 224 px, one thread, of several networks: as they are planned where memory is plenty, and
-where the budget is one byte less than that takes, so that most of the forward pass is computed twice. Every figure is of
-process of its own; the two plans alternate.
+where the budget is one byte less than that takes, so that most of the forward pass is computed twice. Every figure is
+of a process of its own; the two plans alternate.
 """
 
 from __future__ import annotations
