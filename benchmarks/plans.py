@@ -69,7 +69,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _step_ms(run: dict[str, Any]) -> float:
-    return sum(statistics.median(run[f"{part}_ms"]) for part in ("forward", "backward", "update"))
+    return sum(statistics.median(run[f"{part}_ms"]) for part in ("gradient", "update"))
 
 
 def _show(rows: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ A profile is a TOML file in `devices/`, or a user's own with the same fields; ev
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -83,7 +84,11 @@ class Device:
     @property
     def is_emulated(self) -> bool:
         """Whether this profile is of another machine than the one at hand."""
-        return self.name != HOST and not _matches(self.model_strings, machine_model())
+        return self.name != HOST and not self.is_called(machine_model())
+
+    def is_called(self, model: str) -> bool:
+        """Whether a machine that calls itself so is this board."""
+        return _matches(self.model_strings, model)
 
 
 NUMBERS = tuple(f.name for f in fields(Device) if f.type == "int" and f.default is MISSING)
@@ -145,6 +150,8 @@ def _read(path: Path) -> Device:
         raise UsageError(f"there is no device profile {path}. Known names: {', '.join(device_names())}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read as a TOML device profile: {error}") from error
+    if table.get("name") == HOST:
+        raise UsageError(f"{path}: {HOST!r} is the name of the machine at hand: give the board another one")
     return _from_table(table, str(path))
 
 
@@ -170,6 +177,10 @@ def _checked(record: type, table: Any, origin: str, what: str) -> dict[str, Any]
         number = wanted is float and isinstance(value, int)
         if not (isinstance(value, wanted) or number) or isinstance(value, bool) != (wanted is bool):
             raise UsageError(f"{origin}: {name} must be {kind}, not {value!r}")
+        if wanted is float and not math.isfinite(value):
+            raise UsageError(f"{origin}: {name} must be a finite number, not {value}")
+        if wanted is list and kinds[name].type == "tuple[str, ...]" and not all(isinstance(v, str) for v in value):
+            raise UsageError(f"{origin}: {name} must be a list of texts, not {value!r}")
         if wanted in (int, float) and value < (1 if name in NUMBERS and name != "clock_mhz" else 0):
             raise UsageError(f"{origin}: {name} must be positive, not {value}")
         values[name] = tuple(value) if wanted is list else value

@@ -1,27 +1,34 @@
 """The one enforcer of a memory budget: a command runs in a process that is stopped when it takes more.
 
 What counts is resident memory, as the budget of a board does. A memory cgroup holds the kernel's own limit where this
-process may make one (v2 or v1); a watchdog that looks at the process every few milliseconds holds it everywhere, and
-also where the cgroup does not count pages of libraries that other processes had loaded before.
+process may make one (v2 or v1). A watchdog that looks every few milliseconds at the command, and at what it starts,
+holds it everywhere: each process must keep to the budget, as the pages of libraries that several share would be counted
+several times in their sum. The cgroup does not count such pages where another process had loaded them before.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
-LOOK_SECONDS = 0.01  # between two looks of the watchdog
-SAMPLE_SECONDS = 0.1  # between two samples that are kept
+LOOK_SECONDS = 0.01  # between two looks of the watchdog that holds a limit
+SAMPLE_SECONDS = 0.1  # between two samples that are kept, and two looks where there is no limit
+MOST_SAMPLES = 4000  # from then on every other one is dropped
 WATCHDOG = "watchdog on resident memory"
-SUPERVISED = "KSM_EDGE_ENFORCED"  # in the environment of the process that runs under a limit: what holds it
+# In the environment of the process that runs under a limit: the pid of who holds it, and with what.
+SUPERVISED = "KSM_EDGE_ENFORCED"
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 PAGE = os.sysconf("SC_PAGE_SIZE")
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -29,61 +36,80 @@ class Outcome:
     """How a command under a limit ended."""
 
     exit_status: int  # as a shell gives it: 128 + the signal that ended it
-    exceeded: bool  # whether the limit was what ended it
+    exceeded: bool  # whether it, or something that it started, was ended by the limit
     enforced: str  # what held the limit
-    peak_rss_bytes: int = 0  # the largest that the watchdog saw
+    interrupted: bool = False  # whether a signal was passed on to it
+    peak_rss_bytes: int = 0  # the largest that the watchdog saw, of one process
     rss_bytes: list[tuple[float, int]] = field(default_factory=list)  # (seconds since the start, resident memory)
 
 
 def enforced_by() -> str | None:
     """What holds the limit that this process runs under; None where there is none."""
-    return os.environ.get(SUPERVISED)
+    pid, _, how = os.environ.get(SUPERVISED, "").partition(":")
+    return how if pid == str(os.getppid()) else None
+
+
+def end_with_supervisor() -> None:
+    """Have this process ended when the one that holds its limit is: nobody else would hold it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_limited(command: Sequence[str], budget_bytes: int | None) -> Outcome:
-    """Run a command to its end, or to the moment when it or a child of it takes more than the budget.
+    """Run a command to its end, or to the moment when it or what it starts takes more than the budget.
 
-    It has this process's own input and output; the signals that end a program are passed on to it. Without a budget it
-    is only looked at.
+    It has this process's own input and output; in the main thread the signals that end a program are passed on to it.
+    Without a budget it is only looked at.
     """
-    with _cgroup(budget_bytes) as cgroup:
+    with _cgroup(budget_bytes) as cgroup, _Signals() as signals:
         enforced = WATCHDOG if cgroup is None else f"memory cgroup {cgroup.version} and {WATCHDOG}"
-        marked = {} if budget_bytes is None else {SUPERVISED: enforced}
+        marked = {} if budget_bytes is None else {SUPERVISED: f"{os.getpid()}:{enforced}"}
         outcome = Outcome(0, False, enforced)
         # From its first page on: what a process takes before it joins a cgroup is not counted there.
-        entering = (
-            [] if cgroup is None else ["sh", "-c", 'echo 0 > "$0" && exec "$@"', str(cgroup.path / "cgroup.procs")]
-        )
+        entering = () if cgroup is None else ("sh", "-c", 'echo 0 > "$0" && exec "$@"', f"{cgroup.path}/cgroup.procs")
         child = subprocess.Popen([*entering, *command], env={**os.environ, **marked})
-        with _passed_on(child):
+        try:
+            signals.pass_on_to(child)
             _watch(child, budget_bytes, outcome)
-        status = child.wait()
+        finally:
+            if child.poll() is None:
+                _end(child.pid)
+            status = child.wait()
         outcome.exit_status = 128 - status if status < 0 else status
+        outcome.interrupted = bool(signals.passed_on)
         # It may be a process that the command started that was ended, and the command went on.
         outcome.exceeded |= cgroup is not None and cgroup.has_killed()
     return outcome
 
 
 def _watch(child: subprocess.Popen[bytes], budget_bytes: int | None, outcome: Outcome) -> None:
-    """Until the child has ended; ends it, and its children, where they take more than the budget."""
-    began = time.monotonic()
+    """Until the child has ended; ends it, and what it started, where one of them takes more than the budget."""
+    began, interval = time.monotonic(), SAMPLE_SECONDS
     while child.poll() is None:
         resident = _resident_bytes(child.pid)
         outcome.peak_rss_bytes = max(outcome.peak_rss_bytes, resident)
         seconds = time.monotonic() - began
-        if not outcome.rss_bytes or seconds - outcome.rss_bytes[-1][0] >= SAMPLE_SECONDS:
+        if not outcome.rss_bytes or seconds - outcome.rss_bytes[-1][0] >= interval:
             outcome.rss_bytes.append((round(seconds, 3), resident))
+        if len(outcome.rss_bytes) > MOST_SAMPLES:
+            del outcome.rss_bytes[::2]
+            interval *= 2
         if budget_bytes is not None and resident > budget_bytes:
             outcome.exceeded = True
-            for pid in (child.pid, *_started_by(child.pid)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _end(child.pid)
             return
-        time.sleep(LOOK_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(SAMPLE_SECONDS if budget_bytes is None else LOOK_SECONDS)
+
+
+def _end(pid: int) -> None:
+    for each in (pid, *_started_by(pid)):
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
 def _resident_bytes(pid: int) -> int:
-    """Of a process or the largest of those it started: these are helpers that run while it waits."""
+    """Of a process or the largest of those it started."""
     found = 0
     for each in (pid, *_started_by(pid)):
         with suppress(OSError, IndexError, ValueError):
@@ -92,31 +118,49 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _started_by(pid: int) -> Iterator[int]:
-    """Its children, theirs, and so on."""
+    """Its children, from whichever of its threads, theirs, and so on."""
     children: list[str] = []
     with suppress(OSError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            children += Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
     for child in map(int, children):
         yield child
         yield from _started_by(child)
 
 
-@contextmanager
-def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Signals for this process go to the child: it knows how to end well."""
+class _Signals:
+    """While this is entered, signals for this process go to a child, which knows how to end well."""
 
-    def pass_on(number: int, _frame: object) -> None:
+    def __init__(self) -> None:
+        self.passed_on: list[int] = []
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self._before = {number: signal.signal(number, self._take) for number in FORWARDED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself gave
+
+    def pass_on_to(self, child: subprocess.Popen[bytes]) -> None:
+        """From now on, and what came before there was a child."""
+        self._child = child
+        for number in self.passed_on:
+            self._send(number)
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        self.passed_on.append(number)
+        if self._child is not None:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
         # The terminal sends Ctrl-C to both.
-        if number != signal.SIGINT or not os.isatty(0):
+        if self._child is not None and (number != signal.SIGINT or not os.isatty(0)):
             with suppress(ProcessLookupError):
-                child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                self._child.send_signal(number)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def faults_of(path: Path) -> list[str]:
         result = load_profile(path)
     except KsmEdgeError as error:
         return [str(error)]
-    return [*_where(result, path.stem), *_how(result)]
+    return [*_where(result, path.stem), *_how(result), *_told(result)]
 
 
 def _where(result: dict[str, Any], name: str) -> list[str]:
@@ -52,7 +52,7 @@ def _where(result: dict[str, Any], name: str) -> list[str]:
     if device == HOST or device not in device_names():
         return [f"no profile in devices/ knows {model!r}: add one, then measure again"]
     board = Device.load(device)
-    fits = any(f"{model} ".startswith(beginning) for beginning in board.model_strings)
+    fits = board.is_called(model)
     found = [] if fits else [f"says it is {device}, but the machine calls itself {model!r}"]
     return found if name.startswith(device) else [*found, f"name the file after its board: {device}....json"]
 
@@ -66,9 +66,18 @@ def _how(result: dict[str, Any]) -> list[str]:
                 f"{name}: {runs} runs in {processes} processes are too few: "
                 f"at least {LEAST_RUNS} in {LEAST_PROCESSES}, which profile does without --quick"
             )
-    if len(result.get("adaptation", {}).get("update_ms", ())) < LEAST_STEPS:
+    if sum(map(len, result.get("adaptation", {}).get("update_ms", ()))) < LEAST_STEPS:
         found.append(f"fewer than {LEAST_STEPS} optimizer steps: adaptation is part of it")
     return found
+
+
+def _told(result: dict[str, Any]) -> list[str]:
+    """What the raw values say must be what the file says of them."""
+    from ksm_edge.profiler.profile import summary, warnings_of
+
+    found = [] if summary(result) == result["summary"] else ["its summary is not that of its raw values"]
+    hidden = set(warnings_of(result)) - set(result["warnings"])
+    return [*found, *(f"measured under a warning, which was taken out: {warning}" for warning in sorted(hidden))]
 
 
 if __name__ == "__main__":

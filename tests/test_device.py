@@ -137,6 +137,11 @@ def test_a_profile_of_the_users_own_is_loaded_from_its_path(tmp_path: Path) -> N
         (OWN.replace("batch = 16", "batch = 0"), "batch must be positive, not 0"),
         (OWN + "colour = 'green'", "colour is no field of a device profile; fields: name, title"),
         (OWN + "aliases = 'shed'", "aliases must be a list"),
+        (OWN + "model_strings = [1]", "model_strings must be a list of texts"),
+        (OWN + "idle_watts = nan", "idle_watts must be a finite number"),
+        (OWN + "power_modes = [1]", "a power mode is a table, not 1"),
+        (OWN + "[[power_modes]]\nname = 'a'\nwatts = 5", "a power mode needs cores, clock_mhz as well"),
+        (OWN.replace("shed-camera", "host"), "'host' is the name of the machine at hand"),
         ("cores = ", "cannot be read as a TOML device profile"),
     ],
 )

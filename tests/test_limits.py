@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,8 +58,62 @@ def test_what_a_child_of_its_child_takes_counts_as_well(held: str) -> None:
     assert run_limited([sys.executable, "-c", code, str(400 * MIB)], 100 * MIB).exceeded
 
 
+def test_what_a_thread_of_it_starts_counts_as_well(held: str) -> None:
+    code = (
+        "import subprocess, sys, threading; "
+        f"run = lambda: subprocess.run([sys.executable, '-c', {TAKE!r}, sys.argv[1]], check=False); "
+        "thread = threading.Thread(target=run); thread.start(); thread.join()"
+    )
+    assert run_limited([sys.executable, "-c", code, str(400 * MIB)], 100 * MIB).exceeded
+
+
+def test_it_may_be_called_from_any_thread(held: str) -> None:
+    found: list[limits.Outcome] = []
+    thread = threading.Thread(target=lambda: found.append(take(10 * MIB, 200 * MIB)))
+    thread.start()
+    thread.join()
+    assert found[0].exit_status == 3
+
+
+def test_a_marker_that_somebody_else_left_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(limits.SUPERVISED, "anything")
+    assert enforced_by() is None
+    monkeypatch.setenv(limits.SUPERVISED, f"{os.getpid()}:it would be its own parent")
+    assert enforced_by() is None
+
+
+def test_long_runs_keep_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MOST_SAMPLES", 8)
+    monkeypatch.setattr(limits, "SAMPLE_SECONDS", 0.01)
+    outcome = run_limited([sys.executable, "-c", "import time; time.sleep(1)"], None)
+    assert 4 <= len(outcome.rss_bytes) <= 8
+    assert outcome.rss_bytes[-1][0] > 0.5
+
+
+def test_a_command_ends_with_the_one_that_holds_its_limit(tmp_path: Path) -> None:
+    inner = (
+        "import os, sys, time; from ksm_edge.limits import end_with_supervisor; end_with_supervisor(); "
+        "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    code = (
+        "from ksm_edge.limits import run_limited; import sys; "
+        f"run_limited([sys.executable, '-c', {inner!r}, sys.argv[1]], {200 * MIB})"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")])
+    deadline = time.monotonic() + 20
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    supervisor.kill()
+    supervisor.wait()
+    pid = int((tmp_path / "pid").read_text())
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_command_without_a_budget_is_only_looked_at() -> None:
-    code = "import sys; from ksm_edge.limits import enforced_by; sys.exit(enforced_by() is not None)"
+    code = "import sys, time; time.sleep(0.5); import ksm_edge.limits as x; sys.exit(x.enforced_by() is not None)"
     outcome = run_limited([sys.executable, "-c", code], None)
     assert (outcome.exit_status, outcome.exceeded) == (0, False)
     assert outcome.peak_rss_bytes > 5 * MIB
@@ -88,7 +143,9 @@ def test_signals_reach_the_command(held: str, tmp_path: Path) -> None:
         f"sys.exit(run_limited([sys.executable, '-c', {inner!r}, sys.argv[1]], {200 * MIB}).exit_status)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "ready")])
+    deadline = time.monotonic() + 20
     while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(signal.SIGTERM)
     assert child.wait(20) == 7

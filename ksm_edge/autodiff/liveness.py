@@ -52,14 +52,16 @@ def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
 
 
 def tensor_bytes(model: onnx.ModelProto) -> dict[str, int]:
-    """Of every tensor that a node makes, by name."""
+    """Of every tensor that a node makes, by name; ValueError where a shape cannot be inferred."""
     inferred = with_shapes(model).graph
     sizes = {}
     for info in (*inferred.value_info, *inferred.output):
         tensor = info.type.tensor_type
-        if tensor.elem_type:
+        if tensor.elem_type and tensor.HasField("shape"):
             item = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
             sizes[info.name] = item * int(np.prod([d.dim_value for d in tensor.shape.dim]))
+    if unknown := [name for node in model.graph.node for name in node.output if name and name not in sizes]:
+        raise ValueError(f"no shape is known of {', '.join(unknown[:3])}")
     return sizes
 
 
@@ -67,14 +69,20 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with the shape of every tensor; operators that onnx does not know come out as ones that it does."""
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
+    matrices = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 2}
+    matrices |= {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     del plain.graph.node[:]
-    plain.graph.node.extend(map(_of_standard_operators, model.graph.node))
+    plain.graph.node.extend(part for node in model.graph.node for part in _of_standard_operators(node, matrices))
     return onnx.shape_inference.infer_shapes(plain)
 
 
-def _of_standard_operators(node: onnx.NodeProto) -> onnx.NodeProto:
+def _of_standard_operators(node: onnx.NodeProto, matrices: set[str]) -> list[onnx.NodeProto]:
     if node.op_type != "FusedMatMul":
-        return node
+        return [node]
     turned = {a.name for a in node.attribute if a.name in ("transA", "transB") and a.i}
-    left, right = ("ki" if "transA" in turned else "ik"), ("jk" if "transB" in turned else "kj")
-    return onnx.helper.make_node("Einsum", node.input, node.output, equation=f"...{left},...{right}->...ij")
+    left, right = node.input
+    if turned == {"transA"} and left in matrices:  # the other factor may have more dimensions
+        matrix = onnx.helper.make_node("Transpose", [left], [f"{node.output[0]}.turned"])
+        return [matrix, onnx.helper.make_node("MatMul", [matrix.output[0], right], node.output)]
+    letters = ("ki" if "transA" in turned else "ik"), ("jk" if "transB" in turned else "kj")
+    return [onnx.helper.make_node("Einsum", node.input, node.output, equation="...{},...{}->...ij".format(*letters))]

@@ -48,6 +48,14 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must not be below 0")
+    return value
+
+
 def byte_size(text: str) -> int:
     """A number of bytes with an optional unit.
 

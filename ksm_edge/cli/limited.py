@@ -9,14 +9,15 @@ from ksm_edge.device import HOST, Device
 from ksm_edge.errors import BudgetError
 from ksm_edge.limits import enforced_by, run_limited
 
-COMMAND = (sys.executable, "-c", "from ksm_edge.cli.main import entry; entry()")
+# Without the working directory on the path, as the installed command has none: what lies there is not to be imported.
+COMMAND = (sys.executable, "-c", "import sys; del sys.path[0]; from ksm_edge.cli.main import entry; entry()")
 NOT_ENFORCED = ("clock", "memory bandwidth", "storage speed")
 
 
 def emulation(args: argparse.Namespace) -> Device | None:
     """The board that this command is to be run as and this machine is not; None once it is, or where there is none."""
     name = getattr(args, "device", HOST)
-    if name == HOST or enforced_by() is not None:
+    if name == HOST or enforced_by() is not None or getattr(args, "predict", None) or getattr(args, "compare", None):
         return None
     device = Device.load(name)
     return device if device.is_emulated else None
@@ -26,11 +27,11 @@ def run_emulated(args: argparse.Namespace, device: Device) -> int:
     """The command's exit status; BudgetError where it took more memory than the board gives it."""
     budget = getattr(args, "memory_budget", None) or device.memory_budget_bytes
     outcome = run_limited([*COMMAND, *args.command_line], budget)
-    if outcome.exceeded:
+    if outcome.exceeded and outcome.exit_status:
         raise BudgetError(
-            f"stopped, as it took {outcome.peak_rss_bytes >> 20} MiB and more: as {device.title} it has "
-            f"{budget >> 20} MiB, held by {outcome.enforced}. Give a larger --memory-budget if the board has it, "
-            "or a smaller --batch"
+            f"stopped, as it took more than {device.title} has: {budget >> 20} MiB, held by a {outcome.enforced}. "
+            "Give a larger --memory-budget if the board has it. What `adapt` had learned is in its checkpoint, if one "
+            "was written by then: --resume goes on from there"
         )
     return outcome.exit_status
 

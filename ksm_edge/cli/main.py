@@ -16,6 +16,7 @@ from ksm_edge import __version__
 from ksm_edge.cli import adapt, devices, eval, export, fuse, inspect, predict, profile, sign, verify
 from ksm_edge.cli.limited import emulation, run_emulated
 from ksm_edge.errors import KsmEdgeError
+from ksm_edge.limits import end_with_supervisor, enforced_by
 
 VERBS: dict[str, ModuleType] = {
     "export": export,
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (board := emulation(args)) is not None:
             return run_emulated(args, board)
+        if enforced_by() is not None:
+            end_with_supervisor()
         return int(VERBS[args.verb].run(args))
     except KsmEdgeError as error:
         print(f"ksm-edge {args.verb}: {error}", file=sys.stderr)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from ksm_edge.cli.arguments import add_bundle, add_device, add_json, add_threads, byte_size, positive
+from ksm_edge.cli.arguments import add_bundle, add_device, add_json, add_threads, byte_size, natural, positive
 
 HELP = "measure time and memory of a backbone and tasks here, or predict them for boards"
 QUICK = {"runs": 40, "processes": 2, "steps": 3}
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=positive, default=5, metavar="N", help="fresh ones for these (default: 5)")
     parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
     parser.add_argument(
-        "--steps", type=int, default=10, metavar="N", help="timed optimizer steps, 0: none (default: 10)"
+        "--steps", type=natural, default=20, metavar="N", help="timed optimizer steps, 0: none (default: 20)"
     )
     parser.add_argument("--quick", action="store_true", help="few repetitions: for a look, not for a comparison")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all raw values")
@@ -36,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="ratios of two files of --out")
     parser.add_argument("--predict", nargs="+", metavar="DEVICE", help="measure nothing: what these boards would take")
     parser.add_argument(
-        "--kernels", default="onnxruntime", metavar="ENGINE", help="that --predict is of (onnxruntime, ncnn)"
+        "--kernels",
+        default="onnxruntime",
+        choices=("onnxruntime", "ncnn", "pytorch"),
+        help="whose kernels --predict is of: those that would run here, or an engine that others measured",
     )
     parser.add_argument("--images", type=positive, default=DEFAULT_IMAGES, metavar="N",
                         help=f"to learn from, of --predict (default: {DEFAULT_IMAGES})")  # fmt: skip
@@ -45,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ksm_edge.device import HOST
+    from ksm_edge.errors import UsageError
+
+    if (args.compare or args.predict) and (args.device != HOST or args.out or args.plot or args.packs):
+        raise UsageError("--compare and --predict measure nothing: they take no pack, --device, --out or --plot")
     if args.compare:
         return _compare(args)
     if args.predict:
@@ -61,9 +71,16 @@ def _measure(args: argparse.Namespace) -> int:
     from ksm_edge.cli.limited import enforcement
     from ksm_edge.cli.profile_report import measured
     from ksm_edge.device import HOST, Device, this_machine
+    from ksm_edge.errors import UsageError
     from ksm_edge.profiler.files import save_profile
+    from ksm_edge.profiler.plots import plot_profile, require_plots
     from ksm_edge.profiler.profile import measure_profile
 
+    # Found out now rather than when everything has been measured.
+    if args.out is not None and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
+        raise UsageError(f"{args.out} cannot be written: give the name of a file in a folder that is there")
+    if args.plot is not None:
+        require_plots(args.plot)
     device = this_machine() if args.device == HOST else Device.load(args.device)
     bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
@@ -83,17 +100,14 @@ def _measure(args: argparse.Namespace) -> int:
     )
     if args.out is not None:
         save_profile(result, args.out)
-    if args.plot is not None:
-        from ksm_edge.profiler.plots import plot_profile
-
-        for path in plot_profile(result, args.plot):
-            print(path, file=sys.stderr)
     if args.json:
         print(json.dumps({name: value for name, value in result.items() if name not in ("inference", "adaptation")}))
     else:
         print("\n".join(measured(result, device.title)))
     for warning in result["warnings"]:
         print(f"WARNING {warning}", file=sys.stderr)
+    for path in plot_profile(result, args.plot) if args.plot is not None else ():
+        print(path, file=sys.stderr)
     return 0
 
 
@@ -109,8 +123,6 @@ def _compare(args: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     print("\n".join(compared(found)))
-    for warning in found["warnings"]:
-        print(f"WARNING {warning}", file=sys.stderr)
     return 0
 
 
@@ -127,6 +139,8 @@ def _predict(args: argparse.Namespace) -> int:
     bundle, found = load_bundle(args.bundle), []
     for name in args.predict:
         device = this_machine() if name == HOST else Device.load(name)
+        if args.memory_budget is not None:
+            device = replace(device, memory_budget_bytes=args.memory_budget)
         given = {"batch": args.batch or device.batch, **({"epochs": args.epochs} if args.epochs else {})}
         settings, options = Settings(**given), {"kernels": args.kernels, "threads": args.threads}
         found.append(predict(bundle, device, images=args.images, settings=settings, **options))

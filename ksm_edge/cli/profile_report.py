@@ -19,8 +19,9 @@ def measured(result: Mapping[str, Any], title: str) -> list[str]:
     where = f"{title} (EMULATED on this machine: not its speed)" if result["emulated"] else title
     lines = [f"Device     {where}; {work['threads']} thread(s); {result['machine']['cpu']}"]
     if result["emulated"]:
-        held = result["enforced"].get("memory", "nothing")
-        lines.append(f"Enforced   threads, and memory by a {held}; not enforced: {', '.join(result['not_enforced'])}")
+        held = result["enforced"].get("memory")
+        what = "threads" if held is None else f"threads, and memory by a {held}"
+        lines.append(f"Enforced   {what}; not enforced: {', '.join(result['not_enforced'])}")
     lines += [f"Backbone   {work['recipe']}, {work['size']}x{work['size']} px, one image", ""]
     lines += [*_inference(found["inference"]), "", *_memory(found), ""]
     if "adaptation" in found:
@@ -62,14 +63,20 @@ def _adaptation(row: Mapping[str, Any], batch: int) -> list[str]:
 
 def compared(found: Mapping[str, Any]) -> list[str]:
     """What `compare_profiles` found."""
+    lines = []
+    for which, source in zip(("first", "second"), found["of"], strict=True):
+        emulated = " (EMULATED on this machine: not its speed)" if source["emulated"] else ""
+        lines.append(f"{which:<7} {source['device'] or 'unknown'}{emulated}; {source['cpu']}; {source['time']}")
     table: list[tuple[str, ...]] = [("", "first", "second", "second / first", f"{found['confidence']:.0%} interval")]
     for name, row in found["rows"].items():
         scale, unit = (MIB, "MiB") if name.endswith("_bytes") else (1, "ms")
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
         interval = "" if "interval" not in row else f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}"
         values = (f"{row[which] / scale:.2f}" for which in ("first", "second"))
-        table.append((f"{name.rsplit('_', 1)[0]}, {unit}", *values, ratio, interval))
-    return aligned(table)
+        table.append((f"{name.rsplit('_', 1)[0]}, {unit}", *values, f"{row['ratio']:.3f}", interval))
+    lines += ["", *aligned(table)]
+    for which, source in zip(("first", "second"), found["of"], strict=True):
+        lines += [f"WARNING {which}: {warning}" for warning in source["warnings"]]
+    return lines
 
 
 def predicted(predictions: Sequence[Prediction], recipe: str, size: int, images: int, epochs: int) -> list[str]:
@@ -80,23 +87,26 @@ def predicted(predictions: Sequence[Prediction], recipe: str, size: int, images:
     ]
     for one in predictions:
         latency = _ranged(one.inference_ms, one)
-        table.append((one.device.name, "yes" if one.plan else "no", latency, *_adapting(one)))
+        fits = {True: "yes", False: "no", None: "not known"}[one.fits]
+        table.append((one.device.name, fits, latency, *_adapting(one)))
     return [
         f"PREDICTED, not measured: {recipe}, {size} px; learning {images} images x {epochs} epochs",
         f"Kernels    {kernels.describes}; fitted on {kernels.fitted_on}",
         *aligned(table),
         *(f"{one.device.name}: {remark}" for one in predictions for remark in _remarks(one)),
-        f"Ranges: four of five measurements are expected within a factor of {kernels.spread:.2f}. Making the images",
-        "goes on meanwhile and is not counted. Energy: from the idle board (0 where unknown) to its power mode.",
+        f"Ranges: four of five measurements of an image are expected within a factor of {kernels.spread:.2f}; that of",
+        "adaptation is wider, and rests on one machine. Making images, judging, packing are left out. Energy: from the",
+        "idle board (0 where unknown) to its power mode.",
     ]
 
 
 def _adapting(one: Prediction) -> tuple[str, str, str]:
     budget, minutes, energy = _mib(one.device.memory_budget_bytes), one.adaptation_minutes, one.energy_watt_hours
-    if minutes is None or one.plan is None:
-        return "", f"over / {budget}", ""
+    if minutes is None:
+        return "", f"over / {budget}" if one.refusal else "", ""
     watt_hours = "" if energy is None else f"{energy[0]:.1f} to {energy[1]:.1f}"
-    return _ranged(minutes, one), f"{_mib(one.plan.expected_peak_bytes)} / {budget}", watt_hours
+    peak = "" if one.plan is None else f"{_mib(one.plan.expected_peak_bytes)} / {budget}"
+    return _ranged(minutes, one, adapting=True), peak, watt_hours
 
 
 def _remarks(one: Prediction) -> list[str]:
@@ -106,8 +116,8 @@ def _remarks(one: Prediction) -> list[str]:
     return found
 
 
-def _ranged(value: float, one: Prediction) -> str:
-    low, high = one.range_of(value)
+def _ranged(value: float, one: Prediction, *, adapting: bool = False) -> str:
+    low, high = one.range_of(value, adapting=adapting)
     digits = 0 if value >= 20 else 1
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 

@@ -10,13 +10,15 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 WARM_UP = 3  # runs or steps, in which allocators and caches settle
 COLD_PARTS = ("read_ms", "decode_ms", "fuse_ms", "session_ms", "first_run_ms")
-STEP_PARTS = ("data_ms", "forward_ms", "backward_ms", "update_ms")
+STEP_PARTS = ("data_ms", "forward_ms", "gradient_ms", "update_ms")  # gradient: forward and backward
 
 
 def measure_inference(bundle: str, pack: str | None, threads: int, runs: int, operators: bool) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _kind_of(event: dict[str, Any]) -> str:
 def measure_adaptation(
     bundle: str, batch: int, threads: int, steps: int, budget_bytes: int | None, classes: int
 ) -> dict[str, Any]:
-    """Optimizer steps on generated photos, part by part: making the images, forward, backward, update."""
+    """Optimizer steps on generated photos, part by part: making the images, gradients, update; and forward alone."""
     import numpy as np
     import onnxruntime  # noqa: F401 - it and numpy are the baseline
 
@@ -108,52 +110,48 @@ def measure_adaptation(
     from ksm_edge.data.batches import training_batches
     from ksm_edge.data.cache import ImageCache
     from ksm_edge.data.image_set import open_image_set
-    from ksm_edge.resident import peak_rss_bytes, rss_bytes
+    from ksm_edge.resident import peak_rss_bytes, rss_bytes, use_compact_heap
     from ksm_edge.runtimes.gradient import GradientSession
     from ksm_edge.training.planner import make_plan
     from ksm_edge.training.settings import Settings
     from ksm_edge.training.targets import target_rows
     from ksm_edge.training.trainer import Trainer
 
+    use_compact_heap()
     baseline, opened, settings = rss_bytes(), load_bundle(Path(bundle)), Settings(batch=batch)
     plan = make_plan(opened, classes, settings, threads=threads, budget_bytes=budget_bytes)
     trainer = Trainer(opened, plan.graph, settings, steps=1000, threads=threads)
     parts: dict[str, list[float]] = {name: [] for name in STEP_PARTS}
-    losses, clock = [], _Clock()
+    losses, clock, making = [], _Clock(), _Clock()
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
-        write_photos(Path(folder), classes, max(2, -(-batch // classes)))
+        write_photos(Path(folder), classes, -(-batch // classes))
         images = open_image_set(folder)
         with ImageCache(images, int(opened.input.resize * 1.25), 512 << 20) as cache:
-            items, _ = cache.prepare(images.train, lambda done, total: None)
-            items = items[:batch]
+            items = cache.prepare(images.train)[0][:batch]
+            targets = target_rows(np.array([item.label for item in items]), classes, settings.label_smoothing, None)
             for step in range(WARM_UP + steps):
+                made = training_batches(
+                    cache, items, opened.input, batch=batch, seed=0, epoch=step, augmentation=Augmentation(),
+                    part=plan.micro_batch,
+                )  # fmt: skip
+                making.laps = {"data_ms": 0.0}
                 clock.skip()
-                (made,) = training_batches(
-                    cache, items, opened.input, batch=batch, seed=0, epoch=step, augmentation=Augmentation()
-                )
-                data_ms = clock.since()
-                targets = target_rows(made.labels, classes, settings.label_smoothing, None)
-                clock.skip()
-                losses.append(trainer.accumulate(made.images, targets).loss)
-                gradient_ms = clock.since()
+                losses.append(trainer.accumulate(_timed((part.images for part in made), making), targets).loss)
+                gradient_ms = clock.since() - making.laps["data_ms"]
                 trainer.update()
-                update_ms = clock.since()
                 if step >= WARM_UP:
-                    parts["data_ms"].append(data_ms)
-                    parts["backward_ms"].append(gradient_ms)  # and forward, which is taken off below
-                    parts["update_ms"].append(update_ms)
+                    parts["update_ms"].append(clock.since())
+                    parts["gradient_ms"].append(gradient_ms)
+                    parts["data_ms"].append(making.laps["data_ms"])
     peak = peak_rss_bytes()
     # Behind the peak: the forward pass alone is a second session, which training does not have at the same time.
     forward = GradientSession(plan.forward, trainer.bound(plan.forward), threads)
-    micro_batches = -(-batch // plan.micro_batch)
     for step in range(WARM_UP + steps):
         clock.skip()
-        for _ in range(micro_batches):
+        for _ in range(-(-batch // plan.micro_batch)):
             forward.run()
         if step >= WARM_UP:
             parts["forward_ms"].append(clock.since())
-    typical = float(np.median(parts["forward_ms"]))
-    parts["backward_ms"] = [both - typical for both in parts["backward_ms"]]
     return {
         **parts,
         "losses": losses,
@@ -163,6 +161,18 @@ def measure_adaptation(
         "activation_bytes": plan.activation_bytes,
         "micro_batch": plan.micro_batch,
     }
+
+
+def _timed(parts: Iterator[T], clock: _Clock) -> Iterator[T]:
+    """The same, with the time of making them added up as data_ms."""
+    while True:
+        clock.skip()
+        try:
+            part = next(parts)
+        except StopIteration:
+            return
+        clock.laps["data_ms"] += clock.since()
+        yield part
 
 
 def write_photos(folder: Path, classes: int, each: int, size: tuple[int, int] = (640, 480)) -> None:
@@ -204,11 +214,15 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _main(what: str, out: str, asked: str) -> int:
-    found = MEASURES[what](**json.loads(Path(asked).read_text()))
+def main(what: str, out: str, asked: str) -> int:
+    """Measure `what` as the file `asked` says, into the file `out`."""
+    try:
+        found = MEASURES[what](**json.loads(Path(asked).read_text()))
+    except KeyboardInterrupt:
+        return 130
     Path(out).write_text(json.dumps(found))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

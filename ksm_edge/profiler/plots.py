@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,9 @@ SHOWN_OPERATORS = 10
 
 def plot_profile(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Latencies, resident memory over time and time by operator, as PNG and SVG files; returns their paths."""
-    try:
-        import matplotlib
+    require_plots(folder)
+    from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("plots need matplotlib: pip install 'ksm-edge[plot]'") from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
     drawn = {"latency": _latency, "operators": _operators}
     if "adaptation" in result:
         drawn["memory"] = _memory
@@ -43,6 +36,16 @@ def plot_profile(result: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
+def require_plots(folder: Path) -> None:
+    """Raises UnsupportedError without matplotlib, UsageError where the folder cannot be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError("plots need matplotlib: pip install 'ksm-edge[plot]'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
+
+
 def _latency(axes: Any, result: Mapping[str, Any]) -> None:
     """The share of inferences that took at most so long: tails are seen, no bins are chosen."""
     for name, raw in result["inference"].items():
@@ -53,7 +56,7 @@ def _latency(axes: Any, result: Mapping[str, Any]) -> None:
 
 
 def _operators(axes: Any, result: Mapping[str, Any]) -> None:
-    """Of the backbone with the first task, or with none."""
+    """Of the backbone with the last task, or with none."""
     name, raw = list(result["inference"].items())[-1]
     rows = list(raw["operators_ms"].items())[:SHOWN_OPERATORS]
     axes.barh([operator for operator, _ in rows][::-1], [ms for _, ms in rows][::-1])
@@ -62,8 +65,10 @@ def _operators(axes: Any, result: Mapping[str, Any]) -> None:
 
 def _memory(axes: Any, result: Mapping[str, Any]) -> None:
     raw = result["adaptation"]
-    times, sizes = zip(*raw["rss_over_time"], strict=True)
-    axes.plot(times, [size / MIB for size in sizes], label="resident memory")
-    axes.axhline(raw["expected_peak_bytes"] / MIB, linestyle="--", color="grey", label="expected by the plan")
+    for index, samples in enumerate(raw["rss_over_time"]):
+        times, sizes = zip(*samples, strict=True)
+        label = "resident memory, each process" if index == 0 else None
+        axes.plot(times, [size / MIB for size in sizes], color="C0", linewidth=1, label=label)
+    axes.axhline(raw["expected_peak_bytes"][0] / MIB, linestyle="--", color="grey", label="expected by the plan")
     axes.set(xlabel="seconds since the process began", ylabel="MiB", ylim=(0, None))
     axes.legend()

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ksm_edge.bundle.layers import Bundle
-from ksm_edge.device import HOST, Device, this_machine
-from ksm_edge.errors import BudgetError, UnsupportedError
+from ksm_edge.device import HOST, Device
+from ksm_edge.errors import BudgetError
 from ksm_edge.mask import score_shape
 from ksm_edge.profiler.roofline import Kernels, Machine, seconds
 from ksm_edge.profiler.work import FLOAT_BYTES, Work, graph_work, linear_work
@@ -35,14 +35,14 @@ ARRAYS_A_WEIGHT, ARRAYS_A_SCORE = 4, 8
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one board. Times have a range: four of five boards' measurements are expected within."""
+    """Of one board. A time has a range: four of five measurements are expected within, as far as can be told."""
 
     device: Device
     kernels: Kernels
     inference_ms: float
     operators: tuple[tuple[Work, float], ...]  # of an inference, each with its milliseconds
     inference_bytes: int  # resident, of a process with one task
-    step_ms: float | None  # None where adaptation does not fit
+    step_ms: float | None  # None where adaptation does not fit, or nothing is known of it
     adaptation_operators: tuple[tuple[Work, float], ...]  # of one micro-batch and of the update
     steps: int
     plan: Plan | None
@@ -50,7 +50,7 @@ class Prediction:
 
     @property
     def adaptation_minutes(self) -> float | None:
-        """All steps; reading and augmenting the images goes on meanwhile and is not counted."""
+        """All steps; reading the images goes on meanwhile, and neither that nor judging and packing is counted."""
         return None if self.step_ms is None else self.step_ms * self.steps / 60_000
 
     @property
@@ -61,9 +61,15 @@ class Prediction:
             return None
         return minutes / 60 * self.device.idle_watts, minutes / 60 * self.device.power_modes[0].watts
 
-    def range_of(self, value: float) -> tuple[float, float]:
-        """A time's range."""
-        return value / self.kernels.spread, value * self.kernels.spread
+    @property
+    def fits(self) -> bool | None:
+        """Whether adaptation fits in memory; None where these kernels are no engine of ours."""
+        return None if self.plan is None and self.refusal is None else self.plan is not None
+
+    def range_of(self, value: float, *, adapting: bool = False) -> tuple[float, float]:
+        """A time's range, of an inference or of an adaptation."""
+        spread = self.kernels.adaptation_spread or self.kernels.spread if adapting else self.kernels.spread
+        return value / spread, value * spread
 
     def as_json(self) -> dict[str, Any]:
         """Times in ms with their ranges, sizes in bytes."""
@@ -77,16 +83,16 @@ class Prediction:
             "inference_ms_range": self.range_of(self.inference_ms),
             "inference_operators": [_operator_json(*pair) for pair in self.operators],
             "inference_peak_bytes": self.inference_bytes,
-            "fits": plan is not None,
+            "fits": self.fits,
             "refusal": self.refusal,
             "memory_budget_bytes": self.device.memory_budget_bytes,
             "adaptation_peak_bytes": plan and plan.expected_peak_bytes,
             "step_ms": self.step_ms,
-            "step_ms_range": self.step_ms and self.range_of(self.step_ms),
+            "step_ms_range": self.step_ms and self.range_of(self.step_ms, adapting=True),
             "adaptation_operators": [_operator_json(*pair) for pair in self.adaptation_operators],
             "steps": self.steps,
             "adaptation_minutes": minutes,
-            "adaptation_minutes_range": minutes and self.range_of(minutes),
+            "adaptation_minutes_range": minutes and self.range_of(minutes, adapting=True),
             "energy_watt_hours": energy,
         }
 
@@ -103,29 +109,28 @@ def predict(
 ) -> Prediction:
     """Of one image through the backbone with a task, and of learning `images` of `classes` in `settings.epochs`.
 
-    UsageError where the device's profile lacks what a prediction needs.
+    `threads`: all that the profile says if not given, and no more than it has cores. UsageError where the device's
+    profile lacks what a prediction needs.
     """
-    engine, threads = Kernels.load(kernels), threads or device.threads
+    engine, threads = Kernels.load(kernels), min(threads or device.threads, device.cores)
     machine = _machine(device)
-    forward = [*graph_work(bundle.graph_path, bundle.input.size), linear_work("head", bundle.features, classes)]
+    features = graph_work(bundle.graph_path, bundle.input.size, eager=engine.eager)
+    forward = [*features, linear_work("head", bundle.features, classes)]
     forward_ms = _milliseconds(forward, machine, engine, threads)
     settings = replace(settings, batch=min(settings.batch, images))
-    steps = settings.epochs * -(-images // settings.batch)
     plan, refusal, step_ms, adapting = None, None, None, []
-    try:
-        if not engine.adaptation:
-            raise UnsupportedError(f"nothing is known of adaptation with {engine.describes}")
-        plan = make_plan(bundle, classes, settings, threads=threads, budget_bytes=device.memory_budget_bytes)
-    except (BudgetError, UnsupportedError) as error:
-        refusal = str(error)
+    if engine.backward:  # an engine of its own, with memory of its own
+        step_ms = settings.batch * sum(forward_ms) * (1 + engine.backward)
+    elif engine.adaptation:
+        try:
+            plan = make_plan(bundle, classes, settings, threads=threads, budget_bytes=device.memory_budget_bytes)
+        except BudgetError as error:
+            refusal = str(error)
     if plan is not None:
         gradient, update = gradient_work(bundle, plan), update_work(bundle, settings)
-        # numpy's loops run in one thread.
-        gradient_ms, update_ms = (
-            _milliseconds(gradient, machine, engine, threads),
-            _milliseconds(update, machine, replace(engine, overhead_cycles=0), 1),
-        )
-        gradient_ms = [ms * engine.adaptation for ms in gradient_ms]
+        gradient_ms = [ms * engine.adaptation for ms in _milliseconds(gradient, machine, engine, threads)]
+        # numpy's loops run in one thread, and cost next to nothing to start.
+        update_ms = _milliseconds(update, machine, replace(engine, overhead_cycles=0), 1)
         step_ms = sum(gradient_ms) * -(-settings.batch // plan.micro_batch) + sum(update_ms)
         adapting = [*zip(gradient, gradient_ms, strict=True), *zip(update, update_ms, strict=True)]
     return Prediction(
@@ -136,7 +141,7 @@ def predict(
         inference_bytes=inference_bytes(bundle, forward),
         step_ms=step_ms,
         adaptation_operators=tuple(adapting),
-        steps=steps,
+        steps=settings.epochs * -(-images // settings.batch),
         plan=plan,
         refusal=refusal,
     )
@@ -173,9 +178,7 @@ def update_work(bundle: Bundle, settings: Settings) -> list[Work]:
 
 
 def _machine(device: Device) -> Machine:
-    if device.name in (HOST, this_machine().name) and not device.flop_per_cycle:
-        return Machine.measured(max(device.clock_mhz, 1000) * 1e6)
-    return Machine.of(device)
+    return Machine.here(device.clock_mhz) if device.name == HOST else Machine.of(device)
 
 
 def _milliseconds(works: Sequence[Work], machine: Machine, kernels: Kernels, threads: int) -> list[float]:

@@ -12,16 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from ksm_edge.bundle.layers import Bundle
-from ksm_edge.errors import KsmEdgeError
+from ksm_edge.errors import KsmEdgeError, UsageError
 from ksm_edge.limits import run_limited
 from ksm_edge.pack.files import load_pack, require_backbone
 from ksm_edge.profiler import telemetry
-from ksm_edge.profiler.child import COLD_PARTS, STEP_PARTS
+from ksm_edge.profiler.child import STEP_PARTS
+from ksm_edge.training.planner import make_plan
+from ksm_edge.training.settings import Settings
 
 FORMAT_VERSION = 1
 KIND = "ksm-edge profile"
 FULL_SHARE = 0.95  # of one core: a single-threaded loop that got less was kept waiting
+# Without the working directory on the path: what lies there is not to be imported.
+CHILD = (
+    sys.executable,
+    "-c",
+    "import sys; del sys.path[0]; from ksm_edge.profiler.child import main; sys.exit(main(*sys.argv[1:]))",
+)
 UNSTABLE = 1.5  # p95 over p50 of a quiet machine is below
+PLAIN = "plain backbone"
 CLASSES = 10  # of the task that adaptation is timed on
 
 
@@ -40,13 +49,16 @@ def measure_profile(
 ) -> dict[str, Any]:
     """A result to write with `save_profile`: of the plain backbone and each pack, and of optimizer steps.
 
-    `runs`: timed inferences in all, over `processes` fresh ones, each of which is also one cold start; `steps` of
-    `batch` images, 0 for none. `budget_bytes` is what adaptation is planned within. Raises what a bundle or pack that
-    does not fit raises.
+    `runs`: timed inferences in all, over `processes` fresh ones, each of which is also one cold start; `steps` in all,
+    of `batch` images, 0 for none. `budget_bytes` is what adaptation is planned within. Raises BudgetError where it does
+    not fit, UsageError for two packs of one name, and what a pack that does not fit the bundle raises.
     """
     tell = progress or (lambda text: None)
+    _require_names(packs)
     for pack in packs:
         require_backbone(load_pack(pack), bundle)
+    if steps:  # found out now rather than when everything else has been measured
+        make_plan(bundle, CLASSES, Settings(batch=batch), threads=threads, budget_bytes=budget_bytes)
     result: dict[str, Any] = {
         "kind": KIND,
         "version": FORMAT_VERSION,
@@ -64,19 +76,28 @@ def measure_profile(
         "inference": {},
     }
     each = -(-runs // processes)
-    for name, path in {"plain backbone": None, **{pack.name: str(pack) for pack in packs}}.items():
+    for name, path in {PLAIN: None, **{pack.name: str(pack) for pack in packs}}.items():
         tell(f"inference: {name}")
         given = {"bundle": str(bundle.path), "pack": path, "threads": threads, "runs": each}
         parts = [_child("inference", {**given, "operators": i == 0}) for i in range(processes)]
         result["inference"][name] = _together(parts)
     if steps:
         tell(f"adaptation: steps of {batch} images")
-        given = {"bundle": str(bundle.path), "batch": batch, "threads": threads, "steps": steps}
-        result["adaptation"] = _child("adaptation", {**given, "budget_bytes": budget_bytes, "classes": CLASSES})
+        given = {"bundle": str(bundle.path), "batch": batch, "threads": threads, "steps": -(-steps // processes)}
+        given |= {"budget_bytes": budget_bytes, "classes": CLASSES}
+        result["adaptation"] = _listed([_child("adaptation", given) for _ in range(processes)])
     result["after"] = telemetry.condition()
     result["summary"] = summary(result)
-    result["warnings"] = _warnings(result)
+    result["warnings"] = warnings_of(result)
     return result
+
+
+def _require_names(packs: Sequence[Path]) -> None:
+    """Results go by the packs' file names."""
+    names = [PLAIN, *(pack.name for pack in packs)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two of the packs are called {name}: results go by their names, so rename one")
 
 
 def _child(what: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,20 +105,24 @@ def _child(what: str, given: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         asked, out = Path(folder, "asked.json"), Path(folder, "found.json")
         asked.write_text(json.dumps(given))
-        command = [sys.executable, "-m", "ksm_edge.profiler.child", what, str(out), str(asked)]
-        outcome = run_limited(command, None)
+        outcome = run_limited([*CHILD, what, str(out), str(asked)], None)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
         if outcome.exit_status or not out.exists():
             raise KsmEdgeError(f"the process that measures {what} ended with exit status {outcome.exit_status}")
         found: dict[str, Any] = json.loads(out.read_text())
     return {**found, "rss_over_time": outcome.rss_bytes}
 
 
-def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _listed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of several processes: each one's values in a list."""
+    return {name: [part[name] for part in parts] for name in parts[0]}
+
+
+def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plain = ("latency_ms", "cpu_share", "baseline_bytes", "peak_rss_bytes", "rss_bytes", "pss_bytes")
-    found: dict[str, Any] = {name: [part[name] for part in parts] for name in plain}
-    found["cold"] = {name: [part["cold"][name] for part in parts] for name in COLD_PARTS}
-    return {**found, "operators_ms": parts[0]["operators_ms"]}
+    found = _listed([{name: part[name] for name in plain} for part in parts])
+    return {**found, "cold": _listed([part["cold"] for part in parts]), "operators_ms": parts[0]["operators_ms"]}
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,14 +130,16 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"inference": {name: _inference(raw) for name, raw in result["inference"].items()}}
     if "adaptation" in result:
         raw, images = result["adaptation"], result["work"]["batch"]
-        parts = {name: statistics.median(raw[name]) for name in STEP_PARTS}
-        step = parts["forward_ms"] + parts["backward_ms"] + parts["update_ms"]
-        kept = ("baseline_bytes", "peak_rss_bytes", "expected_peak_bytes", "activation_bytes", "micro_batch")
+        parts = {name: statistics.median(value for part in raw[name] for value in part) for name in STEP_PARTS}
+        step = parts["gradient_ms"] + parts["update_ms"]
         found["adaptation"] = {
             **parts,
+            "backward_ms": parts["gradient_ms"] - parts["forward_ms"],
             "step_ms": step,
             "images_per_second": 1e3 * images / step,
-            **{name: raw[name] for name in kept},
+            "baseline_bytes": statistics.median(raw["baseline_bytes"]),
+            "peak_rss_bytes": max(raw["peak_rss_bytes"]),
+            **{name: raw[name][0] for name in ("expected_peak_bytes", "activation_bytes", "micro_batch")},
         }
     return found
 
@@ -139,7 +166,8 @@ def percentile(ordered: Sequence[float], percent: int) -> float:
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
-def _warnings(result: Mapping[str, Any]) -> list[str]:
+def warnings_of(result: Mapping[str, Any]) -> list[str]:
+    """What in the raw values, and in the machine's state, makes figures doubtful."""
     found = telemetry.warnings(result["before"], result["after"])
     for name, raw in result["inference"].items():
         share = min(raw["cpu_share"])
@@ -147,7 +175,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name}: a timed loop got only {share:.0%} of a core: stop what else runs, and run this again"
             )
-        row = result["summary"]["inference"][name]
+        row = _inference(raw)
         if row.get("p95_ms", 0) > UNSTABLE * row["p50_ms"]:
             found.append(f"{name}: p95 is {row['p95_ms'] / row['p50_ms']:.1f} times p50: times are unstable")
     return found

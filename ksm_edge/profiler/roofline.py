@@ -14,10 +14,13 @@ The numbers of an engine are in `kernels.toml`, which `benchmarks/prediction.py`
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,7 @@ else:
     import tomli as tomllib
 
 TENSOR_BYTES = 4 << 20
+UNKNOWN_CLOCK_MHZ = 2000
 KERNELS = Path(__file__).with_name("kernels.toml")
 
 
@@ -56,11 +60,23 @@ class Machine:
         return Machine(clock, clock * device.flop_per_cycle, bandwidth, device.in_order)
 
     @staticmethod
+    def here(clock_mhz: int) -> Machine:
+        """This one, measured in a process of one thread, which takes about a second."""
+        code = (
+            "import sys; del sys.path[0]; import json; from ksm_edge.profiler.roofline import Machine; "
+            "print(json.dumps(vars(Machine.measured(float(sys.argv[1])))))"
+        )
+        environment = {**os.environ, **{f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "OPENBLAS", "MKL")}}
+        command = [sys.executable, "-c", code, str(1e6 * (clock_mhz or UNKNOWN_CLOCK_MHZ))]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        return Machine(**json.loads(found))
+
+    @staticmethod
     def measured(clock_hz: float) -> Machine:
-        """This one: the best of a few matrix products, copies and fills by one thread; takes about a second.
+        """This one: the best of a few matrix products, copies and fills.
 
         Blocks are as large as tensors between layers are, so that a large cache shows; boards have none that holds
-        them. numpy's own threads must have been limited to one before it was imported.
+        them. By as many threads as numpy was left when it was imported: see `here`.
         """
         side = 1024
         a, b = (np.random.default_rng(0).random((side, side), np.float32) for _ in range(2))
@@ -88,6 +104,7 @@ class Kernels:
     spread: float  # a factor: four of five predictions are within it of what was measured
     backward: float = 0.0  # training: time behind the forward pass, as a multiple of it, where it is not counted
     adaptation: float = 0.0  # what a gradient graph takes, as a multiple of what is counted; 0: none was measured
+    adaptation_spread: float = 0.0  # the same as `spread` for that
     eager: bool = False  # nothing is fused
 
     @staticmethod
@@ -114,8 +131,7 @@ def _bandwidth(copied: float, filled: float) -> float:
     return math.sqrt(2 * copied * filled)
 
 
-def _best_seconds(run: object, times: int = 20) -> float:
-    assert callable(run)
+def _best_seconds(run: Callable[[], object], times: int = 20) -> float:
     found = []
     for _ in range(times):
         began = time.perf_counter()

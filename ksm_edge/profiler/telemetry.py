@@ -54,7 +54,7 @@ def condition(seconds: float = 1.0, root: Path = Path("/")) -> dict[str, Any]:
 
 
 def warnings(*conditions: dict[str, Any]) -> list[str]:
-    """A sentence for everything in those conditions that makes figures doubtful, each with what to do."""
+    """A sentence for everything that makes figures doubtful, each with what to do; conditions in order of time."""
     found = []
     for state in conditions:
         busy, when = state["busy_cores"], state["time"]
@@ -67,8 +67,13 @@ def warnings(*conditions: dict[str, Any]) -> list[str]:
         if hot:
             name, value = max(hot.items(), key=lambda item: item[1])
             found.append(f"{name} was at {value:.0f} degrees Celsius at {when}: let it cool down, or give it a fan")
-        if now := [text for text in state.get("throttled", ()) if "since" not in text]:
-            found.append(f"the board was slowed down at {when} ({', '.join(now)}): see to its supply and its cooling")
+        # What happened before the first look is no fault of what was measured.
+        before = conditions[0].get("throttled", ())
+        slowed = [text for text in state.get("throttled", ()) if "since" not in text or text not in before]
+        if slowed:
+            found.append(
+                f"the board was slowed down by {when} ({', '.join(slowed)}): see to its supply and its cooling"
+            )
         if "powersave" in state.get("governors", ()):
             found.append(f"the processor's governor was 'powersave' at {when}: set 'performance' while you measure")
     return list(dict.fromkeys(found))

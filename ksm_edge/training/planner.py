@@ -12,8 +12,8 @@ from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_layers
 
-# The numbers below were chosen so that no adaptation of ten backbones in steps of 1, 8 and 16 images took more than was
-# expected, and what was expected was least over that: benchmarks/memory.py measures them again.
+# The numbers below were chosen so that no adaptation of eight backbones in steps of 1, 8 and 32 images took more than
+# was expected, and what was expected was least over that: benchmarks/memory.py measures them again.
 # Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
 PROCESS_BYTES = 95 * 2**20
 # Arena and heap round up, and keep what they had to split.

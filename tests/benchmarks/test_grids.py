@@ -142,10 +142,35 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     summaries = {"bits": load("bits").summary(runs), "pareto": load("pareto").summary(PARETO)}
     for name, summary in summaries.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**origin, "summary": summary}))
-    (tmp_path / "apps.json").write_text(json.dumps({**origin, **APPS}))
+    others = {"apps": APPS, "prediction": PREDICTION, "memory": MEMORY, "plans": PLANS, "runtimes": RUNTIMES}
+    for name, content in others.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**origin, **content}))
     return script
 
 
+ROW = {"board": "a-board", "threads": 4, "network": "a-net", "training": False, "ms": 20.0, "predicted_ms": 22.0}
+PREDICTION = {
+    "summary": {
+        "left_out": {"rows": [{**ROW, "ratio": 1.1}], "median_error": 0.1, "worst_factor": 1.1},
+        "reported": [{**ROW, "ratio": 1.1}],
+        "training": {"rows": [{**ROW, "training": True, "ratio": 1.1}], "worst_error": 0.1},
+        "adaptation": {"rows": {"a-net": {"measured_ms": 30.0, "counted_ms": 20.0, "ratio": 1.5}}, "factor": 1.5},
+    }
+}
+MEMORY = {
+    "summary": {"least": 1.01, "most": 1.09, "exceeded": 0},
+    "runs": [{"recipe": "a-net", "size": 96, "options": ["--batch", "8"], "expected_bytes": 200 << 20,
+              "peak_rss_bytes": 190 << 20}],
+}  # fmt: skip
+PLANS = {
+    "settings": {"batch": 8, "size": 224},
+    "summary": {"a-net": {"fastest": {"step_ms": 300.0, "time_ratio": 1.0, "peak_rss_bytes": 180 << 20}}},
+}
+RUNTIMES = {
+    "settings": {"size": 224},
+    "summary": {"ways": {"a way": {"first_ms": 9.0, "next_ms": 8.0, "run_ms": 7.0, "before_bytes": 70 << 20,
+                                   "rss_bytes": {"1": 80 << 20, "2": 90 << 20}}}},
+}  # fmt: skip
 APPS = {
     "settings": {"size": 224, "tasks": 50},
     "runs": [{"way": "pack", "read": [], "session": [], "bytes": 1}],
@@ -175,6 +200,14 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     text = (tmp_path / "app.md").read_text()
     assert "| pack | 1.0 | 2.2 | 3.2 | 0.50 | 50 kB |" in text
     assert "10,000 switches among all of them, peak RSS | 150 MiB of the 200 MiB budget of a-board (emulated" in text
+    text = (tmp_path / "boards.md").read_text()
+    assert "| a-board | 4 | a-net | 20.0 | 22.0 | 1.10 |" in text
+    assert "| a-board | 4 | a-net, all weights | 20.0 | 22.0 | 1.10 |" in text
+    assert "| a-net | 30 | 20 | 1.50 |" in text
+    assert "| a-net | 96 | --batch 8 | 200 | 190 |" in text
+    assert "| a-net | fastest | 300 | 1.00 | 180 |" in (tmp_path / "engine.md").read_text()
+    assert "| a way | 9.0 | 8.0 | 7.0 | 70 MiB | 80, 90 MiB |" in (tmp_path / "mobile.md").read_text()
+    text = (tmp_path / "app.md").read_text()
     assert "| each of 3 such processes on one bundle: RSS, PSS | 100 MiB, 30 MiB |" in text
     monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
     assert pages.main() == 0

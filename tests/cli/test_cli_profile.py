@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,9 +47,11 @@ def test_a_quick_look_tells_time_and_memory(bundle: Path, tmp_path: Path, capsys
     assert "measuring inference: a.ksm" in stderr
     assert main(["profile", "--compare", str(out), str(out), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert rows["a.ksm: latency_ms"]["ratio"] == 1
+    assert rows["a.ksm: latency_ms"]["ratio"] == pytest.approx(1)
     assert main(["profile", "--compare", str(out), str(out)]) == 0
-    assert "95% interval" in capsys.readouterr().out
+    stdout = capsys.readouterr().out
+    assert "95% interval" in stdout
+    assert stdout.startswith("first   host; ")
 
 
 def test_an_emulated_board_is_said_to_be_one(bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +61,8 @@ def test_an_emulated_board_is_said_to_be_one(bundle: Path, tmp_path: Path, capfd
     assert "EMULATED on this machine" in stdout
     assert "not enforced: clock, memory bandwidth, storage speed" in stdout
     result = json.loads(out.read_text())
+    assert main(["profile", "--compare", str(out), str(out)]) == 0
+    assert "raspberry-pi-zero-2w (EMULATED" in capfd.readouterr().out
     assert result["emulated"]
     assert "watchdog" in result["enforced"]["memory"]
 
@@ -75,14 +83,54 @@ def test_predictions_are_one_table_that_says_what_it_is(bundle: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "message"),
     [
-        (("--predict", "toaster"), "'toaster' is not known"),
-        (("--predict", "jetson", "--kernels", "x"), "no numbers of"),
+        (("--predict", "toaster"), 2, "'toaster' is not known"),
+        (("--predict", "jetson", "--device", "jetson"), 2, "measure nothing"),
+        (("--compare", "a.json", "b.json", "--out", "c.json"), 2, "measure nothing"),
+        (("--compare", "absent.json", "b.json"), 2, "absent.json cannot be read"),
+        (("--out", "/nowhere/at/all.json"), 2, "cannot be written"),
+        (("--plot", "/dev/null/plots"), 2, "cannot be written"),
+        (("--memory-budget", "1MiB"), 5, "the budget is 1 MiB"),
     ],
 )
-def test_what_is_not_known_is_a_usage_error(
-    bundle: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_is_said_at_once(
+    bundle: Path, words: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert profile(bundle, *words) == 2
-    assert message in capsys.readouterr().err
+    assert profile(bundle, *words) == code
+    stdout, stderr = capsys.readouterr()
+    assert message in stderr
+    assert "measuring" not in stdout + stderr
+
+
+@pytest.mark.parametrize("words", [("--steps", "-1"), ("--kernels", "tflite"), ("--runs", "0")])
+def test_options_out_of_range_are_refused_by_the_parser(bundle: Path, words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        profile(bundle, *words)
+    assert caught.value.code == 2
+
+
+def test_predictions_keep_to_the_budget_that_is_given(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile(bundle, "--predict", "raspberry-pi-5", "--memory-budget", "50MiB") == 0
+    assert "over / 50" in capsys.readouterr().out
+    assert profile(bundle, "--predict", "raspberry-pi-5", "--kernels", "ncnn") == 0
+    assert "not known" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_interrupted_and_no_failure(bundle: Path) -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # the shell may have it ignored
+        "from ksm_edge.cli.main import entry; entry()"
+    )
+    words = ["profile", "--bundle", str(bundle), "--runs", "1000000", "--processes", "1", "--threads", "1"]
+    child = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stderr is not None
+        assert "measuring" in child.stderr.readline()
+        time.sleep(2)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+        assert "Traceback" not in child.stderr.read()
+    finally:
+        child.kill()
+        child.communicate()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from tiny import saved_tiny_bundle
@@ -61,7 +60,7 @@ def test_kernels_that_only_infer_predict_no_adaptation(bundle: Bundle) -> None:
     found = predict(bundle, BOARD, images=10, settings=SETTINGS, kernels="ncnn")
     assert found.inference_ms > 0
     assert (found.plan, found.step_ms) == (None, None)
-    assert found.refusal == "nothing is known of adaptation with ncnn, FP32, with Winograd's convs, on Arm"
+    assert (found.refusal, found.fits) == (None, None)
 
 
 def test_a_board_without_watts_has_no_energy(bundle: Bundle) -> None:
@@ -104,6 +103,19 @@ def test_an_update_is_of_the_layers_that_learn(bundle: Bundle) -> None:
     assert update_work(bundle, replace(SETTINGS, method="head")) == []
 
 
-def test_the_cli_knows_no_other_path(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no device profile"):
-        Device.load(tmp_path / "own.toml")
+def test_torch_is_predicted_as_it_runs_eagerly_with_a_backward_pass_of_its_own(bundle: Bundle) -> None:
+    torch = predict(bundle, BOARD, images=10, settings=SETTINGS, kernels="pytorch")
+    assert any(work.operator == "BatchNormalization" for work, _ in torch.operators)
+    assert torch.step_ms == pytest.approx(4 * torch.inference_ms * (1 + torch.kernels.backward))
+    assert torch.fits is None
+
+
+def test_no_more_threads_are_counted_than_there_are_cores(bundle: Bundle) -> None:
+    four, many = (predict(bundle, BOARD, images=10, settings=SETTINGS, threads=n).inference_ms for n in (4, 64))
+    assert many == four
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_the_embedded_backbone_is_predicted_at_every_micro_batch(batch: int) -> None:
+    found = predict(load_bundle("embedded"), BOARD, images=20, settings=Settings(batch=batch))
+    assert found.step_ms
