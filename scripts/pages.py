@@ -141,7 +141,8 @@ def prediction_tables(content: Mapping[str, Any]) -> str:
         *_prediction_rows(training["rows"]),
         "",
         "Gradients of a step of 8 images on this machine, against what their operators would take at inference: the",
-        f"median of the ratios, {found['adaptation']['factor']:.2f}, is what predictions of adaptation are multiplied by.",
+        f"median of the ratios, {found['adaptation']['factor']:.2f}, is what predictions of adaptation are multiplied "
+        "by.",
         "",
         "| network | measured, ms | counted, ms | ratio |",
         "|---|---|---|---|",
