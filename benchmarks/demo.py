@@ -44,6 +44,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ksm-edge-demo-") as folder:
         for _ in range(record.settings["repeats"]):
             record.runs.append(_run(Path(folder, "digits.ksm")))
+            Path(folder, "digits.ksm").unlink()
         transcript = _transcript(Path(folder))
     record.summary = summary(record.runs) | {"transcript": transcript}
     _show(record.summary)
