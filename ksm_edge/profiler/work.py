@@ -8,7 +8,7 @@ what a cache saves is not counted, nor what an engine copies on its own account.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +75,6 @@ def graph_work(model: onnx.ModelProto | Path, size: int, *, eager: bool = False)
 def linear_work(name: str, inputs: int, outputs: int) -> Work:
     """Of a linear layer for one image, such as a head: its weights are read once and used once."""
     return Work(name, "Gemm", "memory", 2.0 * inputs * outputs, FLOAT_BYTES * (inputs * outputs + inputs + outputs))
-
-
-def total(works: Iterable[Work]) -> tuple[float, float]:
-    """Operations and bytes of all of them."""
-    listed = list(works)
-    return sum(work.flops for work in listed), sum(work.bytes for work in listed)
 
 
 def _arithmetic(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, float]:
