@@ -96,7 +96,7 @@ def predicted(predictions: Sequence[Prediction], recipe: str, size: int, images:
         *(f"{one.device.name}: {remark}" for one in predictions for remark in _remarks(one)),
         f"Ranges: four of five measurements of an image are expected within a factor of {kernels.spread:.2f}; that of",
         "adaptation is wider, and rests on one machine. Making images, judging, packing are left out. Energy: from the",
-        "idle board (0 where unknown) to its power mode.",
+        "idle board, where that is known, to its power mode.",
     ]
 
 
@@ -104,7 +104,10 @@ def _adapting(one: Prediction) -> tuple[str, str, str]:
     budget, minutes, energy = _mib(one.device.memory_budget_bytes), one.adaptation_minutes, one.energy_watt_hours
     if minutes is None:
         return "", f"over / {budget}" if one.refusal else "", ""
-    watt_hours = "" if energy is None else f"{energy[0]:.1f} to {energy[1]:.1f}"
+    least = (
+        "up to" if energy is None or not energy[0] else f"{energy[0]:.1f} to"
+    )  # 0: the board's idle power is unknown
+    watt_hours = "" if energy is None else f"{least} {energy[1]:.1f}"
     peak = "" if one.plan is None else f"{_mib(one.plan.expected_peak_bytes)} / {budget}"
     return _ranged(minutes, one, adapting=True), peak, watt_hours
 
