@@ -105,8 +105,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         rows[layers] = {
             "runs": len(found),
             "accuracy": statistics.fmean(map(_accuracy, found.values())),
-            "change": statistics.fmean(changes) if changes else None,
-            "change_error": statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None,
+            "accuracy_change": statistics.fmean(changes) if changes else None,
+            "accuracy_change_error": statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None,
             "pack_bytes": statistics.fmean(run["pack_bytes"] for run in found.values()),
         }
     return rows
@@ -119,7 +119,8 @@ def _accuracy(run: dict[str, Any]) -> float:
 def _show(rows: dict[str, Any]) -> None:
     table = [("layers that change", "runs", "validation accuracy", "change, points", "pack, kB")]
     for layers, row in rows.items():
-        change = "" if row["change_error"] is None else f"{100 * row['change']:+.2f} +- {100 * row['change_error']:.2f}"
+        error = row["accuracy_change_error"]
+        change = "" if error is None else f"{100 * row['accuracy_change']:+.2f} +- {100 * error:.2f}"
         accuracy = f"{100 * row['accuracy']:.2f} %"
         table.append((layers, str(row["runs"]), accuracy, change, f"{row['pack_bytes'] / 1e3:.1f}"))
     print_table(table)

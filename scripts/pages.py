@@ -193,6 +193,21 @@ def plan_tables(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", _origin(content)])
 
 
+def layer_tables(content: Mapping[str, Any]) -> str:
+    """What is lost where only some layers change."""
+    lines = [
+        "MobileNetV2 at 96 px, validation accuracy over tasks and seeds, against the same runs with all layers:",
+        "",
+        "| `--layers` | runs | accuracy | change, points | pack, kB |",
+        "|---|---|---|---|---|",
+    ]
+    for layers, row in content["summary"].items():
+        change = "" if row["accuracy_change_error"] is None else _change(row, "accuracy", 100, 2)
+        lines.append(f"| `{layers}` | {row['runs']} | {100 * row['accuracy']:.2f} % | {change} | "
+                     f"{row['pack_bytes'] / 1e3:.1f} |")  # fmt: skip
+    return "\n".join([*lines, "", _origin(content)])
+
+
 def runtime_tables(content: Mapping[str, Any]) -> str:
     """Opening, keeping and running tasks, way by way."""
     lines = [
@@ -221,7 +236,7 @@ def _origin(content: Mapping[str, Any]) -> str:
 Table = Callable[[Mapping[str, Any]], str]
 PAGES: dict[str, dict[str, tuple[str, Table]]] = {
     "pack-size.md": {"bits": ("bits", bits_tables), "pareto": ("pareto", pareto_tables)},
-    "engine.md": {"plans": ("plans", plan_tables)},
+    "engine.md": {"plans": ("plans", plan_tables), "layers": ("layers", layer_tables)},
     "app.md": {"costs": ("apps", app_tables)},
     "mobile.md": {"runtimes": ("runtimes", runtime_tables)},
     "boards.md": {"prediction": ("prediction", prediction_tables), "memory": ("memory", memory_tables)},

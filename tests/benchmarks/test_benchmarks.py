@@ -302,8 +302,8 @@ def test_layers_are_compared_run_by_run(load: Any) -> None:
 
     runs = [run("*", 0, 0.8), run("*", 1, 0.9), run("few", 0, 0.79), run("few", 1, 0.87), run("few", 2, 0.1)]
     row = load("layers").summary(runs)["few"]
-    assert (row["runs"], row["change"]) == (3, pytest.approx(-0.02))
-    assert row["change_error"] == pytest.approx(0.01)
+    assert (row["runs"], row["accuracy_change"]) == (3, pytest.approx(-0.02))
+    assert row["accuracy_change_error"] == pytest.approx(0.01)
 
 
 def test_memory_is_told_by_its_extremes(load: Any) -> None:
