@@ -31,7 +31,6 @@ WEIGHTS = {  # of the data folder, by recipe
     "mobilenet_v2": "mobilenet_v2_imagenet.safetensors",
     "resnet20_cifar10": "resnet20_cifar10.safetensors",
 }
-FULL_SHARE = 0.95  # of one core: a single-threaded loop that got less was kept waiting
 
 
 def data_folder() -> Path:
@@ -65,9 +64,9 @@ def disturbance(condition: dict[str, Any]) -> list[str]:
 
 def share_warning(name: str, shares: Sequence[float]) -> list[str]:
     """A sentence where single-threaded loops did not get a whole core; `shares`: CPU time over wall time."""
-    if min(shares, default=1.0) >= FULL_SHARE:
-        return []
-    return [f"{name}: a timed loop got only {min(shares):.0%} of a core, so its times are too long; run it again"]
+    from ksm_edge.profiler import telemetry
+
+    return telemetry.share_warnings(name, shares)
 
 
 def _commit() -> str | None:

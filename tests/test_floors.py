@@ -19,7 +19,7 @@ autodiff
 fuse
 bundle pack data
 mask coding device limits
-resources atomic resident native
+resources atomic resident native child
 errors
 """
 LEVEL = {part: level for level, line in enumerate(FLOORS.split("\n")) for part in line.split()}

@@ -23,7 +23,7 @@ def with_least_kept(model: onnx.ModelProto, forward: int) -> onnx.ModelProto:
     Of the results that it can be cut at those up to some size are kept: which size is best is tried out.
     """
     nodes, sizes = list(model.graph.node), tensor_bytes(model)
-    candidates = {name: sizes.get(name, 0) for i in cuts(nodes[:forward]) for name in nodes[i].output[:1]}
+    candidates = {name: sizes[name] for i in cuts(nodes[:forward]) for name in nodes[i].output[:1]}
     forms = [model]
     for limit in set(candidates.values()):
         form = onnx.ModelProto()

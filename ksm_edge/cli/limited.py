@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from ksm_edge.child import module_command
 from ksm_edge.device import HOST, Device
 from ksm_edge.errors import BudgetError
 from ksm_edge.limits import enforced_by, run_limited
 
-# Without the working directory on the path, as the installed command has none: what lies there is not to be imported.
-COMMAND = (sys.executable, "-c", "import sys; del sys.path[0]; from ksm_edge.cli.main import entry; entry()")
 NOT_ENFORCED = ("clock", "memory bandwidth", "storage speed")
 
 
@@ -26,7 +24,7 @@ def emulation(args: argparse.Namespace) -> Device | None:
 def run_emulated(args: argparse.Namespace, device: Device) -> int:
     """The command's exit status; BudgetError where it took more memory than the board gives it."""
     budget = getattr(args, "memory_budget", None) or device.memory_budget_bytes
-    outcome = run_limited([*COMMAND, *args.command_line], budget)
+    outcome = run_limited(module_command("ksm_edge.cli.main", *args.command_line), budget)
     if outcome.exceeded and outcome.exit_status:
         raise BudgetError(
             f"stopped, as it took more than {device.title} has: {budget >> 20} MiB, held by a {outcome.enforced}. "

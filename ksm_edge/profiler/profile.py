@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ksm_edge.bundle.layers import Bundle
+from ksm_edge.child import module_command
 from ksm_edge.errors import KsmEdgeError, UsageError
 from ksm_edge.limits import run_limited
-from ksm_edge.pack.files import load_pack, require_backbone
+from ksm_edge.pack.files import load_pack_and_bytes, require_backbone
 from ksm_edge.profiler import telemetry
 from ksm_edge.profiler.child import STEP_PARTS
 from ksm_edge.training.planner import make_plan
@@ -22,13 +22,6 @@ from ksm_edge.training.settings import Settings
 
 FORMAT_VERSION = 1
 KIND = "ksm-edge profile"
-FULL_SHARE = 0.95  # of one core: a single-threaded loop that got less was kept waiting
-# Without the working directory on the path: what lies there is not to be imported.
-CHILD = (
-    sys.executable,
-    "-c",
-    "import sys; del sys.path[0]; from ksm_edge.profiler.child import main; sys.exit(main(*sys.argv[1:]))",
-)
 UNSTABLE = 1.5  # p95 over p50 of a quiet machine is below
 PLAIN = "plain backbone"
 CLASSES = 10  # of the task that adaptation is timed on
@@ -55,8 +48,7 @@ def measure_profile(
     """
     tell = progress or (lambda text: None)
     _require_names(packs)
-    for pack in packs:
-        require_backbone(load_pack(pack), bundle)
+    digests = {pack.name: _digest(pack, bundle) for pack in packs}
     if steps:  # found out now rather than when everything else has been measured
         make_plan(bundle, CLASSES, Settings(batch=batch), threads=threads, budget_bytes=budget_bytes)
     result: dict[str, Any] = {
@@ -68,7 +60,7 @@ def measure_profile(
             "size": bundle.input.size,
             "threads": threads,
             "batch": batch,
-            "packs": {pack.name: hashlib.sha256(pack.read_bytes()).hexdigest() for pack in packs},
+            "packs": digests,
         },
         "machine": telemetry.machine(),
         **(provenance or {"emulated": False}),
@@ -100,12 +92,19 @@ def _require_names(packs: Sequence[Path]) -> None:
             raise UsageError(f"two of the packs are called {name}: results go by their names, so rename one")
 
 
+def _digest(path: Path, bundle: Bundle) -> str:
+    """Of the pack's file, which must be one of that backbone's."""
+    pack, data = load_pack_and_bytes(path)
+    require_backbone(pack, bundle)
+    return hashlib.sha256(data).hexdigest()
+
+
 def _child(what: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a fresh process measured, with its resident memory over time."""
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         asked, out = Path(folder, "asked.json"), Path(folder, "found.json")
         asked.write_text(json.dumps(given))
-        outcome = run_limited([*CHILD, what, str(out), str(asked)], None)
+        outcome = run_limited(module_command("ksm_edge.profiler.child", what, str(out), str(asked)), None)
         if outcome.interrupted:
             raise KeyboardInterrupt
         if outcome.exit_status or not out.exists():
@@ -170,11 +169,8 @@ def warnings_of(result: Mapping[str, Any]) -> list[str]:
     """What in the raw values, and in the machine's state, makes figures doubtful."""
     found = telemetry.warnings(result["before"], result["after"])
     for name, raw in result["inference"].items():
-        share = min(raw["cpu_share"])
-        if result["work"]["threads"] == 1 and share < FULL_SHARE:
-            found.append(
-                f"{name}: a timed loop got only {share:.0%} of a core: stop what else runs, and run this again"
-            )
+        if result["work"]["threads"] == 1:
+            found += telemetry.share_warnings(name, raw["cpu_share"])
         row = _inference(raw)
         if row.get("p95_ms", 0) > UNSTABLE * row["p50_ms"]:
             found.append(f"{name}: p95 is {row['p95_ms'] / row['p50_ms']:.1f} times p50: times are unstable")

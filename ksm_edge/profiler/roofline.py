@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ksm_edge.child import module_command
 from ksm_edge.device import Device
 from ksm_edge.errors import UsageError
 from ksm_edge.profiler.work import Work
@@ -62,12 +63,8 @@ class Machine:
     @staticmethod
     def here(clock_mhz: int) -> Machine:
         """This one, measured in a process of one thread, which takes about a second."""
-        code = (
-            "import sys; del sys.path[0]; import json; from ksm_edge.profiler.roofline import Machine; "
-            "print(json.dumps(vars(Machine.measured(float(sys.argv[1])))))"
-        )
         environment = {**os.environ, **{f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "OPENBLAS", "MKL")}}
-        command = [sys.executable, "-c", code, str(1e6 * (clock_mhz or UNKNOWN_CLOCK_MHZ))]
+        command = module_command("ksm_edge.profiler.roofline", str(1e6 * (clock_mhz or UNKNOWN_CLOCK_MHZ)))
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         return Machine(**json.loads(found))
 
@@ -138,3 +135,7 @@ def _best_seconds(run: Callable[[], object], times: int = 20) -> float:
         run()
         found.append(time.perf_counter() - began)
     return min(found)
+
+
+if __name__ == "__main__":
+    print(json.dumps(vars(Machine.measured(float(sys.argv[1])))))

@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from ksm_edge.device import machine_model
 
 PACKAGES = ("ksm-edge", "numpy", "onnx", "onnxruntime", "Pillow", "safetensors", "torch", "torchvision")
 BUSY_CORES = 0.3  # by other programs: above this a measurement counts as disturbed
+FULL_SHARE = 0.95  # of one core: a single-threaded loop that got less was kept waiting
 HOT_CELSIUS = 80.0  # a Raspberry Pi slows down from here on
 # Bits of `vcgencmd get_throttled`, of now and of any time since the start.
 THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "at the soft temperature limit"}
@@ -77,6 +79,13 @@ def warnings(*conditions: dict[str, Any]) -> list[str]:
         if "powersave" in state.get("governors", ()):
             found.append(f"the processor's governor was 'powersave' at {when}: set 'performance' while you measure")
     return list(dict.fromkeys(found))
+
+
+def share_warnings(name: str, shares: Sequence[float]) -> list[str]:
+    """A sentence where single-threaded loops did not get a whole core; `shares`: CPU time over wall time."""
+    if min(shares, default=1.0) >= FULL_SHARE:
+        return []
+    return [f"{name}: a timed loop got only {min(shares):.0%} of a core, so its times are too long; run it again"]
 
 
 def cpu_name() -> str:

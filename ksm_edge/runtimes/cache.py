@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ksm_edge.bundle.layers import Bundle
+from ksm_edge.child import module_command
 from ksm_edge.errors import KsmEdgeError, UnsupportedError
 from ksm_edge.resources import cache_folder
 
@@ -78,12 +79,9 @@ def key_of(bundle: Bundle, *parts: str) -> str:
 
 
 def make_in_child(module: str, bundle: Bundle, folder: Path, given: str = "") -> None:
-    """Run `python -m MODULE BUNDLE FOLDER` with `given` as its input; what it says on failure is raised here."""
-    command = [sys.executable, "-m", module, str(bundle.path), str(folder)]
-    # The child must find this very package, also where it is not installed.
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    child = subprocess.run(command, input=given, env=environment, text=True, capture_output=True, check=False)
+    """Run MODULE with BUNDLE and FOLDER, and `given` as its input; what it says on failure is raised here."""
+    command = module_command(module, str(bundle.path), str(folder))
+    child = subprocess.run(command, input=given, text=True, capture_output=True, check=False)
     if child.returncode == UnsupportedError.exit_code:
         raise UnsupportedError(child.stderr.strip())
     if child.returncode:
