@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PUBLISHED = Path(__file__).with_name("published.toml")
 SIZE = 224
 HOST = "this machine"
+GPU = "jetson-nano, GPU"
 # Linear layers behind the features of a network with ImageNet's 1000 classes: inputs, then outputs of each.
 HEADS = {
     "mobilenet_v2": (1280, 1000),
@@ -71,6 +72,25 @@ def read_published() -> tuple[list[Row], list[Row]]:
                 training.append(replace(row, training=all_weights))
     order = lambda row: (row.source, row.network, row.threads, not row.training)  # noqa: E731
     return sorted(rows, key=order), sorted(training, key=order)
+
+
+def read_gpu() -> list[Row]:
+    """Latencies of the one GPU that some are published of."""
+    entry = _gpu()
+    names = sorted(HEADS.keys() & entry.keys())
+    return [Row(GPU, "ncnn", 1, name, entry[name], source=entry["source"]) for name in names]
+
+
+def gpu_machine() -> Machine:
+    """All its cores as one, and the bus that it shares."""
+    from ksm_edge.profiler.roofline import Machine
+
+    entry = _gpu()
+    return Machine(entry["clock_hz"], entry["flop_per_second"], entry["bytes_per_second"])
+
+
+def _gpu() -> dict[str, Any]:
+    return dict(tomllib.loads(PUBLISHED.read_text())["gpu"])
 
 
 # Work
@@ -146,6 +166,14 @@ EAGER = {
     "traffic": Prior(2, 1.65),
     "overhead_cycles": Prior(50_000, 1.65),
     "backward": Prior(1.2, 1.35),
+}
+# Vulkan's kernels on one GPU.
+GRAPHICS = {
+    "dense": Prior(0.8, 2),
+    "pointwise": Prior(0.5, 2),
+    "depthwise": Prior(0.2, 2.7),
+    "traffic": Prior(1, 2.7),
+    "overhead_cycles": Prior(10_000, 2.7),
 }
 ROW_FACTOR = 1.28  # that a row may well be off by
 

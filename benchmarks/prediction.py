@@ -20,7 +20,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fitting import EAGER, HOST, SIZE, Fitting, Row, as_kernels, read_published
+from fitting import (
+    EAGER,
+    GPU,
+    GRAPHICS,
+    HOST,
+    SIZE,
+    Fitting,
+    Row,
+    as_kernels,
+    gpu_machine,
+    read_gpu,
+    read_published,
+)
 from measure import ROOT, Record, add_output, backbone, fresh_json, optimizer_steps, output, print_table, share_warning
 
 if sys.version_info >= (3, 11):
@@ -30,6 +42,7 @@ else:
 
 if TYPE_CHECKING:
     from ksm_edge.profiler.roofline import Machine
+    from ksm_edge.profiler.work import Work
 
 STEP_NETWORKS, STEP_BATCH = ("mobilenet_v2", "mobilenet_v3_large", "resnet18"), 8
 HOST_NETWORKS = ("mobilenet_v2", "mobilenet_v3_large", "resnet50", "vgg16_bn")
@@ -52,8 +65,8 @@ def main() -> int:
     record = Record("prediction", __doc__.split("\n")[0], {"size": SIZE, "runs": options.runs})
     host = measure_host(5 if options.quick else options.runs)
     record.warn(share_warning("inference", host.pop("cpu_shares")))
-    steps = measure_steps(3 if options.quick else 10)
-    record.runs = [host, steps]
+    steps, works = measure_steps(3 if options.quick else 10)
+    record.runs = [host, {"batch": STEP_BATCH, "steps": steps}]
     published, training = read_published()
     rows = [row for row in published if row.kernels == "ncnn" and not row.half]
     host_rows = [Row(HOST, "onnxruntime", *key, ms) for key, ms in _host_rows(host)]
@@ -64,8 +77,11 @@ def main() -> int:
     on_host = [(row, fitting.predicted(row, fitted)) for row in host_rows]
     eager = Fitting({}, EAGER)
     trained = eager.leave_one_out(training, lambda row: row.network)
+    graphics = Fitting({GPU: gpu_machine()}, GRAPHICS)
+    on_gpu = graphics.leave_one_out(read_gpu(), lambda row: row.network)
     record.summary = summary(left_out, others, on_host, trained)
-    record.summary["adaptation"] = adaptation(steps, fitting, fitted)
+    record.summary["gpu"] = {**_errors(on_gpu), "rows": list(map(_as_json, on_gpu))}
+    record.summary["adaptation"] = adaptation(steps, works, fitting, fitted)
     record.summary["kernels"] = kernels_of(fitted, eager.fit(training), record.summary)
     _show(record.summary)
     if not (options.no_fit or options.quick):
@@ -161,38 +177,35 @@ def _machine(fields: dict[str, Any]) -> Machine:
     return Machine(**fields)
 
 
-def measure_steps(steps: int) -> dict[str, Any]:
-    """Optimizer steps of several networks, by one thread."""
-    found = {}
+def measure_steps(steps: int) -> tuple[dict[str, Any], dict[str, list[Work]]]:
+    """Optimizer steps of several networks, by one thread, and the operators of one micro-batch's gradients."""
+    found, works = {}, {}
     for network in STEP_NETWORKS:
         with backbone(None, SIZE, recipe=network) as path:
-            found[network] = {**optimizer_steps(path, steps, STEP_BATCH), **_counted(path)}
-    return {"batch": STEP_BATCH, "steps": found}
+            found[network], works[network] = optimizer_steps(path, steps, STEP_BATCH), _counted(path)
+    return found, works
 
 
-def _counted(path: Path) -> dict[str, Any]:
-    """The operators of a step: of one micro-batch, and of the update."""
+def _counted(path: Path) -> list[Work]:
     from ksm_edge.bundle.load import load_bundle
-    from ksm_edge.profiler.predict import gradient_work, update_work
+    from ksm_edge.profiler.predict import gradient_work
     from ksm_edge.training.planner import make_plan
     from ksm_edge.training.settings import Settings
 
-    bundle, settings = load_bundle(path), Settings(batch=STEP_BATCH)
-    plan = make_plan(bundle, 10, settings, threads=1, budget_bytes=None)
-    works = {"gradient": gradient_work(bundle, plan), "update": update_work(bundle, settings)}
-    return {name: [list(vars(work).values()) for work in listed] for name, listed in works.items()}
+    bundle = load_bundle(path)
+    return gradient_work(bundle, make_plan(bundle, 10, Settings(batch=STEP_BATCH), threads=1, budget_bytes=None))
 
 
-def adaptation(steps: dict[str, Any], fitting: Fitting, numbers: dict[str, float]) -> dict[str, Any]:
+def adaptation(
+    steps: dict[str, Any], works: dict[str, list[Work]], fitting: Fitting, numbers: dict[str, float]
+) -> dict[str, Any]:
     """Gradients' time over what is predicted from their operators, network by network."""
     from ksm_edge.profiler.roofline import seconds
-    from ksm_edge.profiler.work import Work
 
     rows, kernels = {}, as_kernels(numbers, "onnxruntime")
-    for network, found in steps["steps"].items():
-        works = [Work(*fields) for fields in found["gradient"]]
-        counted = 1e3 * sum(seconds(works, fitting.machine(HOST), kernels, 1))
-        counted *= -(-steps["batch"] // found["micro_batch"])
+    for network, found in steps.items():
+        counted = 1e3 * sum(seconds(works[network], fitting.machine(HOST), kernels, 1))
+        counted *= -(-STEP_BATCH // found["micro_batch"])
         measured = statistics.median(found["gradient_ms"])
         rows[network] = {"measured_ms": measured, "counted_ms": counted, "ratio": measured / counted}
     ratios = [row["ratio"] for row in rows.values()]
@@ -243,6 +256,7 @@ def _show(found: dict[str, Any]) -> None:
         ("each board predicted from the others and this machine", found["left_out"]["rows"]),
         ("reported only: half precision, other kernels", found["reported"]),
         ("this machine, ONNX Runtime, part of the fit", found["this_machine"]["rows"]),
+        ("one GPU, each network predicted from its others", found["gpu"]["rows"]),
         ("PyTorch, training an image, each network predicted from the others", found["training"]["rows"]),
     ):
         print(f"\n{title}")

@@ -135,6 +135,12 @@ def prediction_tables(content: Mapping[str, Any]) -> str:
         "",
         *_prediction_rows(found["reported"]),
         "",
+        f"The one GPU that figures are published of, each network predicted from its other three alone: median error "
+        f"{found['gpu']['median_error']:.0%}, worst factor {found['gpu']['worst_factor']:.2f}. No runtime of this "
+        "project uses a GPU, so `--predict` has none.",
+        "",
+        *_prediction_rows(found["gpu"]["rows"]),
+        "",
         f"Training with PyTorch 1.13, ms an image, each network predicted from the other three: worst error "
         f"{training['worst_error']:.0%}.",
         "",

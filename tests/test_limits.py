@@ -27,6 +27,15 @@ def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def wait_for(path: Path) -> str:
+    """The content of a file that a child is to write, once it has."""
+    deadline = time.monotonic() + 20
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return path.read_text()
+
+
 def take(number: int, budget: int) -> limits.Outcome:
     return run_limited([sys.executable, "-c", TAKE, str(number)], budget)
 
@@ -100,13 +109,10 @@ def test_a_command_ends_with_the_one_that_holds_its_limit(tmp_path: Path) -> Non
         f"run_limited([sys.executable, '-c', {inner!r}, sys.argv[1]], {200 * MIB})"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")])
-    deadline = time.monotonic() + 20
-    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    pid = int(wait_for(tmp_path / "pid"))
     supervisor.kill()
     supervisor.wait()
-    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -136,17 +142,14 @@ def test_the_command_knows_what_holds_it(held: str, tmp_path: Path) -> None:
 def test_signals_reach_the_command(held: str, tmp_path: Path) -> None:
     inner = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
-        "open(sys.argv[1], 'w').close(); time.sleep(60)"
+        "open(sys.argv[1], 'w').write('ready'); time.sleep(60)"
     )
     code = (
         "from ksm_edge.limits import run_limited; import sys; "
         f"sys.exit(run_limited([sys.executable, '-c', {inner!r}, sys.argv[1]], {200 * MIB}).exit_status)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "ready")])
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(tmp_path / "ready")
     child.send_signal(signal.SIGTERM)
     assert child.wait(20) == 7
 

@@ -155,6 +155,7 @@ PREDICTION = {
     "summary": {
         "left_out": {"rows": [{**ROW, "ratio": 1.1}], "median_error": 0.1, "worst_factor": 1.1},
         "reported": [{**ROW, "ratio": 1.1}],
+        "gpu": {"rows": [{**ROW, "board": "a-gpu", "ratio": 1.1}], "median_error": 0.1, "worst_factor": 1.1},
         "training": {"rows": [{**ROW, "training": True, "ratio": 1.1}], "worst_error": 0.1},
         "adaptation": {"rows": {"a-net": {"measured_ms": 30.0, "counted_ms": 20.0, "ratio": 1.5}}, "factor": 1.5},
     }
@@ -204,6 +205,7 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     assert "10,000 switches among all of them, peak RSS | 150 MiB of the 200 MiB budget of a-board (emulated" in text
     text = (tmp_path / "boards.md").read_text()
     assert "| a-board | 4 | a-net | 20.0 | 22.0 | 1.10 |" in text
+    assert "| a-gpu | 4 | a-net | 20.0 | 22.0 | 1.10 |" in text
     assert "| a-board | 4 | a-net, all weights | 20.0 | 22.0 | 1.10 |" in text
     assert "| a-net | 30 | 20 | 1.50 |" in text
     assert "| a-net | 96 | --batch 8 | 200 | 190 |" in text
