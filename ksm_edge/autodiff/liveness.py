@@ -14,7 +14,8 @@ FUSED_BEHIND_CONV = frozenset({"Relu", "Clip", "HardSigmoid", "Sigmoid"})
 def peak_bytes(model: onnx.ModelProto) -> int:
     """Largest sum of tensors alive at once, in the order of the nodes; inputs, outputs and constants not counted."""
     nodes = list(model.graph.node)
-    sizes = tensor_bytes(model)
+    shapes = tensor_shapes(model)
+    sizes = {name: item * int(np.prod(shape)) for name, (shape, item) in shapes.items()}
     owner = _owners(nodes)
     given = {x.name for x in (*model.graph.input, *model.graph.initializer, *model.graph.output)}
     # What nobody reads is free behind the node that made it.
@@ -29,7 +30,7 @@ def peak_bytes(model: onnx.ModelProto) -> int:
             if owner.get(name, name) == name and name not in given:
                 held[name] = sizes.get(name, 0)
                 alive += held[name]
-        peak = max(peak, alive)
+        peak = max(peak, alive + _workspace_bytes(node, shapes))
         for name in freed[i]:
             alive -= held.pop(name, 0)
     return peak
@@ -51,18 +52,34 @@ def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
     return owner
 
 
+def _workspace_bytes(node: onnx.NodeProto, shapes: dict[str, tuple[tuple[int, ...], int]]) -> int:
+    """What an operator takes for itself while it runs: ONNX Runtime's ConvTranspose the columns of one image."""
+    if node.op_type != "ConvTranspose":
+        return 0
+    (_, _, h, w), item = shapes[node.input[0]]
+    _, O, kh, kw = shapes[node.input[1]][0]
+    return O * kh * kw * h * w * item
+
+
 def tensor_bytes(model: onnx.ModelProto) -> dict[str, int]:
-    """Of every tensor that a node makes, by name; ValueError where a shape cannot be inferred."""
+    """Of every tensor, by name; ValueError where a shape cannot be inferred."""
+    return {name: item * int(np.prod(shape)) for name, (shape, item) in tensor_shapes(model).items()}
+
+
+def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and bytes of an element of every tensor; ValueError where one that a node makes cannot be inferred."""
     inferred = with_shapes(model).graph
-    sizes = {}
-    for info in (*inferred.value_info, *inferred.output):
+    found = {}
+    for info in (*inferred.input, *inferred.value_info, *inferred.output):
         tensor = info.type.tensor_type
         if tensor.elem_type and tensor.HasField("shape"):
             item = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
-            sizes[info.name] = item * int(np.prod([d.dim_value for d in tensor.shape.dim]))
-    if unknown := [name for node in model.graph.node for name in node.output if name and name not in sizes]:
+            found[info.name] = tuple(side.dim_value for side in tensor.shape.dim), item
+    for constant in inferred.initializer:
+        found[constant.name] = tuple(constant.dims), onnx.helper.tensor_dtype_to_np_dtype(constant.data_type).itemsize
+    if unknown := [name for node in model.graph.node for name in node.output if name and name not in found]:
         raise ValueError(f"no shape is known of {', '.join(unknown[:3])}")
-    return sizes
+    return found
 
 
 def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -55,6 +55,14 @@ def test_only_what_is_needed_is_made_again() -> None:
     assert [n.name for n in recomputed(nodes, 4, {"c"}) if n.name.endswith(AGAIN)] == [f"x>a{AGAIN}"]
 
 
+def test_the_columns_of_a_transposed_conv_count_while_it_runs() -> None:
+    values = [helper.make_tensor_value_info(n, 1, s) for n, s in (("x", [1, 4, 5, 5]), ("w", [4, 3, 2, 2]))]
+    out = helper.make_tensor_value_info("y", 1, None)
+    nodes = [helper.make_node("ConvTranspose", ["x", "w"], ["z"]), helper.make_node("Relu", ["z"], ["y"])]
+    model = helper.make_model(helper.make_graph(nodes, "g", values, [out]))
+    assert peak_bytes(model) == 4 * (3 * 6 * 6 + 3 * 2 * 2 * 5 * 5)
+
+
 def test_what_is_kept_is_not_made_again() -> None:
     nodes = chain("x>a a>b b>c c>loss loss+b>g")
     assert len(recomputed(nodes, 4, {"b", "c"})) == len(nodes)
