@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import grid
 from measure import RESULTS, add_backbone, backbone, condition, disturbance, machine, print_table
+from tasks import task_data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +59,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = arguments().parse_args()
-    paths = [grid.task_data(task) for task in options.tasks]
+    paths = [task_data(task) for task in options.tasks]
     with backbone(options.bundle, SIZE, random=False) as bundle:
         for seed in options.seeds:
             for path in paths:

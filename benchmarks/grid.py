@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from measure import FORMAT_VERSION, data_folder, read, write
+from measure import FORMAT_VERSION, read, write
 
 Run = dict[str, Any]  # its `identity` is what makes two runs the same
 
@@ -88,11 +88,3 @@ def resumable(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: finished runs are kept; the same command goes on with the others", file=sys.stderr)
         return 130
-
-
-def task_data(task: str) -> Path:
-    """The zip or folder of a task in the data folder."""
-    path = next((p for p in (data_folder() / f"{task}.zip", data_folder() / task) if p.exists()), None)
-    if path is None:
-        raise SystemExit(f"no {task}.zip or {task}/ in {data_folder()}; set KSM_EDGE_DATA to a folder that has it")
-    return path

@@ -31,6 +31,7 @@ from measure import (
     machine,
     print_table,
 )
+from tasks import task_data
 
 SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
 TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
@@ -82,7 +83,7 @@ def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, laye
     print(f"{task}, seed {seed}, {layers} ...", file=sys.stderr)
     before = condition()
     with tempfile.TemporaryDirectory(prefix="ksm-edge-layers-") as folder:
-        words = ("adapt", str(grid.task_data(task)), "--bundle", str(bundle), "--out", str(Path(folder, "task.ksm")),
+        words = ("adapt", str(task_data(task)), "--bundle", str(bundle), "--out", str(Path(folder, "task.ksm")),
                  "--layers", layers, "--seed", str(seed), "--threads", "1", "--json")  # fmt: skip
         report = fresh_json([*KSM_EDGE, *words], quiet=False)
     kept = ("validation_accuracy", "pack_bytes", "peak_rss_bytes", "step_ms_p50", "wall_seconds", "steps")

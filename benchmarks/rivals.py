@@ -5,7 +5,7 @@
 
 Prints one JSON object. Images, split, order, augmentation, targets, number of steps and the rates' schedule are those
 of `ksm-edge adapt`; the best epoch is chosen on the same validation split, and the test set is read once, at the end.
-`pareto.py` runs this for its rivals.
+`accuracy.py` runs this.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item, open_image_set
 from ksm_edge.data.split import stratified_split
 from ksm_edge.exporter.torchvision_shim import import_torchvision
+from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.runtimes.pytorch import Attributes, features, read_graph
 from ksm_edge.training.adam import rate_factor
 from ksm_edge.training.settings import Settings
@@ -71,7 +73,9 @@ def main() -> int:
         raise SystemExit(f"method {options.method!r}: expected full or lora:RANK")
     network = network.to(memory_format=torch.channels_last)  # the faster layout on CPUs
     rate = options.rate or RATE[kind]
+    began = time.perf_counter()
     report = learn(network, bundle, images, settings, rate, statistics="batch" if kind == "full" else "frozen")
+    report |= {"wall_seconds": time.perf_counter() - began, "peak_rss_bytes": peak_rss_bytes()}
     if not options.no_test:
         report["test_accuracy"] = accuracy(network, _test_batches(images, bundle))
         report["test_images"] = len(images.test)

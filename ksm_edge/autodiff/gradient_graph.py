@@ -41,8 +41,9 @@ def build(
 
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head:weight` (C, F), `head:bias` (C,), and of each trained layer
     `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. A 1x1 weight comes a
-    second time, as a matrix: `LAYER.matrix` (O, I) or `LAYER.turned` (I, O). The weights of layers that are not
-    trained, pristine ones of the channel form and `LAYER.flipped` are external initializers.
+    second time, as a matrix: `LAYER.matrix` (O, I) or `LAYER.turned` (I, O); one of k x k may come as `LAYER.turned`
+    (I, O, kh, kw), flipped. The weights of layers that are not trained, pristine ones of the channel form and
+    `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
     the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
@@ -151,7 +152,8 @@ class _Builder:
             dz = tape.whole(gradient, node.output)
             if self._normalised(layer):
                 dz = norm.backward(tape, layer, f"~{layer.name}.before_norm", dz)
-            conv.backward(tape, node, layer, self.forms[node.name], dz, trained=layer.name in self.spec.trained)
+            trained, turned = layer.name in self.spec.trained, self.spec.turned
+            conv.backward(tape, node, layer, self.forms[node.name], dz, trained=trained, turned=turned)
 
 
 def read_nodes(backbone: onnx.ModelProto) -> list[Node]:

@@ -20,6 +20,7 @@ class GradientSpec:
     statistics: str = "frozen"  # or "batch": normalise with the micro-batch's own
     per_weight: bool = False  # products of every single weight, also in depthwise layers
     backward: bool = True  # False: image -> features, with the same parameter inputs
+    turned: bool = True  # the graph may read weights a second time, as transposed convs want them: faster, more memory
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 
@@ -27,3 +28,9 @@ def product_shape(form: str, layer: Layer) -> Shape:
     """The accumulator's shape: (O, I), (K, O, I), (O, K I) or (O,)."""
     O, I, kh, kw = layer.weight_shape
     return {"pointwise": (O, I), "taps": (kh * kw, O, I), "patches": (O, kh * kw * I), "channel": (O,)}[form]
+
+
+def turned_shape(form: str, layer: Layer) -> Shape:
+    """That of the weight as transposed convs read it: (I, O), or (I, O, kh, kw)."""
+    O, I, kh, kw = layer.weight_shape
+    return (I, O) if form == "pointwise" else (I, O, kh, kw)

@@ -26,6 +26,7 @@ NUMBERS = {
     "score_rate": "learning rate of the scores",
     "norm_rate": "learning rate of batch-norm",
     "head_rate": "learning rate of the head",
+    "warmup": "share of all steps in which the rates rise to their full value",
     "label_smoothing": "label smoothing",
     "validation": "share of the training images held out for choosing",
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",

@@ -55,10 +55,11 @@ class ProgressBar(Observer):
             if len(skipped) > SHOWN_SKIPS:
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
         spec = plan.graph.spec
-        twice = ", most of the forward pass computed twice" if spec.recompute else ""
+        short = "" if spec.turned else ", weights kept once"  # what a short budget made of the plan
+        short += ", most of the forward pass computed twice" if spec.recompute else ""
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {spec.classes} classes")
         say(
-            f"Plan      {steps} steps of {plan.batch} images, {plan.micro_batch} at a time{twice}; "
+            f"Plan      {steps} steps of {plan.batch} images, {plan.micro_batch} at a time{short}; "
             f"expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
         )
         self._batch = plan.batch

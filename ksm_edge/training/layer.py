@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ksm_edge.autodiff.spec import product_shape
+from ksm_edge.autodiff.spec import product_shape, turned_shape
 from ksm_edge.bundle.layers import Layer, LayerWeights
 from ksm_edge.fuse import fuse_layer, fuse_weight_into, fused_bias, norm_factor
 from ksm_edge.mask import (
@@ -49,7 +49,10 @@ class TrainedLayer:
         masked: bool = True,
         turned: bool = False,
     ) -> None:
-        """`masked`: it learns scores; `turned`: the graph also reads the weight of this 1x1 conv as (I, O)."""
+        """`masked`: it learns scores.
+
+        `turned`: the graph also reads the weight as (I, O), or as (I, O, kh, kw) and flipped.
+        """
         self.layer, self.pristine, self.form, self.settings = layer, weights, form, settings
         O = layer.weight_shape[0]
         self.batch_norm = settings.statistics == "batch" and layer.has_norm
@@ -67,7 +70,7 @@ class TrainedLayer:
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(layer.weight_shape if form != "channel" else (O,), np.float32)
-        self.turned = np.empty((layer.weight_shape[1], O), np.float32) if turned else None
+        self.turned = np.empty(turned_shape(form, layer), np.float32) if turned else None
         self.bias = np.empty(O, np.float32)
         self.fuse()
 
@@ -189,15 +192,21 @@ class TrainedLayer:
         factor = self._factor()
         self._fuse_into(self.weight, factor)
         if self.turned is not None:
-            for rows in range(0, len(self.weight), TURNED_ROWS):
-                part = slice(rows, rows + TURNED_ROWS)
-                self.turned[:, part] = self.weight[part, :, 0, 0].T
+            self._turn(self.turned)
         if self.batch_norm:
             self.bias[:] = self.pristine.bias
         else:
             self.bias[:] = fused_bias(
                 self._as_run(self.beta, self.pristine.beta), self.pristine.bias, self.mean, factor
             )
+
+    def _turn(self, out: np.ndarray) -> None:
+        for rows in range(0, len(self.weight), TURNED_ROWS):
+            part = slice(rows, rows + TURNED_ROWS)
+            if out.ndim == 2:
+                out[:, part] = self.weight[part, :, 0, 0].T
+            else:
+                out[:, part] = self.weight[part, :, ::-1, ::-1].swapaxes(0, 1)
 
     def show(self, state: LayerState) -> None:
         """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""

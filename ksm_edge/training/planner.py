@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
@@ -51,16 +52,18 @@ def make_plan(
     threads: int,
     budget_bytes: int | None,
     micro_batch: int | None = None,
+    turned: bool | None = None,
 ) -> Plan:
     """The plan for these settings, within the budget if there is one: the fastest that fits.
 
-    `micro_batch`: that of a training to be gone on with, or else the best is chosen. Raises BudgetError, naming the
-    smallest budget that would do, before anything is started.
+    `micro_batch`, `turned`: those of a training to be gone on with, which another choice would change in the last bits;
+    or else the best are chosen. Raises BudgetError, naming the smallest budget that would do, before anything is
+    started.
     """
 
-    def at(images: int, recompute: bool = False) -> CompiledGraph:
+    def at(images: int, turned: bool = True, recompute: bool = False) -> CompiledGraph:
         spec = gradient_spec(bundle, classes, settings, images)
-        return compiled(bundle, replace(spec, recompute=recompute))
+        return compiled(bundle, replace(spec, turned=turned, recompute=recompute))
 
     def peak(graph: CompiledGraph) -> int:
         return expected_peak_bytes(bundle, classes, settings, graph)
@@ -69,17 +72,29 @@ def make_plan(
         return budget_bytes is None or peak(graph) <= budget_bytes
 
     smallest = micro_batch or (1 if settings.statistics == "frozen" else settings.batch)
-    graph = at(smallest)
-    if fits(graph) and micro_batch is None and settings.statistics == "frozen":
+    # From the fastest on: computing the forward pass twice takes more time than reading weights as they lie.
+    forms = product((False, True), (True, False) if turned is None else (turned,))
+    graph = _first((at(smallest, turned, recompute) for recompute, turned in forms), fits, peak)
+    if micro_batch is None and settings.statistics == "frozen" and graph.spec.turned and not graph.spec.recompute:
         graph = _widened(graph, at, fits, settings.batch)
-    elif not fits(graph):
-        # Learns the same, to the bit, in more time.
-        graph = min(graph, at(smallest, recompute=True), key=peak)
     if budget_bytes is not None and not fits(graph):
         raise BudgetError(_over_budget(bundle, settings, graph, peak(graph), budget_bytes))
     forward = compiled(bundle, forward_spec(graph.spec))
     activations = _activation_bytes(graph)
     return Plan(settings.batch, graph.spec.micro_batch, threads, activations, peak(graph), graph, forward)
+
+
+def _first(
+    graphs: Iterable[CompiledGraph], fits: Callable[[CompiledGraph], bool], peak: Callable[[CompiledGraph], int]
+) -> CompiledGraph:
+    """The first that fits, or else the smallest."""
+    smallest: CompiledGraph | None = None
+    for graph in graphs:
+        if fits(graph):
+            return graph
+        smallest = graph if smallest is None else min(smallest, graph, key=peak)
+    assert smallest is not None
+    return smallest
 
 
 def _widened(

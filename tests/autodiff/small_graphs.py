@@ -190,8 +190,10 @@ def finite_difference(net: Net, name: str, direction: np.ndarray, step: float = 
 
 
 def _second(weight: np.ndarray, kind: str) -> np.ndarray:
-    """A 1x1 weight as the backward pass reads it."""
-    return weight[:, :, 0, 0] if kind == "matrix" else weight[:, :, 0, 0].T
+    """A weight as the backward pass reads it."""
+    if kind == "matrix":
+        return weight[:, :, 0, 0]
+    return weight[:, :, 0, 0].T if weight.shape[2:] == (1, 1) else weight[:, :, ::-1, ::-1].swapaxes(0, 1)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -6,12 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny import LAYERS, tiny_bundle, tiny_pack
+
+from ksm_edge.data.digits import digits
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEP = """
@@ -79,9 +84,10 @@ def test_one_part_is_made_coarse_and_no_other(load: Any, part: str) -> None:
         assert state.beta_delta is (coarse if part == "norm" else exact).layers[layer].beta_delta
 
 
-def pareto_run(method: str, task: str, seed: int, accuracy: float, recipe: str = "mobilenet_v2") -> dict[str, Any]:
+def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str = "mobilenet_v2") -> dict[str, Any]:
+    size = 96 if recipe == "mobilenet_v2" else 32
     return {
-        "identity": {"method": method, "task": task, "recipe": recipe, "seed": seed},
+        "identity": {"method": method, "task": task, "recipe": recipe, "size": size, "seed": seed, "epochs": 8},
         "test_accuracy": accuracy,
         "validation_accuracy": accuracy,
         "pack_bytes": 50_000 if method == "ksm" else 4_500_000,
@@ -93,40 +99,83 @@ def pareto_run(method: str, task: str, seed: int, accuracy: float, recipe: str =
     }
 
 
-PARETO = [
-    pareto_run("ksm", "trashnet", 0, 0.8),
-    pareto_run("ksm", "trashnet", 1, 0.9),
-    pareto_run("full", "trashnet", 0, 0.85),
-    pareto_run("ksm", "gtsrb43", 0, 0.7, "resnet20_cifar10"),
+ACCURACY = [
+    accuracy_run("ksm", "trashnet", 0, 0.8),
+    accuracy_run("ksm", "trashnet", 1, 0.9),
+    accuracy_run("full", "trashnet", 0, 0.85),
+    accuracy_run("ksm", "gtsrb43", 0, 0.7, "resnet20_cifar10"),
 ]
 
 
-def test_pareto_points_are_means_over_seeds(load: Any) -> None:
-    found = load("pareto").summary(PARETO)
-    assert found["mobilenet_v2"]["trashnet"]["ksm"]["test_accuracy"] == pytest.approx(0.85)
-    assert found["mobilenet_v2"]["trashnet"]["ksm"]["seeds"] == [0, 1]
-    assert list(found["resnet20_cifar10"]) == ["gtsrb43"]
+def test_figures_are_means_over_seeds(load: Any) -> None:
+    found = load("accuracy").summary(ACCURACY)
+    row = found["mobilenet_v2, 96 px"]["trashnet"]["ksm"]
+    assert row["test_accuracy"] == pytest.approx(0.85)
+    assert (row["seeds"], row["test_accuracy_range"]) == ([0, 1], [0.8, 0.9])
+    assert list(found["resnet20_cifar10, 32 px"]) == ["gtsrb43"]
 
 
-def test_every_method_is_one_that_adapt_or_the_rivals_know(load: Any, tmp_path: Path) -> None:
+def test_every_method_is_one_that_adapt_or_a_script_knows(load: Any, tmp_path: Path) -> None:
     from ksm_edge.cli.main import build_parser
 
-    pareto, bundle = load("pareto"), tiny_bundle(tmp_path)
-    rivals = {name for name, method in pareto.METHODS.items() if method.words is None}
-    assert rivals == {"full", "lora:4", "lora:8"}
-    for name in pareto.METHODS.keys() - rivals:
-        words = pareto.METHODS[name].words(bundle)
-        build_parser().parse_args(["adapt", "DATA", *words])
-    assert pareto.METHODS["late"].words(bundle) == ("--masked", "project..")
+    methods, bundle = load("methods"), tiny_bundle(tmp_path)
+    scripts = {name for name, method in methods.METHODS.items() if method.words is None}
+    assert scripts == {"full", "lora:4", "lora:8", "linear"}
+    for name in methods.METHODS.keys() - scripts:
+        build_parser().parse_args(["adapt", "DATA", *methods.METHODS[name].words(bundle)])
+    assert methods.METHODS["late"].words(bundle) == ("--masked", "project..")
 
 
-def test_the_plot_is_the_same_for_the_same_figures(load: Any, tmp_path: Path) -> None:
+def test_ksm_as_released_has_the_constants_of_the_authors(load: Any, tmp_path: Path) -> None:
+    made = load("methods").identity("released", tiny_bundle(tmp_path), digits(), 0)
+    wanted = {"epochs": 30, "batch": 32, "score_rate": 2e-4, "norm_rate": 2e-4, "head_rate": 2e-4, "warmup": 0.0,
+              "label_smoothing": 0.0, "thin": 0.0, "statistics": "batch", "granularity": "kernel"}  # fmt: skip
+    assert {name: made["settings"][name] for name in wanted} == wanted
+
+
+def image_zip(path: Path, classes: Sequence[str], count: int) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for split, name in product(("train", "test"), classes):
+            for number in range(count):
+                file.writestr(f"{split}/{name}/{number}.png", f"{split} {name} {number}")
+
+
+def test_few_images_of_each_class_are_drawn_by_the_seed(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    tasks = load("tasks")
+    monkeypatch.setenv("KSM_EDGE_DATA", str(tmp_path))
+    image_zip(tmp_path / "things.zip", ("a", "b"), 9)
+    drawn = []
+    for seed in (0, 0, 1):
+        with zipfile.ZipFile(tasks.task_data("things@3", tmp_path, seed)) as file:
+            names = file.namelist()
+        drawn.append([name for name in names if name.startswith("train/")])
+        assert len([name for name in names if name.startswith("test/")]) == 18
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert {split.count("/a/") for split in map("".join, drawn)} == {3}
+
+
+def test_a_task_of_a_suite_has_its_own_classes(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    tasks = load("tasks")
+    monkeypatch.setenv("KSM_EDGE_DATA", str(tmp_path))
+    image_zip(tmp_path / "things.zip", ("a", "b", "c"), 2)
+    (tmp_path / "things_20tasks.json").write_text(json.dumps({"tasks": [["a"], ["b", "c"]]}))
+    path = tasks.task_data("things/1", tmp_path)
+    assert path.name == "things-01.zip"
+    with zipfile.ZipFile(path) as file:
+        assert {name.split("/")[1] for name in file.namelist()} == {"b", "c"}
+    assert tasks.task_data("things") == tmp_path / "things.zip"
+    with pytest.raises(SystemExit, match="no other"):
+        tasks.task_data("other")
+
+
+def test_plots_are_the_same_for_the_same_figures(load: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    pareto = load("pareto")
-    for name in ("a", "b"):
-        pareto.plot(pareto.summary(PARETO), tmp_path / name)
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    pareto, found = load("pareto"), load("accuracy").summary(ACCURACY)
+    for name, cost in pareto.COSTS.items():
+        for copy in ("a", "b"):
+            pareto.plot(found, cost, tmp_path / f"{copy}-{name}")
+        assert (tmp_path / f"a-{name}.svg").read_bytes() == (tmp_path / f"b-{name}.svg").read_bytes()
+        assert (tmp_path / f"a-{name}.png").stat().st_size > 1000
 
 
 @pytest.fixture
@@ -137,9 +186,9 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     for name in script.PAGES:
         shutil.copy(ROOT / "docs" / name, tmp_path)
-    origin = {"version": 1, **{name: PARETO[0][name] for name in ("machine", "after")}}
+    origin = {"version": 1, **{name: ACCURACY[0][name] for name in ("machine", "after")}}
     runs = [bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)]
-    summaries = {"bits": load("bits").summary(runs), "pareto": load("pareto").summary(PARETO)}
+    summaries = {"bits": load("bits").summary(runs), "accuracy": load("accuracy").summary(ACCURACY)}
     for name, summary in summaries.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**origin, "summary": summary}))
     others = {"apps": APPS, "prediction": PREDICTION, "memory": MEMORY, "plans": PLANS, "runtimes": RUNTIMES}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def plan(bundle: Bundle, budget: int | None, settings: Settings = SETTINGS) -> P
     return make_plan(bundle, 4, settings, threads=2, budget_bytes=budget)
 
 
+def ever_tighter(bundle: Bundle, settings: Settings) -> list[Plan]:
+    """All plans there are at one micro-batch, each for a byte less than the one before takes."""
+    plans = [plan(bundle, None, settings)]
+    with suppress(BudgetError):
+        while True:
+            plans.append(plan(bundle, plans[-1].expected_peak_bytes - 1, settings))
+    return plans
+
+
 def test_a_plan_says_what_was_asked_for(bundle: Bundle) -> None:
     found = plan(bundle, None)
     assert (found.batch, found.threads) == (16, 2)
@@ -51,9 +61,7 @@ def test_the_budget_error_names_the_smallest_budget_that_would_do(bundle: Bundle
 
 
 def test_a_budget_is_never_rounded_up_to_what_is_needed(bundle: Bundle) -> None:
-    fastest = plan(bundle, None, replace(SETTINGS, batch=1))
-    smallest = plan(bundle, fastest.expected_peak_bytes - 1, replace(SETTINGS, batch=1))
-    assert smallest.graph.spec.recompute  # there is none below it
+    *_, smallest = ever_tighter(bundle, replace(SETTINGS, batch=1))
     with pytest.raises(BudgetError) as caught:
         plan(bundle, smallest.expected_peak_bytes - 1, replace(SETTINGS, batch=1))
     needed, _, budget, *_ = map(int, re.findall(r"(\d+) ?MiB", re.sub(r"\((\d+) of", r"(\1 MiB of", str(caught.value))))
@@ -92,23 +100,28 @@ def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundl
     assert found.micro_batch == 6
     budget = found.expected_peak_bytes - 1
     assert plan(bundle, budget, replace(settings, statistics="frozen")).micro_batch < 6
-    tight = plan(bundle, budget, settings)
-    assert (tight.micro_batch, tight.graph.spec.recompute) == (6, True)
+    *tight, smallest = ever_tighter(bundle, settings)
+    assert {p.micro_batch for p in (*tight, smallest)} == {6}
+    assert smallest.graph.spec.recompute
     with pytest.raises(BudgetError):
-        plan(bundle, tight.expected_peak_bytes - 1, settings)
+        plan(bundle, smallest.expected_peak_bytes - 1, settings)
     with pytest.raises(BudgetError, match="--memory-budget"):
         plan(bundle, 1, settings)
 
 
 def test_memory_that_is_short_is_made_up_for_with_time() -> None:
     embedded = load_bundle("embedded")
-    fastest = plan(embedded, None, replace(SETTINGS, batch=1))
-    assert not fastest.graph.spec.recompute
-    assert not fastest.forward.spec.recompute
-    tight = plan(embedded, fastest.expected_peak_bytes - 1, replace(SETTINGS, batch=1))
-    assert tight.graph.spec.recompute
-    assert tight.expected_peak_bytes < fastest.expected_peak_bytes
-    assert tight.forward.path == fastest.forward.path  # judging keeps nothing anyway
+    plans = ever_tighter(embedded, replace(SETTINGS, batch=1))
+    forms = [(p.graph.spec.turned, p.graph.spec.recompute) for p in plans]
+    assert forms == [(True, False), (False, False), (False, True)]
+    assert {p.forward.path for p in plans} == {plans[0].forward.path}  # judging keeps nothing anyway
+
+
+def test_a_training_that_is_gone_on_with_keeps_to_how_it_computes(bundle: Bundle) -> None:
+    settings = replace(SETTINGS, batch=1)
+    for turned in (True, False):
+        found = make_plan(bundle, 4, settings, threads=1, budget_bytes=None, micro_batch=1, turned=turned)
+        assert found.graph.spec.turned == turned
 
 
 def test_what_learns_less_needs_less(bundle: Bundle) -> None:

@@ -1,0 +1,138 @@
+"""The ways to learn a task that `accuracy.py` sets side by side, and how each of them is run."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measure import KSM_EDGE, fresh_json
+
+if TYPE_CHECKING:
+    from ksm_edge.bundle.layers import Bundle
+    from ksm_edge.data.image_set import ImageSet
+
+HERE = Path(__file__).parent
+# "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
+SCRIPTS = {"linear": "linear.py"}  # of this folder; all others that are not `ksm-edge adapt` run in rivals.py
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn a task and keep it."""
+
+    title: str
+    words: Callable[[Bundle], tuple[str, ...]] | None  # options of `ksm-edge adapt`; None: it runs in a script
+    ours: bool = False
+    epochs: int | None = None  # where it brings its own; None: those of `ksm-edge adapt`
+    batch: int | None = None
+
+
+def _always(*words: str) -> Callable[[Bundle], tuple[str, ...]]:
+    return lambda bundle: words
+
+
+METHODS = {
+    "ksm": Method("KSM, default", _always(), ours=True),
+    "small": Method("KSM, --small", _always("--small"), ours=True),
+    "whole": Method("KSM, --thin 0", _always("--thin", "0"), ours=True),
+    "penalty": Method("KSM, --cut-penalty 0.05 --thin 0", _always("--cut-penalty", "0.05", "--thin", "0"), ours=True),
+    "group4": Method("KSM, group:4", _always("--granularity", "group:4"), ours=True),
+    "late": Method("KSM, masks in the second half", lambda bundle: ("--masked", _second_half(bundle)), ours=True),
+    "norm": Method("batch-norm + head", _always("--method", "norm"), ours=True),
+    "head": Method("head only", _always("--method", "head"), ours=True),
+    "linear": Method("classifier only, logistic regression", None),
+    "piggyback": Method(
+        "binary masks as Piggyback's, 1 bit per weight",
+        _always("--granularity", "element", "--binary", "--norm-rate", "0", "--thin", "0", "--head-bits", "8"),
+    ),
+    # The constants of the authors' code: one rate for all that learns, no warm-up, the batch's statistics.
+    "released": Method(
+        "KSM as released, 30 epochs",
+        _always("--score-rate", "2e-4", "--norm-rate", "2e-4", "--head-rate", "2e-4", "--warmup", "0", "--thin", "0",
+                "--label-smoothing", "0", "--statistics", "batch"),
+        epochs=30,
+        batch=32,
+    ),
+    "full": Method("full fine-tuning, fp16", None),
+    "lora:4": Method("conv LoRA rank 4, fp16", None),
+    "lora:8": Method("conv LoRA rank 8, fp16", None),
+}  # fmt: skip
+
+
+def _second_half(bundle: Bundle) -> str:
+    return f"{bundle.layers[len(bundle.layers) // 2].name}.."
+
+
+def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str, Any]:
+    """What makes two runs the same run; not the state of the code, which is recorded beside it."""
+    from ksm_edge.training.settings import Settings
+
+    method, settings = METHODS[name], Settings()
+    found: dict[str, Any] = {
+        "method": name,
+        "words": list(method.words(bundle)) if method.words else [],
+        "task": images.name,
+        "data_digest": images.digest(),
+        "recipe": bundle.recipe,
+        "backbone_digest": bundle.digest,
+        "size": bundle.input.size,
+        "seed": seed,
+        "epochs": method.epochs or settings.epochs,
+        "batch": method.batch or settings.batch,
+    }
+    if method.words:
+        found["settings"] = _settings(found)
+    return found
+
+
+def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
+    """Learn it in fresh processes, read the test set once, and leave the pack, if the method has one, at `pack`."""
+    name, common = identity["method"], ["--bundle", str(bundle.path), *_schedule(identity)]
+    if METHODS[name].words is None:
+        script = HERE / SCRIPTS.get(name, "rivals.py")
+        words = [] if name in SCRIPTS else [name]
+        return fresh_json([sys.executable, str(script), *words, str(data), *common])
+    adapt = [*KSM_EDGE, "adapt", str(data), "--out", str(pack), "--threads", "1", *common, *identity["words"], "--json"]
+    found = fresh_json(adapt)
+    _require_settings(pack, identity)
+    judge = [*KSM_EDGE, "eval", str(pack), str(data), "--bundle", str(bundle.path), "--threads", "1", "--json"]
+    judged = fresh_json(judge)
+    if judged["split"] != "test":
+        raise SystemExit(f"{data}: has no test/ to judge by")
+    found |= {"test_accuracy": judged["accuracy"], "test_images": judged["n"]}
+    if name == "piggyback":  # as it is published: a bit for every weight; and the head of the pack
+        weights = sum(w.weight.size for w in bundle.weights.values())
+        found["coded_bytes"] = found["pack_bytes"]
+        found["pack_bytes"] = weights // 8 + len(images.classes) * (bundle.features + 4)
+    return found
+
+
+def _schedule(identity: dict[str, Any]) -> list[str]:
+    return [word for name in ("seed", "batch", "epochs") for word in (f"--{name}", str(identity[name]))]
+
+
+def _settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """What `ksm-edge adapt` makes of these options, the seed aside."""
+    from ksm_edge.cli.adapt import settings_of
+    from ksm_edge.cli.main import build_parser
+    from ksm_edge.device import Device
+
+    args = build_parser().parse_args(["adapt", "DATA", *_schedule(identity), *identity["words"]])
+    return {name: value for name, value in asdict(settings_of(args, Device.load("host"))).items() if name != "seed"}
+
+
+def _require_settings(pack: Path, identity: dict[str, Any]) -> None:
+    from ksm_edge.pack.files import load_pack
+
+    used, wanted = dict(load_pack(pack).record["settings"]), {**identity["settings"], "seed": identity["seed"]}
+    if used != {**wanted, "batch": min(wanted["batch"], used["batch"])}:  # a task may have fewer images than a batch
+        raise SystemExit(f"{identity['task']}: `ksm-edge adapt` used the settings {used}, expected were {wanted}")
+
+
+def temporary_pack() -> tempfile.TemporaryDirectory[str]:
+    """A folder for a pack that nobody keeps."""
+    return tempfile.TemporaryDirectory(prefix="ksm-edge-accuracy-")

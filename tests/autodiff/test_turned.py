@@ -1,0 +1,58 @@
+"""Weights that are kept a second time, as transposed convs read them: the same gradients, without these convs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from whole_network import random_bundle
+
+from ksm_edge.autodiff.gradient_graph import build
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.trainer import Trainer, gradient_spec
+
+SETTINGS = Settings(batch=2)
+
+
+def gradients(bundle: Bundle, folder: Path, turned: bool) -> dict[str, np.ndarray]:
+    """Of one step, behind one that has changed the weights."""
+    folder.mkdir()
+    spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), turned=turned)
+    trainer = Trainer(bundle, compile_graph(bundle, spec, folder), SETTINGS, steps=10)
+    size = bundle.input.size
+    images = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
+    targets = np.eye(3, dtype=np.float32)[[0, 2]] / 2
+    trainer.step(images, targets)
+    trainer.accumulate(images, targets)
+    return {f"{name}.{k}": g for name, layer in trainer.layers.items() for k, g in layer.gradients().items()}
+
+
+@pytest.mark.parametrize("recipe", ["resnet18", "squeezenet1_1", "mobilenet_v3_small", "vgg16_bn"])
+def test_gradients_are_the_same(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    bundle = random_bundle(recipe, 64, tmp_path / "bundle")
+    once, twice = (gradients(bundle, tmp_path / str(turned), turned) for turned in (False, True))
+    for name, gradient in once.items():
+        error = np.abs(twice[name] - gradient).max() / max(float(np.abs(gradient).max()), 1e-20)
+        assert error < 2e-4, name
+
+
+def test_only_strides_leave_transposed_convs(tmp_path: Path) -> None:
+    bundle = random_bundle("resnet18", 64, tmp_path)
+    backbone = onnx.load(bundle.graph_path, load_external_data=False)
+    spec = gradient_spec(bundle, 3, SETTINGS, 1)
+    graphs = {turned: build(backbone, bundle.layers, replace(spec, turned=turned)) for turned in (False, True)}
+    found = {t: [n for n in g.model.graph.node if n.op_type == "ConvTranspose"] for t, g in graphs.items()}
+    assert {a.ints[0] for n in found[True] for a in n.attribute if a.name == "strides"} == {2}
+    assert len(found[True]) < len(found[False])
+    shapes = {layer.name: layer.weight_shape for layer in bundle.layers}
+    for name, shape in graphs[True].inputs.items():
+        if name.endswith(".turned") and len(shape) == 4:
+            O, I, kh, kw = shapes[name.removesuffix(".turned")]
+            assert shape == (I, O, kh, kw)
+    assert not any(name.endswith(".turned") for name in graphs[False].inputs)
