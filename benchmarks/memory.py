@@ -128,7 +128,7 @@ def _expected(path: Path, words: list[str]) -> int:
     from ksm_edge.training.planner import make_plan
 
     args = build_parser().parse_args(words)
-    settings = settings_of(args, this_machine())
+    settings = settings_of(args, this_machine(), CLASSES * IMAGES)
     plan = make_plan(load_bundle(path), CLASSES, settings, threads=1, budget_bytes=args.memory_budget)
     return plan.expected_peak_bytes
 

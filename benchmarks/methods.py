@@ -69,9 +69,9 @@ def _second_half(bundle: Bundle) -> str:
 
 def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str, Any]:
     """What makes two runs the same run; not the state of the code, which is recorded beside it."""
-    from ksm_edge.training.settings import Settings
+    from ksm_edge.training.settings import Settings, usual_epochs
 
-    method, settings = METHODS[name], Settings()
+    method = METHODS[name]
     found: dict[str, Any] = {
         "method": name,
         "words": list(method.words(bundle)) if method.words else [],
@@ -81,8 +81,8 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
         "backbone_digest": bundle.digest,
         "size": bundle.input.size,
         "seed": seed,
-        "epochs": method.epochs or settings.epochs,
-        "batch": method.batch or settings.batch,
+        "epochs": method.epochs or usual_epochs(len(images.train)),
+        "batch": method.batch or Settings().batch,
     }
     if method.words:
         found["settings"] = _settings(found)
@@ -122,7 +122,8 @@ def _settings(identity: dict[str, Any]) -> dict[str, Any]:
     from ksm_edge.device import Device
 
     args = build_parser().parse_args(["adapt", "DATA", *_schedule(identity), *identity["words"]])
-    return {name: value for name, value in asdict(settings_of(args, Device.load("host"))).items() if name != "seed"}
+    settings = settings_of(args, Device.load("host"), 0)
+    return {name: value for name, value in asdict(settings).items() if name != "seed"}
 
 
 def _require_settings(pack: Path, identity: dict[str, Any]) -> None:

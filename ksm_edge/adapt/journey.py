@@ -23,7 +23,7 @@ from ksm_edge.resident import use_compact_heap
 from ksm_edge.training.checkpoint import read_identity
 from ksm_edge.training.packing import finished
 from ksm_edge.training.planner import make_plan
-from ksm_edge.training.settings import Settings
+from ksm_edge.training.settings import Settings, usual_epochs
 from ksm_edge.training.start import start_from
 
 CACHE_BYTES = 512 * 2**20  # on disk
@@ -86,7 +86,7 @@ def adapt(
         bundle,
         images,
         checkpoint,
-        settings or Settings(),
+        settings or Settings(epochs=usual_epochs(len(images.train))),
         threads=threads,
         budget_bytes=budget_bytes,
         resume=resume,

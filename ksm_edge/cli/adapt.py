@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)"
     )
-    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over the images")
+    parser.add_argument(
+        "--epochs", type=positive, metavar="N", help="passes over the images (default: 8, more for few images)"
+    )
     parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
     parser.add_argument(
         "--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)"
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or available_threads(device)
     budget = memory_budget(device) if args.memory_budget is None else args.memory_budget
     images = _images(args.data)
-    settings = settings_of(args, device)
+    settings = settings_of(args, device, len(images.train))
     out = args.out or Path(f"{images.name}.ksm")
     _say_defaults(args, device, bundle, images, threads, budget)
     if checkpoint_path(out).exists() and not args.resume:
@@ -162,15 +164,14 @@ def _images(data: str | None) -> ImageSet:
     return images
 
 
-def settings_of(args: argparse.Namespace, device: Device) -> Settings:
-    """What the options, the device and the defaults come to."""
-    from ksm_edge.training.settings import SMALL, Settings
+def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settings:
+    """What the options, the device and the defaults for that many training images come to."""
+    from ksm_edge.training.settings import SMALL, Settings, usual_epochs
 
     names = ("epochs", "batch", "method", "layers", "masked", "granularity", "statistics", "seed", *NUMBERS, *BITS)
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    defaults: dict[str, Any] = {"batch": device.batch, **(SMALL if args.small else {})}
-    if args.data is None:
-        defaults["epochs"] = DEMO_EPOCHS
+    epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
+    defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs, **(SMALL if args.small else {})}
     switches = {name: True for name in ("flip", "balanced", "learn_in_bits") if getattr(args, name)}
     return Settings(**{**defaults, **given, **switches}, soft=not args.binary)
 

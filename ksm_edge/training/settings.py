@@ -12,6 +12,8 @@ from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
+# Of few images each is shown more often, so that all together are as many as this, up to so many times.
+SHOWN, MOST_EPOCHS = 2400, 60
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
 # A smaller pack for some accuracy: docs/pack-size.md has both.
 SMALL: Mapping[str, Any] = {"thin": 0.7, "scale_bits": 1, "norm_bits": 3, "head_bits": 3, "learn_in_bits": True}
@@ -80,6 +82,11 @@ class Settings:
         """
         bits = {name: getattr(self, name) for name in FEWEST_BITS}
         return bits | ({"norm_bits": 8} if self.statistics == "batch" else {})
+
+
+def usual_epochs(images: int) -> int:
+    """Passes over that many training images, where nobody asked for another number."""
+    return max(Settings().epochs, min(MOST_EPOCHS, -(-SHOWN // max(1, images))))
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

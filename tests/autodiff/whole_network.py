@@ -46,6 +46,9 @@ class Case:
             layer.score[...] = rng.normal(8e-3, 3e-3, layer.score.shape)
             layer.score.flat[: layer.score.size // 3 : 7] = -1e-3
             layer.fuse()
+        head = self.trainer.head_weight  # at 0 nothing would flow back
+        head[:] = np.random.default_rng([seed, 1]).uniform(-1, 1, head.shape) / np.sqrt(bundle.features)
+        self.trainer.run_head[:] = head
         n, side = settings.batch, bundle.input.size
         self.images = rng.standard_normal((n, 3, side, side)).astype(np.float32)
         self.targets = (rng.dirichlet(np.ones(CLASSES), n) / n).astype(np.float32)

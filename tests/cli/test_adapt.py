@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from tiny import saved_tiny_bundle, tiny_pack
 
-from ksm_edge.cli.main import main
+from ksm_edge.cli.adapt import settings_of
+from ksm_edge.cli.main import build_parser, main
 from ksm_edge.device import Device
 from ksm_edge.limits import run_limited
 from ksm_edge.pack.container import read_container
@@ -107,6 +108,12 @@ def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path
     assert (chosen["seed"], chosen["flip"], chosen["balanced"], chosen["epochs"]) == (3, True, True, 2)
     assert (chosen["score_rate"], chosen["label_smoothing"], chosen["head_rate"]) == (0.001, 0, 2e-3)
     assert (pack.record["device"], pack.record["emulated"]) == ("host", False)
+
+
+def test_few_images_are_shown_more_often_unless_told_otherwise() -> None:
+    for words, images, epochs in (("adapt DATA", 100, 24), ("adapt DATA --epochs 3", 100, 3), ("adapt", 100, 6)):
+        args = build_parser().parse_args(words.split())
+        assert settings_of(args, Device.load("host"), images).epochs == epochs
 
 
 def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bundle: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ksm_edge.runtimes.onnxruntime import Session
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import finished, to_pack, unquantized
-from ksm_edge.training.settings import Settings
+from ksm_edge.training.settings import Settings, usual_epochs
 from ksm_edge.training.targets import target_rows
 from ksm_edge.training.thinning import late_step
 from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
@@ -37,7 +37,11 @@ def trainer(bundle: Bundle, settings: Settings = SETTINGS, micro_batch: int = 4,
     folder = bundle.path / f"{abs(hash((settings, micro_batch)))}"
     folder.mkdir(exist_ok=True)
     graph = compile_graph(bundle, gradient_spec(bundle, CLASSES, settings, micro_batch), folder)
-    return Trainer(bundle, graph, settings, steps=steps)
+    subject = Trainer(bundle, graph, settings, steps=steps)
+    # From a head at 0 nothing flows back at the first step, which would hide mistakes there.
+    subject.head_weight[:] = np.random.default_rng(settings.seed).standard_normal(subject.head_weight.shape) / 4
+    subject.run_head[:] = subject.head_weight
+    return subject
 
 
 def judge(subject: Trainer) -> Judge:
@@ -113,11 +117,20 @@ def test_going_on_from_a_checkpoint_is_bit_for_bit_never_having_stopped(
     assert same_bits(again, whole)
 
 
-def test_two_runs_are_bit_for_bit_equal_and_another_seed_is_another_head(bundle: Bundle) -> None:
-    one, other, third = trainer(bundle), trainer(bundle), trainer(bundle, replace(SETTINGS, seed=1))
+def test_two_runs_are_bit_for_bit_equal(bundle: Bundle) -> None:
+    one, other = trainer(bundle), trainer(bundle)
     assert train(one, 0, 4) == train(other, 0, 4)
     assert same_bits(one, other)
-    assert not np.array_equal(third.head_weight, trainer(bundle).head_weight)
+
+
+def test_nobody_has_an_opinion_before_the_first_step(bundle: Bundle, tmp_path: Path) -> None:
+    graph = compile_graph(bundle, gradient_spec(bundle, CLASSES, SETTINGS, 4), tmp_path)
+    subject = Trainer(bundle, graph, SETTINGS, steps=STEPS)
+    images, labels = batch(0)
+    first = subject.step(images, target_rows(labels, CLASSES, 0.0))
+    assert first.loss == pytest.approx(np.log(CLASSES), rel=1e-6)
+    assert np.abs(subject.head_weight).min() > 0
+    assert subject.step(images, target_rows(labels, CLASSES, 0.0)).loss < first.loss
 
 
 @pytest.mark.parametrize("changes", [{}, {"granularity": "element"}, {"method": "norm"}], ids=str)
@@ -385,3 +398,8 @@ def test_huge_pages_are_asked_for_once_memory_has_settled_and_again_when_it_was_
         subject.step(images, target_rows(labels, CLASSES, 0.0), release=release)
         counts.append(len(asked))
     assert counts == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(0, 60), (1, 60), (40, 60), (100, 24), (299, 9), (300, 8), (9000, 8)])
+def test_few_images_are_shown_more_often(images: int, epochs: int) -> None:
+    assert usual_epochs(images) == epochs
