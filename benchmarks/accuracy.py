@@ -19,12 +19,16 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grid
 from measure import RESULTS, add_backbone, backbone, condition, disturbance, machine, print_table
 from methods import METHODS, identity, learn, temporary_pack
 from tasks import FIVE, task_data
+
+if TYPE_CHECKING:
+    from ksm_edge.bundle.layers import Bundle
+    from ksm_edge.data.image_set import ImageSet
 
 SIZES = {"mobilenet_v2": 160, "resnet20_cifar10": 32}
 # Of each method and backbone the runs that are like the last one in all but task and seed.
@@ -91,16 +95,21 @@ def _run(options: argparse.Namespace, method: str, data: Path, bundle_path: Path
         print(f"{what}: there already", file=sys.stderr)
         return
     print(f"{what}: {wanted['epochs']} epochs ...", file=sys.stderr)
-    before = condition()
     with temporary_pack() as folder:
         packs = options.packs or Path(folder)
         packs.mkdir(parents=True, exist_ok=True)
-        found = learn(wanted, bundle, images, data, packs / f"{images.name}-{seed}.ksm")
-    run = {"identity": wanted, **{name: found[name] for name in KEPT if name in found}}
-    run |= {"machine": machine(), "before": before, "after": condition()}
-    run["warnings"] = disturbance(before) + disturbance(run["after"])
+        run = measured(wanted, bundle, images, data, packs / f"{images.name}-{seed}.ksm")
     keep(options.out, run)
     print(f"{run['test_accuracy']:.2%} on test, {run['pack_bytes'] / 1e3:.1f} kB", file=sys.stderr)
+
+
+def measured(wanted: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
+    """The run that `wanted` identifies, done now, with the machine's state around it."""
+    before = condition()
+    found = learn(wanted, bundle, images, data, pack)
+    run = {"identity": wanted, **{name: found[name] for name in KEPT if name in found}}
+    run |= {"machine": machine(), "before": before, "after": condition()}
+    return {**run, "warnings": disturbance(before) + disturbance(run["after"])}
 
 
 def keep(path: Path, run: dict[str, Any]) -> None:

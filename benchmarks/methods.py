@@ -99,16 +99,21 @@ def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path
     adapt = [*KSM_EDGE, "adapt", str(data), "--out", str(pack), "--threads", "1", *common, *identity["words"], "--json"]
     found = fresh_json(adapt)
     _require_settings(pack, identity)
-    judge = [*KSM_EDGE, "eval", str(pack), str(data), "--bundle", str(bundle.path), "--threads", "1", "--json"]
-    judged = fresh_json(judge)
-    if judged["split"] != "test":
-        raise SystemExit(f"{data}: has no test/ to judge by")
-    found |= {"test_accuracy": judged["accuracy"], "test_images": judged["n"]}
+    found |= judged(pack, bundle.path, data)
     if name == "piggyback":  # as it is published: a bit for every weight; and the head of the pack
         weights = sum(w.weight.size for w in bundle.weights.values())
         found["coded_bytes"] = found["pack_bytes"]
         found["pack_bytes"] = weights // 8 + len(images.classes) * (bundle.features + 4)
     return found
+
+
+def judged(pack: Path, bundle: Path, data: Path) -> dict[str, Any]:
+    """A pack's `test_accuracy` on how many `test_images`, as `ksm-edge eval` finds it in a fresh process."""
+    command = [*KSM_EDGE, "eval", str(pack), str(data), "--bundle", str(bundle), "--threads", "1", "--json"]
+    found = fresh_json(command)
+    if found["split"] != "test":
+        raise SystemExit(f"{data}: has no test/ to judge by")
+    return {"test_accuracy": found["accuracy"], "test_images": found["n"]}
 
 
 def _schedule(identity: dict[str, Any]) -> list[str]:

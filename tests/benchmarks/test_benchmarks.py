@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_README = ("accuracy", "demo", "latency", "memory", "pack", "prediction", "startup", "step")
-SCRIPTS = (*IN_README, "apps", "bits", "layers", "plans", "runtimes")
+SCRIPTS = (*IN_README, "apps", "bits", "forgetting", "layers", "plans", "runtimes")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import LAYERS, tiny_bundle, tiny_pack
+from tiny import LAYERS, saved_tiny_bundle, tiny_bundle, tiny_pack
 
 from ksm_edge.data.digits import digits
+from ksm_edge.pack.files import save_pack
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEP = """
@@ -131,6 +132,30 @@ def test_ksm_as_released_has_the_constants_of_the_authors(load: Any, tmp_path: P
     wanted = {"epochs": 30, "batch": 32, "score_rate": 2e-4, "norm_rate": 2e-4, "head_rate": 2e-4, "warmup": 0.0,
               "label_smoothing": 0.0, "thin": 0.0, "statistics": "batch", "granularity": "kernel"}  # fmt: skip
     assert {name: made["settings"][name] for name in wanted} == wanted
+
+
+def test_what_a_later_task_changes_is_noticed(load: Any, tmp_path: Path) -> None:
+    forgetting, bundle = load("forgetting"), saved_tiny_bundle(tmp_path / "b")
+    tasks = [tmp_path / "one.zip", tmp_path / "two.zip"]
+    for seed, data in enumerate(tasks):
+        save_pack(tiny_pack(seed=seed), data.with_suffix(".ksm"))
+    runs = [{"state": forgetting._state(bundle.path, data.with_suffix(".ksm"))} for data in tasks]
+    before = forgetting._bundle_bytes(bundle.path)
+    forgetting._require_unchanged(runs, bundle.path, before, tasks)
+    save_pack(tiny_pack(seed=5), tmp_path / "one.ksm")
+    with pytest.raises(SystemExit, match="learning two changed what one had learned"):
+        forgetting._require_unchanged(runs, bundle.path, before, tasks)
+    (bundle.path / "manifest.json").write_text("{}")
+    with pytest.raises(SystemExit, match="changed the bundle"):
+        forgetting._require_unchanged(runs, bundle.path, before, tasks)
+
+
+def test_forgetting_is_the_largest_loss_of_any_task(load: Any) -> None:
+    rows = [(0.9, 0.9), (0.8, 0.7), (0.7, 0.75)]
+    runs = [{"after_learning": first, "after_all": last, "pack_bytes": 1000} for first, last in rows]
+    found = load("forgetting").summary(runs)
+    assert found["largest_loss"] == pytest.approx(0.1)
+    assert (found["tasks"], found["pack_bytes"], found["digests_compared"]) == (3, 3000, 6)
 
 
 def image_zip(path: Path, classes: Sequence[str], count: int) -> None:
