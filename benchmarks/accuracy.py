@@ -31,14 +31,22 @@ if TYPE_CHECKING:
     from ksm_edge.data.image_set import ImageSet
 
 SIZES = {"mobilenet_v2": 160, "resnet20_cifar10": 32}
+
+
+def _way(run: Mapping[str, Any]) -> dict[str, Any]:
+    """How it was learned; how often each image was shown depends on how many there are, and is left out."""
+    given = ("task", "data_digest", "seed", "epochs")
+    found = {name: value for name, value in run["identity"].items() if name not in given}
+    if "settings" in found:
+        found["settings"] = {
+            name: value for name, value in found["settings"].items() if name not in ("epochs", "batch")
+        }
+    # Which of its strengths is best, logistic regression chooses for each task.
+    return found if found["method"] == "linear" else {**found, "rate": run.get("rate")}
+
+
 # Of each method and backbone the runs that are like the last one in all but task and seed.
-STANDING = grid.latest(
-    lambda run: tuple(run["identity"][name] for name in ("method", "recipe", "size")),
-    lambda run: (
-        {name: value for name, value in run["identity"].items() if name not in ("task", "data_digest", "seed")},
-        run.get("rate") if run["identity"]["method"] != "linear" else None,  # which each of its runs chooses
-    ),
-)
+STANDING = grid.latest(lambda run: tuple(run["identity"][name] for name in ("method", "recipe", "size")), _way)
 QUESTION = __doc__.split("\n")[0]
 KEPT = ("test_accuracy", "test_images", "validation_accuracy", "best_epoch", "steps", "pack_bytes", "coded_bytes",
         "rate", "step_ms_p50", "peak_rss_bytes", "wall_seconds", "history", "skipped")  # fmt: skip

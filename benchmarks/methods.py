@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
+IN_RIVALS = {"reference": "ksm"}
 SCRIPTS = {"linear": "linear.py"}  # of this folder; all others that are not `ksm-edge adapt` run in rivals.py
 
 
@@ -53,10 +54,11 @@ METHODS = {
     "released": Method(
         "KSM as released, 30 epochs",
         _always("--score-rate", "2e-4", "--norm-rate", "2e-4", "--head-rate", "2e-4", "--warmup", "0", "--thin", "0",
-                "--label-smoothing", "0", "--statistics", "batch"),
+                "--label-smoothing", "0", "--statistics", "batch", "--head-start", "random"),
         epochs=30,
         batch=32,
     ),
+    "reference": Method("KSM in torch, as --thin 0", None),
     "full": Method("full fine-tuning, fp16", None),
     "lora:4": Method("conv LoRA rank 4, fp16", None),
     "lora:8": Method("conv LoRA rank 8, fp16", None),
@@ -94,7 +96,7 @@ def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path
     name, common = identity["method"], ["--bundle", str(bundle.path), *_schedule(identity)]
     if METHODS[name].words is None:
         script = HERE / SCRIPTS.get(name, "rivals.py")
-        words = [] if name in SCRIPTS else [name]
+        words = [] if name in SCRIPTS else [IN_RIVALS.get(name, name)]
         return fresh_json([sys.executable, str(script), *words, str(data), *common])
     adapt = [*KSM_EDGE, "adapt", str(data), "--out", str(pack), "--threads", "1", *common, *identity["words"], "--json"]
     found = fresh_json(adapt)

@@ -20,7 +20,7 @@ from accuracy import STANDING, summary
 from measure import RESULTS, ROOT
 from methods import METHODS
 
-COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "grey", "navy")
+COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "grey", "navy", "teal")
 
 
 @dataclass(frozen=True)

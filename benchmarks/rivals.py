@@ -1,7 +1,8 @@
-"""What a workstation would do with torch: full fine-tuning, and conv LoRA with the package peft.
+"""What a workstation would do with torch: full fine-tuning, conv LoRA with the package peft, and KSM as it is written.
 
     python benchmarks/rivals.py full DATA --bundle BUNDLE
     python benchmarks/rivals.py lora:8 DATA --bundle BUNDLE
+    python benchmarks/rivals.py ksm DATA --bundle BUNDLE      # what the device's trainer must agree with
 
 Prints one JSON object. Images, split, order, augmentation, targets, number of steps and the rates' schedule are those
 of `ksm-edge adapt`; the best epoch is chosen on the same validation split, and the test set is read once, at the end.
@@ -34,6 +35,7 @@ from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item, open_image_set
 from ksm_edge.data.split import stratified_split
 from ksm_edge.exporter.torchvision_shim import import_torchvision
+from ksm_edge.mask import INITIAL_SCORE, THRESHOLD
 from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.runtimes.pytorch import Attributes, features, read_graph
 from ksm_edge.training.adam import rate_factor
@@ -42,13 +44,13 @@ from ksm_edge.training.targets import target_rows
 
 # Each method's better one of two on the validation split of pacs_sketch7, seed 0, at 96 px, with --no-test: 3e-4 and
 # 1e-4 for full, 3e-3 and 1e-3 for lora.
-RATE = {"full": 3e-4, "lora": 1e-3}
+RATE = {"full": 3e-4, "lora": 1e-3, "ksm": Settings().score_rate}
 EVALUATION_BATCH = 32
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", metavar="full|lora:RANK")
+    parser.add_argument("method", metavar="full|lora:RANK|ksm")
     parser.add_argument("data", metavar="DATA", help="folder or zip, as for `ksm-edge adapt`")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=Settings().epochs)
@@ -69,8 +71,10 @@ def main() -> int:
     network: torch.nn.Module = Network(bundle, len(images.classes))
     if kind == "lora":
         network = with_lora(network, int(rank))
+    elif kind == "ksm":
+        network = with_masks(network)
     elif kind != "full":
-        raise SystemExit(f"method {options.method!r}: expected full or lora:RANK")
+        raise SystemExit(f"method {options.method!r}: expected full, lora:RANK or ksm")
     network = network.to(memory_format=torch.channels_last)  # the faster layout on CPUs
     rate = options.rate or RATE[kind]
     began = time.perf_counter()
@@ -153,18 +157,62 @@ def with_lora(network: Network, rank: int) -> torch.nn.Module:
     return get_peft_model(network, config)
 
 
+class Mask(torch.autograd.Function):
+    """Scores (O, I) to the soft mask, with the gradient of a sigmoid around the threshold."""
+
+    @staticmethod
+    def forward(context: Any, score: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(score)
+        keep = (score >= THRESHOLD).to(score)
+        cut = score * (1 - keep)
+        span = cut.max() - cut.min()
+        scale = 0.5 * (cut - cut.min()) / span if span > 0 else torch.zeros_like(cut)
+        return keep + scale * (1 - keep)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (score,) = context.saved_tensors
+        g = torch.sigmoid(12 * (score - THRESHOLD))
+        return gradients[0] * 12 * g * (1 - g)
+
+
+class MaskedConv(torch.nn.Module):
+    """A frozen conv, each of its kernels times the mask of its score."""
+
+    def __init__(self, conv: torch.nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+        self.score = torch.nn.Parameter(torch.full(conv.weight.shape[:2], INITIAL_SCORE))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.conv.weight * Mask.apply(self.score)[:, :, None, None]
+        return self.conv._conv_forward(x, weight, self.conv.bias)
+
+
+def with_masks(network: Network) -> Network:
+    """Every conv masked; batch-norm's gamma and beta and the head, which starts at 0, learn beside."""
+    for name, conv in network.convs.items():
+        network.convs[name] = MaskedConv(conv)
+    torch.nn.init.zeros_(network.head.weight)
+    return network
+
+
 def learn(
     network: torch.nn.Module, bundle: Bundle, images: ImageSet, settings: Settings, rate: float, statistics: str
 ) -> dict[str, Any]:
-    """Adam on whatever learns, the head at its own rate; leaves the best epoch's parameters in place."""
+    """Adam on whatever learns, head and KSM's batch-norm at their own rates; leaves the best epoch's in place."""
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, _ = cache.prepare(images.train, lambda done, total: None)
         train, held_out = stratified_split([item.label for item in items], settings.validation, settings.seed)
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         steps = settings.epochs * math.ceil(len(learned_from) / settings.batch)
-        head = [p for name, p in network.named_parameters() if p.requires_grad and "head" in name]
-        rest = [p for name, p in network.named_parameters() if p.requires_grad and "head" not in name]
-        adam = torch.optim.Adam([{"params": rest, "at": rate}, {"params": head, "at": settings.head_rate}])
+        rates = {"head": settings.head_rate, "norms": settings.norm_rate if _is_masked(network) else rate}
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                own = next((own for part, own in rates.items() if part in name), rate)
+                groups.setdefault(own, []).append(parameter)
+        adam = torch.optim.Adam([{"params": group, "at": own} for own, group in groups.items()])
         history, best, kept, done = [], -1.0, None, 0
         for epoch in range(settings.epochs):
             network.train(statistics == "batch")
@@ -233,6 +281,10 @@ def stored_bytes(network: torch.nn.Module) -> int:
     statistics = {name for name in network.state_dict() if "running" in name} if _trains_norm(network) else set()
     state = {name: tensor.half() for name, tensor in network.state_dict().items() if name in learned | statistics}
     return len(save({name: tensor.contiguous() for name, tensor in state.items()}))
+
+
+def _is_masked(network: torch.nn.Module) -> bool:
+    return any(isinstance(module, MaskedConv) for module in network.modules())
 
 
 def _trains_norm(network: torch.nn.Module) -> bool:

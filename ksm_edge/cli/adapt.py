@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
     parser.add_argument("--binary", action="store_true", help="masks of 0 and 1 only")
     parser.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
+    parser.add_argument("--head-start", choices=("zero", "random"), help="what the head begins with (default: zero)")
     parser.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     parser.add_argument("--balanced", action="store_true", help="weigh rare classes more")
     parser.add_argument(
@@ -168,7 +169,8 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
     """What the options, the device and the defaults for that many training images come to."""
     from ksm_edge.training.settings import SMALL, Settings, usual_epochs
 
-    names = ("epochs", "batch", "method", "layers", "masked", "granularity", "statistics", "seed", *NUMBERS, *BITS)
+    names = ("epochs", "batch", "method", "layers", "masked", "granularity", "statistics", "head_start", "seed",
+             *NUMBERS, *BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs, **(SMALL if args.small else {})}

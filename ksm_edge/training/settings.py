@@ -12,6 +12,7 @@ from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
+HEAD_STARTS = ("zero", "random")
 # Of few images each is shown more often, so that all together are as many as this, up to so many times.
 SHOWN, MOST_EPOCHS = 2400, 60
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
@@ -34,6 +35,7 @@ class Settings:
     score_rate: float = 2e-4
     norm_rate: float = 1e-3
     head_rate: float = 2e-3
+    head_start: str = "zero"  # or random, as torch starts a Linear layer
     cut_penalty: float = 0.0  # every step pulls scores back towards keeping, by this share of the score rate
     thin: float = 0.5  # share of the cut kernels, those that change least, put back to 1 late in training
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
@@ -50,6 +52,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("statistics", self.statistics, STATISTICS)
+        _one_of("head_start", self.head_start, HEAD_STARTS)
         if self.granularity not in ("kernel", "channel", "element"):
             group_size(self.granularity)
         if self.seed < 0:

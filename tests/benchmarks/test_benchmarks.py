@@ -122,7 +122,7 @@ def test_a_busy_machine_is_told_of(load: Any) -> None:
     assert "50%" in measure.share_warning("x", [0.99, 0.5])[0]
 
 
-def accuracy_run(task: str, seed: int, test: float, epochs: int = 10, method: str = "ksm") -> dict[str, Any]:
+def accuracy_run(task: str, seed: int, test: float, method: str = "ksm", batch: int = 16) -> dict[str, Any]:
     return {
         "identity": {
             "method": method,
@@ -130,7 +130,7 @@ def accuracy_run(task: str, seed: int, test: float, epochs: int = 10, method: st
             "size": 160,
             "task": task,
             "seed": seed,
-            "epochs": epochs,
+            "batch": batch,
         },
         "test_accuracy": test,
         "validation_accuracy": 0.5,
@@ -159,7 +159,7 @@ def test_a_run_done_again_takes_the_place_of_the_first(load: Any, tmp_path: Path
 
 def test_of_each_method_only_runs_like_the_latest_are_reported(load: Any) -> None:
     runs = [
-        accuracy_run("flowers5", 0, 0.1, epochs=8),
+        accuracy_run("flowers5", 0, 0.1, batch=8),
         accuracy_run("flowers5", 0, 0.3, method="full"),
         accuracy_run("flowers5", 0, 0.9),
         accuracy_run("trashnet", 1, 0.8),

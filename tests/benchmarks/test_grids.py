@@ -121,7 +121,7 @@ def test_every_method_is_one_that_adapt_or_a_script_knows(load: Any, tmp_path: P
 
     methods, bundle = load("methods"), tiny_bundle(tmp_path)
     scripts = {name for name, method in methods.METHODS.items() if method.words is None}
-    assert scripts == {"full", "lora:4", "lora:8", "linear"}
+    assert scripts == {"full", "lora:4", "lora:8", "linear", "reference"}
     for name in methods.METHODS.keys() - scripts:
         build_parser().parse_args(["adapt", "DATA", *methods.METHODS[name].words(bundle)])
     assert methods.METHODS["late"].words(bundle) == ("--masked", "project..")
@@ -323,3 +323,26 @@ def test_lora_leaves_the_backbone_alone(load: Any, tmp_path: Path) -> None:
     assert learned
     assert all("lora_" in name or "head" in name for name in learned)
     assert not any("dw" in name for name in learned)
+
+
+@pytest.mark.torch
+def test_ksm_in_torch_is_ksm(load: Any, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from ksm_edge.mask import keep_gradient, soft_mask
+
+    rivals, bundle = load("rivals"), tiny_bundle(tmp_path)
+    score = np.random.default_rng(0).normal(6e-3, 3e-3, (8, 5)).astype(np.float32)
+    leaf = torch.from_numpy(score.copy()).requires_grad_()
+    mask = rivals.Mask.apply(leaf)
+    mask.sum().backward()
+    np.testing.assert_allclose(mask.detach().numpy(), soft_mask(score).values, atol=1e-6)
+    np.testing.assert_allclose(leaf.grad.numpy(), keep_gradient(score), rtol=1e-5)
+    plain = rivals.Network(bundle, 3).eval()
+    masked = rivals.with_masks(rivals.Network(bundle, 3)).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.manual_seed(0))
+    masked.head.load_state_dict(plain.head.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(masked(images), plain(images))
+    learned = {name.rpartition(".")[2] for name, p in masked.named_parameters() if p.requires_grad}
+    assert learned == {"score", "weight", "bias"}
+    assert not any(p.requires_grad for name, p in masked.named_parameters() if ".conv." in name)

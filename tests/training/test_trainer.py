@@ -130,6 +130,10 @@ def test_nobody_has_an_opinion_before_the_first_step(bundle: Bundle, tmp_path: P
     first = subject.step(images, target_rows(labels, CLASSES, 0.0))
     assert first.loss == pytest.approx(np.log(CLASSES), rel=1e-6)
     assert np.abs(subject.head_weight).min() > 0
+    heads = [
+        Trainer(bundle, graph, replace(SETTINGS, head_start="random", seed=s), steps=9).head_weight for s in (0, 1)
+    ]
+    assert not np.array_equal(*heads)
     assert subject.step(images, target_rows(labels, CLASSES, 0.0)).loss < first.loss
 
 
@@ -262,7 +266,8 @@ def test_the_backbone_is_not_written_to(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("method", "lora"), ("statistics", "running"), ("granularity", "group:0"), ("granularity", "pixel"), ("epochs", 0),
+    [("method", "lora"), ("statistics", "running"), ("head_start", "ones"), ("granularity", "group:0"),
+     ("granularity", "pixel"), ("epochs", 0),
      ("batch", 0), ("score_rate", -1.0), ("validation", 1.0), ("label_smoothing", float("nan"))],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name: str, value: object) -> None:
