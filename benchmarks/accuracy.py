@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import grid
 from measure import RESULTS, add_backbone, backbone, condition, disturbance, machine, print_table
-from methods import METHODS, identity, learn, temporary_pack
+from methods import ALL, identity, learn, temporary_pack
 from tasks import FIVE, task_data
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--recipe", choices=tuple(SIZES), default="mobilenet_v2", help="(default: mobilenet_v2)")
     parser.add_argument("--size", type=int, help="pixels; only without --bundle (default: 160, ResNet-20's 32)")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=["ksm"], metavar="METHOD",
-                        help=f"of {', '.join(METHODS)} (default: ksm)")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=tuple(ALL), default=["ksm"], metavar="METHOD",
+                        help=f"of {', '.join(ALL)} (default: ksm)")  # fmt: skip
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -151,6 +151,8 @@ def _row(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     for name in AVERAGED:
         if all(name in run for run in runs):
             row[name] = statistics.fmean(run[name] for run in runs)
+    if "settings" in runs[0]["identity"]:
+        row["head_start"] = runs[0]["identity"]["settings"].get("head_start")
     if all("peak_rss_bytes" in run for run in runs):
         row["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in runs)
     return row
@@ -159,7 +161,7 @@ def _row(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
 def _show(result: Mapping[str, Any]) -> None:
     for name, tasks in result.items():
         lines = [(name, *(f"{task}, %" for task in tasks), "pack, kB", "steps", "minutes", "peak RSS, MiB")]
-        for key, method in METHODS.items():
+        for key, method in ALL.items():
             rows = [tasks[task].get(key) for task in tasks]
             if any(rows):
                 cells = ("" if row is None else _percent(row) for row in rows)

@@ -2,9 +2,8 @@
 
     python benchmarks/memory.py
 
-Every recipe, several batches and ways to adapt, each a
-whole `ksm-edge adapt` of two epochs on generated photos in a process of its own, under an enforced limit: what the plan
-expects. Where that stops it, the plan was wrong.
+Every recipe, several batches and ways to adapt, each a whole `ksm-edge adapt` of two epochs on generated photos in a
+process of its own, under an enforced limit: what the plan expects. Where that stops it, the plan was wrong.
 """
 
 from __future__ import annotations

@@ -64,6 +64,25 @@ METHODS = {
     "lora:8": Method("conv LoRA rank 8, fp16", None),
 }  # fmt: skip
 
+# The default with one thing changed.
+ABLATIONS = {
+    "binary": Method("binary masks", _always("--binary"), ours=True),
+    "channel": Method("one score per filter", _always("--granularity", "channel"), ours=True),
+    "element": Method("one score per weight", _always("--granularity", "element"), ours=True),
+    "masks-alone": Method("batch-norm as it is", _always("--norm-rate", "0"), ours=True),
+    "statistics": Method("the batch's statistics", _always("--statistics", "batch"), ours=True),
+    "score-slow": Method("scores at 2e-5", _always("--score-rate", "2e-5"), ours=True),
+    "score-fast": Method("scores at 2e-3", _always("--score-rate", "2e-3"), ours=True),
+    "head-random": Method("a head that starts at random", _always("--head-start", "random"), ours=True),
+    "no-smoothing": Method("no label smoothing", _always("--label-smoothing", "0"), ours=True),
+    "flip": Method("mirrored images as well", _always("--flip"), ours=True),
+    "epochs-2": Method("2 epochs", _always(), ours=True, epochs=2),
+    "epochs-4": Method("4 epochs", _always(), ours=True, epochs=4),
+    "epochs-16": Method("16 epochs", _always(), ours=True, epochs=16),
+    "epochs-30": Method("30 epochs", _always(), ours=True, epochs=30),
+}
+ALL = {**METHODS, **ABLATIONS}
+
 
 def _second_half(bundle: Bundle) -> str:
     return f"{bundle.layers[len(bundle.layers) // 2].name}.."
@@ -73,7 +92,7 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
     """What makes two runs the same run; not the state of the code, which is recorded beside it."""
     from ksm_edge.training.settings import Settings, usual_epochs
 
-    method = METHODS[name]
+    method = ALL[name]
     found: dict[str, Any] = {
         "method": name,
         "words": list(method.words(bundle)) if method.words else [],
@@ -94,7 +113,7 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
     """Learn it in fresh processes, read the test set once, and leave the pack, if the method has one, at `pack`."""
     name, common = identity["method"], ["--bundle", str(bundle.path), *_schedule(identity)]
-    if METHODS[name].words is None:
+    if ALL[name].words is None:
         script = HERE / SCRIPTS.get(name, "rivals.py")
         words = [] if name in SCRIPTS else [IN_RIVALS.get(name, name)]
         return fresh_json([sys.executable, str(script), *words, str(data), *common])

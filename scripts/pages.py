@@ -16,7 +16,9 @@ from typing import Any
 from readme_table import ROOT, between, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from methods import METHODS  # found by the line above
+from accuracy_tables import ablation_tables, few_tables, method_tables, suite_tables  # found by the lines above
+from methods import METHODS
+from tasks import FIVE
 
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,7 +79,7 @@ def pareto_tables(content: Mapping[str, Any]) -> str:
     parts = []
     for backbone in BYTES_OF:
         tasks = content["summary"][backbone]
-        names = sorted(tasks)
+        names = [name for name in sorted(FIVE) if name in tasks]
         lines = [f"{backbone}:", "", f"| test accuracy, kB | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
         for key, method in METHODS.items():
             rows = [tasks[name].get(key) for name in names]
@@ -242,9 +244,36 @@ def _origin(content: Mapping[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores; {day}; raw values in `benchmarks/results/`."
 
 
+def forgetting_tables(content: Mapping[str, Any]) -> str:
+    """The suite learned in its order, each task judged twice."""
+    found = content["summary"]
+    lines = [
+        "| task | when it was learned, % | behind the last task, % | pack, kB |",
+        "|---|---|---|---|",
+        *(
+            f"| {run['task']} | {100 * run['after_learning']:.2f} | {100 * run['after_all']:.2f} | "
+            f"{run['pack_bytes'] / 1e3:.1f} |"
+            for run in content["runs"]
+        ),
+        f"| mean; all {found['tasks']} packs | {100 * found['after_learning']:.2f} | {100 * found['after_all']:.2f} | "
+        f"{found['pack_bytes'] / 1e3:.0f} |",
+        "",
+        f"Largest loss of any task: {100 * found['largest_loss']:.2f} points. {found['digests_compared']} times a "
+        "task's pack and fused weights were compared with what they were when it was learned, by SHA-256.",
+    ]
+    return "\n".join([*lines, "", _origin(content)])
+
+
 # Of each page its markers, and the result and function that each one's table comes from.
 Table = Callable[[Mapping[str, Any]], str]
 PAGES: dict[str, dict[str, tuple[str, Table]]] = {
+    "accuracy.md": {
+        "methods": ("accuracy", method_tables),
+        "few": ("accuracy", few_tables),
+        "suite": ("accuracy", suite_tables),
+        "forgetting": ("forgetting", forgetting_tables),
+        "ablations": ("accuracy", ablation_tables),
+    },
     "pack-size.md": {"bits": ("bits", bits_tables), "pareto": ("accuracy", pareto_tables)},
     "engine.md": {"plans": ("plans", plan_tables), "layers": ("layers", layer_tables)},
     "app.md": {"costs": ("apps", app_tables)},

@@ -120,10 +120,10 @@ def test_every_method_is_one_that_adapt_or_a_script_knows(load: Any, tmp_path: P
     from ksm_edge.cli.main import build_parser
 
     methods, bundle = load("methods"), tiny_bundle(tmp_path)
-    scripts = {name for name, method in methods.METHODS.items() if method.words is None}
+    scripts = {name for name, method in methods.ALL.items() if method.words is None}
     assert scripts == {"full", "lora:4", "lora:8", "linear", "reference"}
-    for name in methods.METHODS.keys() - scripts:
-        build_parser().parse_args(["adapt", "DATA", *methods.METHODS[name].words(bundle)])
+    for name in methods.ALL.keys() - scripts:
+        build_parser().parse_args(["adapt", "DATA", *methods.ALL[name].words(bundle)])
     assert methods.METHODS["late"].words(bundle) == ("--masked", "project..")
 
 

@@ -1,0 +1,113 @@
+"""The tables of docs/accuracy.md, from the summary of `benchmarks/accuracy.py`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from readme_table import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from methods import ABLATIONS, METHODS  # found by the line above
+from tasks import FIVE
+
+BACKBONES = ("mobilenet_v2, 160 px", "mobilenet_v2, 96 px")
+FEW = "@10"
+SUITE = "caltech100-"
+
+Row = Mapping[str, Any]
+
+
+def method_tables(content: Mapping[str, Any]) -> str:
+    """A table for each size: test accuracy of each method on each of the five tasks, their mean, and what it costs."""
+    parts = []
+    for backbone in BACKBONES:
+        tasks = content["summary"].get(backbone, {})
+        heads = ("test accuracy, %", *FIVE, "mean", "pack, kB", "steps")
+        lines = [f"{backbone}:", "", *_table(heads, _method_rows(tasks, FIVE))]
+        if len(lines) > 4:
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def few_tables(content: Mapping[str, Any]) -> str:
+    """The same for ten images a class."""
+    tasks = content["summary"].get(BACKBONES[0], {})
+    heads = ("test accuracy, %", *FIVE, "mean", "pack, kB", "steps")
+    return "\n".join(_table(heads, _method_rows(tasks, [task + FEW for task in FIVE])))
+
+
+def suite_tables(content: Mapping[str, Any]) -> str:
+    """The mean over the tasks of the suite, of methods that have learned all of them."""
+    tasks = {name: rows for name, rows in content["summary"].get(BACKBONES[1], {}).items() if name.startswith(SUITE)}
+    lines = []
+    for key, method in METHODS.items():
+        rows = [of_task[key] for of_task in tasks.values() if key in of_task]
+        if rows and len(rows) == len(tasks):
+            least = min(row["test_accuracy"] for row in rows)
+            size = statistics.fmean(row["pack_bytes"] for row in rows)
+            lines.append(
+                (_title(method.title, key, rows), _percent(_mean(rows)), _percent(least), f"{size / 1e3:,.1f}")
+            )
+    return "\n".join(_table((f"{len(tasks)} tasks", "mean, %", "worst task, %", "pack, kB"), lines))
+
+
+def ablation_tables(content: Mapping[str, Any]) -> str:
+    """One change at a time, against the default on the same task and seeds."""
+    tasks = content["summary"].get(BACKBONES[1], {})
+    names = [task for task in FIVE if "ksm" in tasks.get(task, {}) and ABLATIONS.keys() & tasks[task].keys()]
+    lines = [("the default", *(_percent(tasks[name]["ksm"]["test_accuracy"]) for name in names))]
+    for key, change in ABLATIONS.items():
+        cells = []
+        for name in names:
+            row, default = tasks[name].get(key), tasks[name]["ksm"]
+            comparable = row is not None and set(row["seeds"]) <= set(default["seeds"])
+            cells.append(f"{100 * (row['test_accuracy'] - default['test_accuracy']):+.1f}" if comparable else "")
+        if any(cells):
+            lines.append((change.title, *cells))
+    return "\n".join(_table(("points of test accuracy", *names), lines))
+
+
+def _method_rows(tasks: Mapping[str, Any], names: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    for key, method in METHODS.items():
+        rows = [tasks.get(name, {}).get(key) for name in names]
+        there = [row for row in rows if row is not None]
+        if there:
+            whole = len(there) == len(rows)
+            size = statistics.fmean(row["pack_bytes"] for row in there)
+            yield (
+                _title(method.title, key, there),
+                *("" if row is None else _cell(row) for row in rows),
+                f"**{_percent(_mean(there))}**" if whole else "",
+                f"{size / 1e3:,.1f}",
+                f"{statistics.fmean(row['steps'] for row in there):,.0f}",
+            )
+
+
+def _title(title: str, key: str, rows: Sequence[Row]) -> str:
+    """With a remark where the runs are from before the default was what it is."""
+    old = key != "released" and any(row.get("head_start") == "random" for row in rows)
+    return f"{title} (head started at random)" if old else title
+
+
+def _cell(row: Row) -> str:
+    seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
+    return _percent(row["test_accuracy"]) + seeds
+
+
+def _mean(rows: Sequence[Row]) -> float:
+    return statistics.fmean(row["test_accuracy"] for row in rows)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(heads)} |",
+        f"|---|{'---|' * (len(heads) - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
