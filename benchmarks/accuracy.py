@@ -147,6 +147,7 @@ def backbone_name(recipe: str, size: int) -> str:
 def _row(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     test = [run["test_accuracy"] for run in runs]
     row: dict[str, Any] = {"seeds": sorted(run["identity"]["seed"] for run in runs)}
+    row["by_seed"] = {str(run["identity"]["seed"]): run["test_accuracy"] for run in runs}
     row["test_accuracy_range"] = [min(test), max(test)]
     for name in AVERAGED:
         if all(name in run for run in runs):

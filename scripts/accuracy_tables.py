@@ -62,9 +62,9 @@ def ablation_tables(content: Mapping[str, Any]) -> str:
     for key, change in ABLATIONS.items():
         cells = []
         for name in names:
-            row, default = tasks[name].get(key), tasks[name]["ksm"]
-            comparable = row is not None and set(row["seeds"]) <= set(default["seeds"])
-            cells.append(f"{100 * (row['test_accuracy'] - default['test_accuracy']):+.1f}" if comparable else "")
+            changed, default = tasks[name].get(key, {}).get("by_seed", {}), tasks[name]["ksm"]["by_seed"]
+            changes = [changed[seed] - default[seed] for seed in changed if seed in default]
+            cells.append(f"{100 * statistics.fmean(changes):+.1f}" if changes else "")
         if any(cells):
             lines.append((change.title, *cells))
     return "\n".join(_table(("points of test accuracy", *names), lines))

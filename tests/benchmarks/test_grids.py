@@ -92,6 +92,7 @@ def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str
         "test_accuracy": accuracy,
         "validation_accuracy": accuracy,
         "pack_bytes": 50_000 if method == "ksm" else 4_500_000,
+        "steps": 900,
         "wall_seconds": 60.0,
         "peak_rss_bytes": 2**27,
         "machine": {"cpu": "Some CPU", "cores": 2},
@@ -100,12 +101,22 @@ def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str
     }
 
 
+FIVE = ("flowers5", "trashnet", "pacs_sketch7", "gtsrb43", "omniglot_small1")
 ACCURACY = [
     accuracy_run("ksm", "trashnet", 0, 0.8),
     accuracy_run("ksm", "trashnet", 1, 0.9),
     accuracy_run("full", "trashnet", 0, 0.85),
     accuracy_run("ksm", "gtsrb43", 0, 0.7, "resnet20_cifar10"),
+    *(accuracy_run("linear", task, 0, 0.5) for task in FIVE),
+    accuracy_run("binary", "trashnet", 0, 0.84),
+    *(accuracy_run("full", f"caltech100-0{number}", 0, 0.9 + number / 10) for number in (0, 1)),
+    accuracy_run("ksm", "caltech100-00", 0, 1.0),
 ]
+FORGETTING = {
+    "runs": [{"task": "one", "after_learning": 0.9, "after_all": 0.9, "pack_bytes": 20_000}],
+    "summary": {"tasks": 1, "after_learning": 0.9, "after_all": 0.9, "largest_loss": 0.0, "pack_bytes": 20_000,
+                "digests_compared": 1},
+}  # fmt: skip
 
 
 def test_figures_are_means_over_seeds(load: Any) -> None:
@@ -218,6 +229,7 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / f"{name}.json").write_text(json.dumps({**origin, "summary": summary}))
     others = {"apps": APPS, "prediction": PREDICTION, "memory": MEMORY, "plans": PLANS, "runtimes": RUNTIMES}
     few = {"runs": 9, "accuracy": 0.9, "pack_bytes": 50_000, "accuracy_change": -0.021, "accuracy_change_error": 0.003}
+    others["forgetting"] = FORGETTING
     others["layers"] = {"summary": {"few..": few}}
     for name, content in others.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**origin, **content}))
@@ -274,6 +286,12 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     assert "| scale 2 | +0.50 ± 0.50 | +0.5000 ± 0.0000 | 1.0 |" in text
     assert "| KSM, default | 85.0 %, 50.0 (2 seeds) |" in text
     assert "| full fine-tuning, fp16 | 85.0 %, 4,500.0 |" in text
+    text = (tmp_path / "accuracy.md").read_text()
+    assert "| KSM, default |  | 85.0 (2 seeds) |  |  |  |  | 50.0 | 900 |" in text
+    assert f"| classifier only, logistic regression |{' 50.0 |' * 5} **50.0** | 4,500.0 | 900 |" in text
+    assert "| full fine-tuning, fp16 | 95.0 | 90.0 | 4,500.0 |" in text  # of the suite; the default lacks a task of it
+    assert "| binary masks | +4.0 |" in text  # against the same seed
+    assert "| one | 90.00 | 90.00 | 20.0 |" in text
     text = (tmp_path / "app.md").read_text()
     assert "| pack | 1.0 | 2.2 | 3.2 | 0.50 | 50 kB |" in text
     assert "10,000 switches among all of them, peak RSS | 150 MiB of the 200 MiB budget of a-board (emulated" in text

@@ -77,6 +77,15 @@ def by_image(batches):
     return {int(index): image for batch in batches for index, image in zip(batch.indices, batch.images, strict=True)}
 
 
+@pytest.mark.parametrize(("part", "sizes"), [(1, [1] * 11), (3, [3, 1, 3, 1, 3]), (4, [4, 4, 3]), (9, [4, 4, 3])])
+def test_the_parts_of_a_batch_are_that_batch(cache, part, sizes):
+    parts = epoch_of(cache, part=part)
+    assert [len(piece.images) for piece in parts] == sizes
+    for name in ("images", "labels", "indices"):
+        whole = np.concatenate([getattr(batch, name) for batch in epoch_of(cache)])
+        np.testing.assert_array_equal(np.concatenate([getattr(piece, name) for piece in parts]), whole)
+
+
 def test_an_images_view_does_not_depend_on_the_batch_size(cache):
     small, large = by_image(epoch_of(cache, batch=2)), by_image(epoch_of(cache, batch=11))
     assert all(np.array_equal(small[index], large[index]) for index in range(COUNT))

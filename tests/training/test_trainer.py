@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from ksm_edge.errors import UsageError
 from ksm_edge.fuse import fuse, fused_digest
 from ksm_edge.mask import INITIAL_SCORE
 from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.runtimes.onnxruntime import Session
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ksm_edge.training.judge import Judge
@@ -154,6 +159,16 @@ def test_how_a_batch_is_cut_does_not_matter(bundle: Bundle, changes: dict[str, o
                 )
 
 
+@pytest.mark.parametrize("part", [1, 3, 4, 8])
+def test_images_that_come_in_parts_are_one_batch(bundle: Bundle, part: int) -> None:
+    whole, cut = trainer(bundle, micro_batch=1), trainer(bundle, micro_batch=1)
+    images, labels = batch(0)
+    targets = target_rows(labels, CLASSES, 0.0)
+    result = whole.step(images, targets)
+    assert cut.step((images[i : i + part] for i in range(0, 8, part)), targets) == result
+    assert same_bits(cut, whole)
+
+
 def test_a_smaller_last_batch_is_that_batch_alone(bundle: Bundle) -> None:
     padded, exact = trainer(bundle, micro_batch=4), trainer(bundle, micro_batch=1)
     images, labels = batch(0, 5)
@@ -209,6 +224,28 @@ def test_judging_a_pack_is_running_it_and_leaves_the_training_as_it_was(
     assert answer.accuracy(pack, parts) == (logits.argmax(1) == labels).mean()
     assert train(judged, 5, 8) == train(other, 5, 8)
     assert same_bits(judged, other)
+
+
+def test_only_while_it_judges_a_judge_has_a_session(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, alive = trainer(bundle), weakref.WeakSet[GradientSession]()
+
+    class Watched(GradientSession):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            alive.add(self)
+
+    monkeypatch.setattr("ksm_edge.training.judge.GradientSession", Watched)
+    watching, pack = judge(subject), to_pack(subject, "colours", ("r", "g", "b"))
+    images, labels = batch(1, 4)
+
+    def batches() -> Iterator[Batch]:
+        assert len(alive) == 1
+        yield Batch(images, labels, labels)
+
+    assert not alive
+    watching.accuracy(pack, batches())
+    gc.collect()
+    assert not alive
 
 
 def test_judging_that_is_interrupted_leaves_the_training_as_it_was(bundle: Bundle) -> None:
