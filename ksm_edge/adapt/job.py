@@ -92,7 +92,7 @@ class Job:
             "data": self.images.digest(),
             "settings": asdict(self.settings),
             "micro_batch": self.plan.micro_batch,
-            "turned": self.plan.graph.spec.turned,
+            "fast": self.plan.graph.spec.fast,
             "threads": self.plan.threads,
             "parent": None if self.descent is None else self.descent.sha256,
         }

@@ -137,7 +137,7 @@ def prepared(
             threads=before.get("threads", threads),
             budget_bytes=budget_bytes,
             micro_batch=before.get("micro_batch"),
-            turned=before.get("turned"),
+            fast=before.get("fast"),
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         job = Job(

@@ -2,7 +2,7 @@
 
     pointwise  1x1, dense            product (O, I) = dz x^T, one Gemm with the accumulator as its C
     taps       k x k, or grouped     product (K, O, I), one such matrix per tap of the kernel
-    patches    k x k of few columns  product (O, K I), all taps in one: the RGB stem
+    patches    k x k, few channels   product (O, K I), all taps in one: the RGB stem
     channel    depthwise             product (O,) = sum dz conv(x, W), W the pristine weight
 
 The channel form serves masks that are one number per filter. Its weight is a constant of the graph, which ONNX Runtime
@@ -29,7 +29,9 @@ from ksm_edge.autodiff.tape import Tape
 from ksm_edge.bundle.layers import Layer
 
 OVER_IMAGES = (0, *SPATIAL)
-FEW_COLUMNS = 27  # I kh kw: so few that a matrix product for each tap would be all overhead; 3 x 3 over RGB is 27
+# So few that a matrix product for each tap would be all overhead: 3 of 13 ms for 7 x 7 over RGB at 224 pixels.
+FEW_CHANNELS = 3
+FEW_COLUMNS = 27  # I kh kw that are little memory: 3 x 3 over RGB
 FEW_TO_SPREAD = 1024  # pixels of dz, see `_channel_spread`
 # V^T from a copy that is turned already: 75 against 56 GFLOP/s for (1280, 320) and 7 x 7 pixels, 74 against 55 for
 # (576, 96) and 14 x 14, on one EPYC core; from 28 x 28 on there is nothing in it.
@@ -62,14 +64,18 @@ class Geometry:
         }
 
 
-def conv_form(node: Node, layer: Layer, *, per_weight: bool) -> str:
-    """`pointwise`, `taps`, `patches` or `channel`; `per_weight` asks for the product of every single weight."""
+def conv_form(node: Node, layer: Layer, *, per_weight: bool, fast: bool) -> str:
+    """`pointwise`, `taps`, `patches` or `channel`; `per_weight` asks for the product of every single weight.
+
+    `fast`: the patches of a large kernel may take memory, kh kw times that of the layer's input for each output pixel.
+    """
     if layer.is_depthwise and not per_weight:
         return "channel"
     _, I, kh, kw = layer.weight_shape
     if layer.groups == 1 and (kh, kw) == (1, 1) and not any(Geometry.of(node, layer).pads):
         return "pointwise"
-    return "patches" if layer.groups == 1 and I * kh * kw <= FEW_COLUMNS else "taps"
+    few = I * kh * kw <= FEW_COLUMNS or (fast and I <= FEW_CHANNELS)
+    return "patches" if few and layer.groups == 1 else "taps"
 
 
 def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> None:

@@ -103,7 +103,8 @@ class _Builder:
     def _form(self, node: Node) -> str:
         # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
         frozen = node.name not in self.spec.trained
-        return conv.conv_form(node, self.layers[node.name], per_weight=self.spec.per_weight or frozen)
+        per_weight = self.spec.per_weight or frozen
+        return conv.conv_form(node, self.layers[node.name], per_weight=per_weight, fast=self.spec.fast)
 
     def forward(self) -> None:
         for node in self.nodes:
@@ -152,7 +153,7 @@ class _Builder:
             dz = tape.whole(gradient, node.output)
             if self._normalised(layer):
                 dz = norm.backward(tape, layer, f"~{layer.name}.before_norm", dz)
-            trained, turned = layer.name in self.spec.trained, self.spec.turned
+            trained, turned = layer.name in self.spec.trained, self.spec.fast
             conv.backward(tape, node, layer, self.forms[node.name], dz, trained=trained, turned=turned)
 
 

@@ -20,7 +20,7 @@ class GradientSpec:
     statistics: str = "frozen"  # or "batch": normalise with the micro-batch's own
     per_weight: bool = False  # products of every single weight, also in depthwise layers
     backward: bool = True  # False: image -> features, with the same parameter inputs
-    turned: bool = True  # the graph may read weights a second time, as transposed convs want them: faster, more memory
+    fast: bool = True  # for some memory: weights a second time, as transposed convs read them, and whole stems at once
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 

@@ -55,7 +55,7 @@ class ProgressBar(Observer):
             if len(skipped) > SHOWN_SKIPS:
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
         spec = plan.graph.spec
-        short = "" if spec.turned else ", weights kept once"  # what a short budget made of the plan
+        short = "" if spec.fast else ", in forms that take less memory"  # what a short budget made of the plan
         short += ", most of the forward pass computed twice" if spec.recompute else ""
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {spec.classes} classes")
         say(

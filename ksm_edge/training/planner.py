@@ -52,18 +52,18 @@ def make_plan(
     threads: int,
     budget_bytes: int | None,
     micro_batch: int | None = None,
-    turned: bool | None = None,
+    fast: bool | None = None,
 ) -> Plan:
     """The plan for these settings, within the budget if there is one: the fastest that fits.
 
-    `micro_batch`, `turned`: those of a training to be gone on with, which another choice would change in the last bits;
+    `micro_batch`, `fast`: those of a training to be gone on with, which another choice would change in the last bits;
     or else the best are chosen. Raises BudgetError, naming the smallest budget that would do, before anything is
     started.
     """
 
-    def at(images: int, turned: bool = True, recompute: bool = False) -> CompiledGraph:
+    def at(images: int, fast: bool = True, recompute: bool = False) -> CompiledGraph:
         spec = gradient_spec(bundle, classes, settings, images)
-        return compiled(bundle, replace(spec, turned=turned, recompute=recompute))
+        return compiled(bundle, replace(spec, fast=fast, recompute=recompute))
 
     def peak(graph: CompiledGraph) -> int:
         return expected_peak_bytes(bundle, classes, settings, graph)
@@ -73,9 +73,9 @@ def make_plan(
 
     smallest = micro_batch or (1 if settings.statistics == "frozen" else settings.batch)
     # From the fastest on: computing the forward pass twice takes more time than reading weights as they lie.
-    forms = product((False, True), (True, False) if turned is None else (turned,))
-    graph = _first((at(smallest, turned, recompute) for recompute, turned in forms), fits, peak)
-    if micro_batch is None and settings.statistics == "frozen" and graph.spec.turned and not graph.spec.recompute:
+    forms = product((False, True), (True, False) if fast is None else (fast,))
+    graph = _first((at(smallest, fast, recompute) for recompute, fast in forms), fits, peak)
+    if micro_batch is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
         graph = _widened(graph, at, fits, settings.batch)
     if budget_bytes is not None and not fits(graph):
         raise BudgetError(_over_budget(bundle, settings, graph, peak(graph), budget_bytes))

@@ -219,4 +219,4 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
 
 def forward_spec(spec: GradientSpec) -> GradientSpec:
     """Its forward pass with the statistics that a pack brings along, reading the same parameters."""
-    return replace(spec, backward=False, statistics="frozen", classes=0, turned=True, recompute=False)
+    return replace(spec, backward=False, statistics="frozen", classes=0, fast=True, recompute=False)

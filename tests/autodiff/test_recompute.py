@@ -23,7 +23,7 @@ from ksm_edge.training.trainer import Trainer, gradient_spec
 
 
 def graph(bundle: Bundle, recompute: bool, settings: Settings, images: int = 1) -> onnx.ModelProto:
-    spec = replace(gradient_spec(bundle, 5, settings, images), recompute=recompute)
+    spec = replace(gradient_spec(bundle, 5, settings, images), fast=False, recompute=recompute)
     return build(onnx.load(bundle.graph_path, load_external_data=False), bundle.layers, spec).model
 
 

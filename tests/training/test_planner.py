@@ -112,16 +112,16 @@ def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundl
 def test_memory_that_is_short_is_made_up_for_with_time() -> None:
     embedded = load_bundle("embedded")
     plans = ever_tighter(embedded, replace(SETTINGS, batch=1))
-    forms = [(p.graph.spec.turned, p.graph.spec.recompute) for p in plans]
+    forms = [(p.graph.spec.fast, p.graph.spec.recompute) for p in plans]
     assert forms == [(True, False), (False, False), (False, True)]
     assert {p.forward.path for p in plans} == {plans[0].forward.path}  # judging keeps nothing anyway
 
 
 def test_a_training_that_is_gone_on_with_keeps_to_how_it_computes(bundle: Bundle) -> None:
     settings = replace(SETTINGS, batch=1)
-    for turned in (True, False):
-        found = make_plan(bundle, 4, settings, threads=1, budget_bytes=None, micro_batch=1, turned=turned)
-        assert found.graph.spec.turned == turned
+    for fast in (True, False):
+        found = make_plan(bundle, 4, settings, threads=1, budget_bytes=None, micro_batch=1, fast=fast)
+        assert found.graph.spec.fast == fast
 
 
 def test_what_learns_less_needs_less(bundle: Bundle) -> None:

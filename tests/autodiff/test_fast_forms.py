@@ -1,4 +1,4 @@
-"""Weights that are kept a second time, as transposed convs read them: the same gradients, without these convs."""
+"""The forms that take memory for speed: the same gradients, without transposed convs that have no strides."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ksm_edge.training.trainer import Trainer, gradient_spec
 SETTINGS = Settings(batch=2)
 
 
-def gradients(bundle: Bundle, folder: Path, turned: bool) -> dict[str, np.ndarray]:
+def gradients(bundle: Bundle, folder: Path, fast: bool) -> dict[str, np.ndarray]:
     """Of one step, behind one that has changed the weights."""
     folder.mkdir()
-    spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), turned=turned)
+    spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), fast=fast)
     trainer = Trainer(bundle, compile_graph(bundle, spec, folder), SETTINGS, steps=10)
     size = bundle.input.size
     images = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
@@ -36,17 +36,25 @@ def gradients(bundle: Bundle, folder: Path, turned: bool) -> dict[str, np.ndarra
 def test_gradients_are_the_same(recipe: str, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     bundle = random_bundle(recipe, 64, tmp_path / "bundle")
-    once, twice = (gradients(bundle, tmp_path / str(turned), turned) for turned in (False, True))
+    once, twice = (gradients(bundle, tmp_path / str(fast), fast) for fast in (False, True))
     for name, gradient in once.items():
         error = np.abs(twice[name] - gradient).max() / max(float(np.abs(gradient).max()), 1e-20)
         assert error < 2e-4, name
+
+
+def test_a_large_stem_is_one_product_where_memory_allows(tmp_path: Path) -> None:
+    bundle = random_bundle("resnet18", 64, tmp_path)
+    backbone = onnx.load(bundle.graph_path, load_external_data=False)
+    spec = gradient_spec(bundle, 3, SETTINGS, 1)
+    forms = {fast: build(backbone, bundle.layers, replace(spec, fast=fast)).forms["conv1"] for fast in (False, True)}
+    assert forms == {False: "taps", True: "patches"}
 
 
 def test_only_strides_leave_transposed_convs(tmp_path: Path) -> None:
     bundle = random_bundle("resnet18", 64, tmp_path)
     backbone = onnx.load(bundle.graph_path, load_external_data=False)
     spec = gradient_spec(bundle, 3, SETTINGS, 1)
-    graphs = {turned: build(backbone, bundle.layers, replace(spec, turned=turned)) for turned in (False, True)}
+    graphs = {fast: build(backbone, bundle.layers, replace(spec, fast=fast)) for fast in (False, True)}
     found = {t: [n for n in g.model.graph.node if n.op_type == "ConvTranspose"] for t, g in graphs.items()}
     assert {a.ints[0] for n in found[True] for a in n.attribute if a.name == "strides"} == {2}
     assert len(found[True]) < len(found[False])
