@@ -92,13 +92,14 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "step_ms": statistics.median(medians),
         "step_ms_range": [min(medians), max(medians)],
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
-        "answer_ok": all(_falls(run["losses"]) for run in runs),
+        "answer_ok": all(falls(run["losses"]) for run in runs),
         "first_loss": runs[0]["losses"][0],
         "last_loss": runs[0]["losses"][-1],
     }
 
 
-def _falls(losses: list[float]) -> bool:
+def falls(losses: list[float]) -> bool:
+    """Whether something was learned."""
     return all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
 
@@ -127,7 +128,8 @@ def _show(result: dict[str, Any]) -> None:
 # Each rival, in a process of its own
 
 
-def _timed(step: Callable[[], float], steps: int) -> dict[str, Any]:
+def timed(step: Callable[[], float], steps: int) -> dict[str, Any]:
+    """Milliseconds and losses of so many steps behind a few that warm up, and the process' peak of memory."""
     from ksm_edge.resident import peak_rss_bytes
 
     losses, step_ms = [step() for _ in range(WARM_UP)], []
@@ -155,8 +157,8 @@ def _ksm_edge(options: argparse.Namespace) -> dict[str, Any]:
     rng, side = np.random.default_rng(0), bundle.input.size
     images = rng.standard_normal((options.batch, 3, side, side), dtype=np.float32)
     targets = np.eye(CLASSES, dtype=np.float32)[np.arange(options.batch) % CLASSES] / options.batch
-    timed = _timed(lambda: float(trainer.step(images, targets).loss), options.steps)
-    return {**timed, "micro_batch": plan.micro_batch, "expected_peak_bytes": plan.expected_peak_bytes}
+    found = timed(lambda: float(trainer.step(images, targets).loss), options.steps)
+    return {**found, "micro_batch": plan.micro_batch, "expected_peak_bytes": plan.expected_peak_bytes}
 
 
 def _torch(options: argparse.Namespace) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def _torch(options: argparse.Namespace) -> dict[str, Any]:
         adam.step()
         return float(loss)
 
-    return _timed(step, options.steps)
+    return timed(step, options.steps)
 
 
 RIVALS = {"ksm_edge": _ksm_edge, "torch": _torch}

@@ -160,6 +160,8 @@ def measure_adaptation(
         "expected_peak_bytes": plan.expected_peak_bytes,
         "activation_bytes": plan.activation_bytes,
         "micro_batch": plan.micro_batch,
+        "fast": plan.graph.spec.fast,
+        "recompute": plan.graph.spec.recompute,
     }
 
 

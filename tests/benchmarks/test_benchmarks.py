@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_README = ("accuracy", "demo", "forgetting", "latency", "memory", "pack", "prediction", "startup", "step")
-SCRIPTS = (*IN_README, "apps", "bits", "layers", "plans", "runtimes")
+SCRIPTS = (*IN_README, "apps", "adaptation", "bits", "layers", "plans", "runtimes")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -327,10 +327,37 @@ def test_plans_are_held_against_the_fastest(load: Any) -> None:
     runs = [
         {"recipe": "a", "plan": plan, "gradient_ms": [forward], "update_ms": [10.0],
          "peak_rss_bytes": peak, "activation_bytes": 1}
-        for plan, forward, peak in ((plans.FASTEST, 30.0, 200), (plans.SMALLEST, 40.0, 150))
+        for plan, forward, peak in ((plans.FASTEST, 30.0, 200), ("smallest", 40.0, 150))
     ]  # fmt: skip
-    row = plans.summary(runs)["a"][plans.SMALLEST]
+    row = plans.summary(runs)["a"]["smallest"]
     assert (row["step_ms"], row["time_ratio"], row["saved_bytes"]) == (50.0, 1.25, 50)
+
+
+def adaptation_run(rival: str, step_ms: float, batch: int = 8) -> dict[str, Any]:
+    return {"recipe": "a", "size": 96, "batch": batch, "threads": 1, "rival": rival, "step_ms": [step_ms, 1.0, 1e6],
+            "peak_rss_bytes": 100 * batch, "flop_rate": 1e9, "bound_flops": 1e7 * batch}  # fmt: skip
+
+
+def test_adaptation_is_held_against_torch_and_the_bound(load: Any) -> None:
+    adaptation = load("adaptation")
+    runs = [
+        adaptation_run(adaptation.FULL, 400.0),
+        *(adaptation_run(adaptation.OURS, ms) for ms in (90.0, 100.0, 300.0)),
+    ]
+    runs.append({**adaptation_run("not here", 0.0), "absent": "no such package"})
+    full, ours, absent = adaptation.summary(runs)
+    assert (ours["step_ms"], ours["time_ratio"], ours["memory_ratio"]) == (100.0, 0.25, 1.0)
+    assert ours["bound_ms"] == pytest.approx(80.0)
+    assert "time_ratio" not in absent
+    assert full["time_ratio"] == 1.0
+
+
+def test_growth_is_the_exponent_over_the_cases_of_one_axis(load: Any) -> None:
+    adaptation = load("adaptation")
+    runs = [adaptation_run(adaptation.OURS, 10.0 * batch**0.9, batch) for batch in (1, 8, 32)]
+    (found,) = adaptation.exponents(runs)
+    assert (found["axis"], found["recipe"]) == ("batch", "a")
+    assert found["exponent"] == pytest.approx(0.9)
 
 
 def test_runtimes_are_told_by_their_medians(load: Any) -> None:
