@@ -33,18 +33,23 @@ def divisor(cells: np.ndarray, events: np.ndarray) -> np.ndarray:
 def encode(gaps: np.ndarray, divisors: np.ndarray, counts: np.ndarray) -> bytes:
     """Gaps (n,) of groups, one behind the other, to bytes, the last one filled up with zeros.
 
-    `divisors` and `counts`, (g,): of each group; all int64.
+    `divisors` and `counts`, (g,): of each group, int64; gaps of any integer type.
     """
-    divisors = np.repeat(divisors, counts)
-    quotients, remainders = np.divmod(gaps, divisors)
-    unary = np.ones(int(quotients.sum()) + gaps.size, np.uint8)
-    unary[np.cumsum(quotients + 1) - 1] = 0
-    widths, cutoffs = _truncated(divisors)
-    is_long = remainders >= cutoffs
-    shifted = remainders + cutoffs
-    short = np.where(is_long, shifted >> 1, remainders)
-    last = (shifted & 1)[is_long].astype(np.uint8)
-    return np.packbits(np.concatenate([unary, _put(short, widths), last])).tobytes()
+    # A bit is a byte until all are there: some ten of them for each gap, where all numbers on the way would take 100.
+    unary, shorts, lasts = (list[np.ndarray]() for _ in range(3))
+    all_widths, all_cutoffs = _truncated(divisors)
+    for block, group in _blocks(counts):
+        quotients, remainders = np.divmod(gaps[block], divisors[group])
+        ends = np.cumsum(quotients + 1)
+        ones = np.ones(int(ends[-1]), np.uint8)
+        ones[ends - 1] = 0
+        cutoffs = all_cutoffs[group]
+        is_long = remainders >= cutoffs
+        shifted = remainders + cutoffs
+        unary.append(ones)
+        shorts.append(_put(np.where(is_long, shifted >> 1, remainders), all_widths[group]))
+        lasts.append((shifted & 1)[is_long].astype(np.uint8))
+    return np.packbits(np.concatenate([np.zeros(0, np.uint8), *unary, *shorts, *lasts])).tobytes()
 
 
 def decode(data: bytes | memoryview, divisors: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:

@@ -27,7 +27,7 @@ from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
 GROUPS, PACKED = "groups-golomb", "bits-deflate"
 NOTHING_CUT, WHOLE, BY_ROW, BY_COLUMN, BY_BOTH = range(5)
 MAX_VARINT_BITS = 35
-MANY = 4  # one cut score in so many: groups gain little over packed bits, and take some 100 bytes of memory for each
+MANY = 4  # one cut score in so many: groups gain little over packed bits, and take some 25 bytes of memory for each
 SPLIT_COST = 16  # bits: another count, and what coding two groups apart loses
 
 Shape = tuple[int, int]
@@ -236,7 +236,7 @@ def _ranks(flags: np.ndarray) -> np.ndarray:
 
 def _golomb(groups: Sequence[tuple[int, np.ndarray]]) -> bytes:
     """The places of events in groups of so many cells."""
-    gaps = [np.diff(places.astype(np.int64), prepend=-1) - 1 for _, places in groups]
+    gaps = [np.diff(places.astype(np.int32), prepend=np.int32(-1)) - np.int32(1) for _, places in groups]
     cells, counts = _columns([(cells, places.size) for cells, places in groups])
     return golomb.encode(_joined(gaps), golomb.divisor(cells, counts), counts)
 
@@ -248,7 +248,7 @@ def _columns(groups: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return np.concatenate([np.zeros(0, np.int32), *parts])
 
 
 def _parts(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:

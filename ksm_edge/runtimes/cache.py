@@ -7,6 +7,7 @@ becomes part of a bundle.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ from ksm_edge.resources import cache_folder
 
 DAY = 86_400  # seconds
 KEPT = 24  # graphs in the cache, of a megabyte and more: an SD card is not to fill up with those of old releases
+DESCRIPTION = "graph.json"  # beside what it describes
 NOT_WHOLE = (OSError, ValueError, KeyError, TypeError)  # not there, or a power cut came between
 
 T = TypeVar("T")
@@ -63,6 +66,25 @@ def found_or_made(key: str, read: Callable[[Path], T], make: Callable[[Path], No
             os.rename(new, target)
     _evict(target)
     return read(target)
+
+
+def hold(folder: Path, holder: object) -> None:
+    """Keep what is in `folder` from being evicted, by any process, for as long as `holder` lives. OSError: not there."""
+    file = open(folder / DESCRIPTION)  # noqa: SIM115 - closed with its holder
+    weakref.finalize(holder, file.close)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with open(folder / DESCRIPTION) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # not there, or a file system without locks
+        return False
+    return False
 
 
 def key_of(bundle: Bundle, *parts: str) -> str:
@@ -103,7 +125,7 @@ def _place(key: str) -> Path:
 
 
 def _evict(newest: Path) -> None:
-    """Leave `newest` and those beside it that were used last. A training that runs has read its own long ago."""
+    """Leave `newest`, those beside it that were used last, and those that are held."""
     times = {}
     for path in newest.parent.iterdir():
         with suppress(OSError):  # another process evicts as well
@@ -112,7 +134,8 @@ def _evict(newest: Path) -> None:
     graphs = [path for path in sorted(times, key=times.__getitem__) if not path.name.startswith(".") and path != newest]
     power_cuts = [path for path in times if path.name.startswith(".new-") and times[path] < times[newest] - DAY]
     for path in [*graphs[: len(graphs) + 1 - KEPT], *power_cuts]:
-        shutil.rmtree(path, ignore_errors=True)
+        if not _is_held(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _processor() -> str:

@@ -45,11 +45,14 @@ def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
 
 def read_compiled(folder: Path, spec: GradientSpec) -> CompiledGraph:
     """What `compile_graph` wrote; ValueError, KeyError, TypeError or OSError where that is not what is there."""
-    table = json.loads((folder / "graph.json").read_text())
-    if table.pop("sha256") != file_sha256(folder / "graph.onnx"):
-        raise ValueError(f"{folder}: the graph is not the one its description is of")
+    table = json.loads((folder / cache.DESCRIPTION).read_text())
+    digest = table.pop("sha256")
     shapes = {name: {k: tuple(v) for k, v in table[name].items()} for name in ("inputs", "outputs")}
-    return CompiledGraph(folder / "graph.onnx", spec, **{**table, **shapes})
+    graph = CompiledGraph(folder / "graph.onnx", spec, **{**table, **shapes})
+    cache.hold(folder, graph)  # a training opens its graphs again and again
+    if digest != file_sha256(graph.path):
+        raise ValueError(f"{folder}: the graph is not the one its description is of")
+    return graph
 
 
 def compile_graph(bundle: Bundle, spec: GradientSpec, folder: Path) -> CompiledGraph:
@@ -65,7 +68,7 @@ def compile_graph(bundle: Bundle, spec: GradientSpec, folder: Path) -> CompiledG
     table = {name: getattr(graph, name) for name in ("inputs", "outputs", "forms", "pixels")}
     table["activation_bytes"] = peak_bytes(graph.model)
     table["sha256"] = file_sha256(folder / "graph.onnx")
-    (folder / "graph.json").write_text(json.dumps(table))
+    (folder / cache.DESCRIPTION).write_text(json.dumps(table))
     return read_compiled(folder, spec)
 
 

@@ -110,7 +110,7 @@ def prepare(bundle: Bundle) -> PreparedGraph:
 
 def read_prepared(folder: Path) -> PreparedGraph:
     """What `prepare_graph` wrote; one of `cache.NOT_WHOLE` where that is not what is there."""
-    table = json.loads((folder / "graph.json").read_text())
+    table = json.loads((folder / cache.DESCRIPTION).read_text())
     model = (folder / "graph.onnx").read_bytes()
     if table["sha256"] != hashlib.sha256(model).hexdigest():
         raise ValueError(f"{folder}: the graph is not the one its description is of")
@@ -148,7 +148,7 @@ def prepare_graph(bundle: Bundle, folder: Path) -> PreparedGraph:
         "session_ms": _median_ms(lambda: graph.session(weights)),
         "optimised_session_ms": _median_ms(lambda: Session(bundle.graph_path, weights)),
     }
-    (folder / "graph.json").write_text(json.dumps(table))
+    (folder / cache.DESCRIPTION).write_text(json.dumps(table))
     return read_prepared(folder)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +66,22 @@ def test_graphs_that_were_used_last_are_kept_and_no_more(bundle: Bundle, monkeyp
     compiled(bundle, first)  # now the one used last
     folders[third] = compiled(bundle, third).path.parent
     assert set(folders[first].parent.iterdir()) == {folders[first], folders[third]}
+
+
+def test_a_graph_is_kept_while_a_training_has_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "KEPT", 1)
+    held = compiled(bundle, SPEC)
+    another_process = "import sys, pathlib; from ksm_edge.runtimes import cache; cache.KEPT = 1; "
+    another_process += "cache._evict(pathlib.Path(sys.argv[1]))"
+    (newer := held.path.parent.with_name("newer")).mkdir()
+    evict = [sys.executable, "-c", another_process, str(newer)]
+    subprocess.run(evict, check=True)
+    assert held.path.exists()
+    folder = held.path.parent
+    del held
+    gc.collect()
+    subprocess.run(evict, check=True)
+    assert not folder.exists()
 
 
 def test_a_clock_that_was_set_back_does_not_cost_the_graph_just_made(
