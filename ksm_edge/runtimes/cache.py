@@ -69,7 +69,7 @@ def found_or_made(key: str, read: Callable[[Path], T], make: Callable[[Path], No
 
 
 def hold(folder: Path, holder: object) -> None:
-    """Keep `folder` from being evicted, by any process, for as long as `holder` lives. OSError where it is not there."""
+    """Keep `folder` from being evicted, by any process, while `holder` lives. OSError where it is not there."""
     file = open(folder / DESCRIPTION)  # noqa: SIM115 - closed with its holder
     weakref.finalize(holder, file.close)
     with suppress(OSError):  # a file system without locks
