@@ -205,6 +205,25 @@ def plan_tables(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", _origin(content)])
 
 
+def step_tables(content: Mapping[str, Any]) -> str:
+    """A step of every network by every rival."""
+    lines = [
+        "| network | px | images | threads | by | step, ms | / torch, full fine-tuning | of the arithmetic bound | "
+        "peak RSS, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in content["summary"]["cases"]:
+        case = [row["recipe"], *(str(row[name]) for name in ("size", "batch", "threads")), row["rival"]]
+        if "absent" in row:
+            cells = ["not measured", row["absent"], "", ""]
+        else:
+            ratio = f"{row['time_ratio']:.2f}" if "time_ratio" in row else ""
+            share, memory = f"{row['bound_ms'] / row['step_ms']:.0%}", f"{row['peak_rss_bytes'] / MIB:.0f}"
+            cells = [f"{row['step_ms']:.0f}", ratio, share, memory]
+        lines.append(f"| {' | '.join([*case, *cells])} |")
+    return "\n".join([*lines, "", _origin(content)])
+
+
 def layer_tables(content: Mapping[str, Any]) -> str:
     """What is lost where only some layers change."""
     lines = [
@@ -275,7 +294,11 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
         "ablations": ("accuracy", ablation_tables),
     },
     "pack-size.md": {"bits": ("bits", bits_tables), "pareto": ("accuracy", pareto_tables)},
-    "engine.md": {"plans": ("plans", plan_tables), "layers": ("layers", layer_tables)},
+    "engine.md": {
+        "steps": ("adaptation", step_tables),
+        "plans": ("plans", plan_tables),
+        "layers": ("layers", layer_tables),
+    },
     "app.md": {"costs": ("apps", app_tables)},
     "mobile.md": {"runtimes": ("runtimes", runtime_tables)},
     "boards.md": {"prediction": ("prediction", prediction_tables), "memory": ("memory", memory_tables)},

@@ -230,6 +230,10 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     others = {"apps": APPS, "prediction": PREDICTION, "memory": MEMORY, "plans": PLANS, "runtimes": RUNTIMES}
     few = {"runs": 9, "accuracy": 0.9, "pack_bytes": 50_000, "accuracy_change": -0.021, "accuracy_change_error": 0.003}
     others["forgetting"] = FORGETTING
+    case = {"recipe": "a-net", "size": 96, "batch": 8, "threads": 1}
+    cost = {"step_ms": 100.0, "peak_rss_bytes": 150 << 20, "bound_ms": 25.0, "time_ratio": 0.3}
+    cases = [{**case, "rival": "ours", **cost}, {**case, "rival": "theirs", "absent": "no such package"}]
+    others["adaptation"] = {"summary": {"cases": cases}}
     others["layers"] = {"summary": {"few..": few}}
     for name, content in others.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**origin, **content}))
@@ -302,6 +306,8 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     assert "| a-net | 30 | 20 | 1.50 |" in text
     assert "| a-net | 96 | --batch 8 | 200 | 190 |" in text
     assert "| `few..` | 9 | 90.00 % | -2.10 ± 0.30 | 50.0 |" in (tmp_path / "engine.md").read_text()
+    assert "| a-net | 96 | 8 | 1 | ours | 100 | 0.30 | 25% | 150 |" in (tmp_path / "engine.md").read_text()
+    assert "| theirs | not measured | no such package |" in (tmp_path / "engine.md").read_text()
     assert "| a-net | fastest | 300 | 1.00 | 180 |" in (tmp_path / "engine.md").read_text()
     assert "| a way | 9.0 | 8.0 | 7.0 | 70 MiB | 80, 90 MiB |" in (tmp_path / "mobile.md").read_text()
     text = (tmp_path / "app.md").read_text()
