@@ -5,10 +5,10 @@
     python benchmarks/accuracy.py --tasks flowers5@10 gtsrb43@10  # ten images a class
     python benchmarks/accuracy.py --show                          # what is there
 
-MobileNetV2 at 160 px. Every method learns from the same images in the same order with the same augmentation, and, where
-its title does not say otherwise, for the same number of optimizer steps. Everything is chosen on the validation split
-that `adapt` holds out; the test set is read once, at the end. Each run is a process of its own with one thread. Runs
-are added to the file as they come, and those that are there are not done again.
+MobileNetV2 at 160 px. Every method that is trained in steps learns from the same images in the same order with the same
+augmentation, and, where its title does not say otherwise, for the same number of optimizer steps. Everything is chosen
+on the validation split that `adapt` holds out; the test set is read once, at the end. Each run is a process of its own
+with one thread. Runs are added to the file as they come, and those that are there are not done again.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = arguments().parse_args()
+    if options.packs and len(options.methods) > 1:
+        raise SystemExit("--packs keeps those of one method: give one with --methods")
     if not options.show:
         size = options.size or SIZES[options.recipe]
         with (
@@ -127,16 +129,20 @@ def keep(path: Path, run: dict[str, Any]) -> None:
 
 def summary(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """For each backbone and size, task and method the figures over its seeds."""
-    cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for run in runs:
+    cells: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for run in runs:  # of a seed the last
         found = run["identity"]
-        cells.setdefault((backbone_name(found["recipe"], found["size"]), found["task"], found["method"]), []).append(
-            run
-        )
+        cell = backbone_name(found["recipe"], found["size"]), found["task"], found["method"]
+        cells.setdefault(cell, {})[found["seed"]] = run
     result: dict[str, Any] = {}
     for (name, task, method), of_cell in cells.items():
-        result.setdefault(name, {}).setdefault(task, {})[method] = _row(of_cell)
+        result.setdefault(name, {}).setdefault(task, {})[method] = _row(list(of_cell.values()))
     return result
+
+
+def head_start(identity: Mapping[str, Any]) -> str:
+    """What the head began with; rivals of before there was a choice began at random."""
+    return str(identity.get("settings", identity).get("head_start", "random"))
 
 
 def backbone_name(recipe: str, size: int) -> str:
@@ -152,8 +158,7 @@ def _row(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     for name in AVERAGED:
         if all(name in run for run in runs):
             row[name] = statistics.fmean(run[name] for run in runs)
-    if "settings" in runs[0]["identity"]:
-        row["head_start"] = runs[0]["identity"]["settings"].get("head_start")
+    row["head_start"] = head_start(runs[0]["identity"])
     if all("peak_rss_bytes" in run for run in runs):
         row["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in runs)
     return row

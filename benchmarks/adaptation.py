@@ -5,7 +5,7 @@
 
 Every figure comes from a process of its own, rivals alternating, the same images at every step: a loss that does not
 fall means that something else was timed than learning. Weights are random where the data folder has none, which costs
-the same. Beside it the arithmetic bound: three times the forward pass' operations at the speed of a large matrix
+the same. Beside it the arithmetic bound: the operations of forward and backward pass at the speed of a large matrix
 product of numpy, which no exact gradient of every layer can be faster than unless it does less arithmetic.
 
 Rivals in torch: full fine-tuning as torchvision and eager torch have it; the same in the channels-last layout; KSM
@@ -86,12 +86,13 @@ def _runs(case: dict[str, Any], bundle: Path, options: argparse.Namespace) -> It
 
 
 def _bound(bundle: Path, case: dict[str, Any]) -> float:
-    """Operations of a step: forward, the gradient of every input, the gradient of every weight."""
+    """Operations of a step: forward, the gradient of every weight, and of every input but the image."""
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.profiler.work import graph_work
 
     work = graph_work(load_bundle(bundle).graph_path, case["size"])
-    return 3 * case["batch"] * sum(part.flops for part in work)
+    stem = next(part.flops for part in work if part.operator == "Conv")
+    return case["batch"] * (3 * sum(part.flops for part in work) - stem)
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -223,7 +224,7 @@ def _in_torch(make: Callable[[Any, dict[str, Any]], Any], *, channels_last: bool
 
             network = make(torch, given)
         except ImportError as error:
-            return {"absent": f"{error}; scripts/install_torch installs it"}
+            return {"absent": str(error)}
         torch.set_num_threads(given["threads"])
         torch.manual_seed(0)
         images, labels = torch.randn(given["batch"], 3, given["size"], given["size"]), torch.arange(given["batch"])
@@ -259,7 +260,12 @@ def _masked(torch: Any, given: dict[str, Any]) -> Any:
 
 
 def _masked_frozen(torch: Any, given: dict[str, Any]) -> Any:
-    return torch.compile(_masked(torch, given).eval())
+    network = torch.compile(_masked(torch, given).eval())
+    try:
+        network(torch.zeros(1, 3, given["size"], given["size"]))
+    except Exception as error:  # whatever keeps torch from compiling: most often that there is no compiler
+        raise ImportError(f"torch.compile: {str(error).splitlines()[0]}") from error
+    return network
 
 
 RIVALS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -13,6 +13,8 @@ from typing import Any
 
 from measure import FORMAT_VERSION, read, write
 
+# Settings that did something else than their default now does, before there was a choice.
+BEFORE = {"head_start": "random"}
 Run = dict[str, Any]  # its `identity` is what makes two runs the same
 
 
@@ -22,13 +24,13 @@ def runs(path: Path) -> list[Run]:
 
 
 def _filled(run: Run) -> Run:
-    """The run with all settings of today: one that is newer than the run had then the value that is now its default."""
+    """The run with all settings of today, those that are newer than the run at the value that they had before."""
     from ksm_edge.training.settings import Settings
 
     identity = run["identity"]
     if "settings" not in identity:
         return run
-    defaults = {name: value for name, value in asdict(Settings()).items() if name != "seed"}
+    defaults = {name: value for name, value in asdict(Settings()).items() if name != "seed"} | BEFORE
     return {**run, "identity": {**identity, "settings": {**defaults, **identity["settings"]}}}
 
 

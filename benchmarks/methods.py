@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,15 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
     }
     if method.words:
         found["settings"] = _settings(found)
+    elif name not in SCRIPTS:
+        found["head_start"] = Settings().head_start
     return found
+
+
+def title(name: str, head_starts: Iterable[str]) -> str:
+    """The method's, with a remark where runs are from before its head started as the default now does."""
+    old = name not in ("released", "head-random", "linear") and "random" in head_starts
+    return ALL[name].title + (" (head started at random)" if old else "")
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:

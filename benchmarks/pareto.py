@@ -18,7 +18,7 @@ from typing import Any
 import grid
 from accuracy import STANDING, summary
 from measure import RESULTS, ROOT
-from methods import METHODS
+from methods import METHODS, title
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "grey", "navy", "teal")
 
@@ -75,7 +75,7 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
     shown = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    titles = [method.title for method in METHODS.values() if method.title in shown]
+    titles = [label for method in METHODS.values() for label in sorted(shown) if label.startswith(method.title)]
     figure.legend([shown[title] for title in titles], titles, loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.04 + 0.14 / len(panels), 1, 1))
     written = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
@@ -91,16 +91,23 @@ def _tasks(tasks: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
     return {task: rows for task, rows in known.items() if len(rows) > 1}
 
 
-def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost, title: str) -> None:
+def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost, heading: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     for (name, method), colour in zip(METHODS.items(), COLOURS, strict=True):
         if name in rows:
             point = [rows[name][cost.key] / cost.factor], [100 * rows[name]["test_accuracy"]]
             marker = "o" if method.ours else "s"
-            axis.plot(*point, linestyle="", markersize=7, label=method.title, color=colour, marker=marker)
+            axis.plot(
+                *point,
+                linestyle="",
+                markersize=7,
+                label=title(name, [rows[name]["head_start"]]),
+                color=colour,
+                marker=marker,
+            )
     axis.set(xscale="log", xlabel=cost.label, ylabel="test accuracy, %")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(heading, fontsize=9)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())

@@ -68,9 +68,8 @@ def _budgets(path: Path) -> list[int | None]:
 
 def _name(found: dict[str, Any]) -> str:
     """What the planner did to save memory."""
-    if found["fast"] and not found["recompute"]:
-        return FASTEST
-    return "slower forms" + (", forward computed twice" if found["recompute"] else "")
+    names = ["" if found["fast"] else "slower forms", "forward computed twice" if found["recompute"] else ""]
+    return ", ".join(filter(None, names)) or FASTEST
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

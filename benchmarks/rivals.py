@@ -106,6 +106,7 @@ class Network(torch.nn.Module):
         )
         self.head = torch.nn.Linear(bundle.features, classes)
         torch.nn.init.zeros_(self.head.bias)
+        torch.nn.init.zeros_(self.head.weight)  # as the device's trainer begins
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) -> logits (N, C)."""
@@ -190,10 +191,9 @@ class MaskedConv(torch.nn.Module):
 
 
 def with_masks(network: Network) -> Network:
-    """Every conv masked; batch-norm's gamma and beta and the head, which starts at 0, learn beside."""
+    """Every conv masked; batch-norm's gamma and beta and the head learn beside."""
     for name, conv in network.convs.items():
         network.convs[name] = MaskedConv(conv)
-    torch.nn.init.zeros_(network.head.weight)
     return network
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from readme_table import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from methods import ABLATIONS, METHODS  # found by the line above
+from methods import ABLATIONS, METHODS, title  # found by the line above
 from tasks import FIVE
 
 BACKBONES = ("mobilenet_v2, 160 px", "mobilenet_v2, 96 px")
@@ -36,21 +36,19 @@ def few_tables(content: Mapping[str, Any]) -> str:
     """The same for ten images a class."""
     tasks = content["summary"].get(BACKBONES[0], {})
     heads = ("test accuracy, %", *FIVE, "mean", "pack, kB", "steps")
-    return "\n".join(_table(heads, _method_rows(tasks, [task + FEW for task in FIVE])))
+    return "\n".join(_table(heads, _method_rows(tasks, [task + FEW for task in FIVE], (*METHODS, "head-random"))))
 
 
 def suite_tables(content: Mapping[str, Any]) -> str:
     """The mean over the tasks of the suite, of methods that have learned all of them."""
     tasks = {name: rows for name, rows in content["summary"].get(BACKBONES[1], {}).items() if name.startswith(SUITE)}
     lines = []
-    for key, method in METHODS.items():
+    for key in METHODS:
         rows = [of_task[key] for of_task in tasks.values() if key in of_task]
         if rows and len(rows) == len(tasks):
             least = min(row["test_accuracy"] for row in rows)
             size = statistics.fmean(row["pack_bytes"] for row in rows)
-            lines.append(
-                (_title(method.title, key, rows), _percent(_mean(rows)), _percent(least), f"{size / 1e3:,.1f}")
-            )
+            lines.append((_title(key, rows), _percent(_mean(rows)), _percent(least), f"{size / 1e3:,.1f}"))
     return "\n".join(_table((f"{len(tasks)} tasks", "mean, %", "worst task, %", "pack, kB"), lines))
 
 
@@ -70,26 +68,26 @@ def ablation_tables(content: Mapping[str, Any]) -> str:
     return "\n".join(_table(("points of test accuracy", *names), lines))
 
 
-def _method_rows(tasks: Mapping[str, Any], names: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    for key, method in METHODS.items():
+def _method_rows(
+    tasks: Mapping[str, Any], names: Sequence[str], methods: Iterable[str] = METHODS
+) -> Iterable[tuple[str, ...]]:
+    for key in methods:
         rows = [tasks.get(name, {}).get(key) for name in names]
         there = [row for row in rows if row is not None]
         if there:
             whole = len(there) == len(rows)
             size = statistics.fmean(row["pack_bytes"] for row in there)
             yield (
-                _title(method.title, key, there),
+                _title(key, there),
                 *("" if row is None else _cell(row) for row in rows),
                 f"**{_percent(_mean(there))}**" if whole else "",
-                f"{size / 1e3:,.1f}",
-                f"{statistics.fmean(row['steps'] for row in there):,.0f}",
+                f"{size / 1e3:,.1f}" if whole and key != "reference" else "",
+                f"{statistics.fmean(row['steps'] for row in there):,.0f}" if whole else "",
             )
 
 
-def _title(title: str, key: str, rows: Sequence[Row]) -> str:
-    """With a remark where the runs are from before the default was what it is."""
-    old = key != "released" and any(row.get("head_start") == "random" for row in rows)
-    return f"{title} (head started at random)" if old else title
+def _title(key: str, rows: Sequence[Row]) -> str:
+    return title(key, [row["head_start"] for row in rows])
 
 
 def _cell(row: Row) -> str:

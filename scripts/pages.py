@@ -17,7 +17,7 @@ from readme_table import ROOT, between, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from accuracy_tables import ablation_tables, few_tables, method_tables, suite_tables  # found by the lines above
-from methods import METHODS
+from methods import METHODS, title
 
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,10 +81,11 @@ def pareto_tables(content: Mapping[str, Any]) -> str:
         tasks = content["summary"][backbone]
         names = [name for name in BYTES_TASKS if name in tasks]
         lines = [f"{backbone}:", "", f"| test accuracy, kB | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-        for key, method in METHODS.items():
+        for key in METHODS:
             rows = [tasks[name].get(key) for name in names]
             if any(rows):
-                lines.append(f"| {method.title} | {' | '.join(map(_cell, rows))} |")
+                name = title(key, [row["head_start"] for row in rows if row])
+                lines.append(f"| {name} | {' | '.join(map(_cell, rows))} |")
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, _origin(content)])
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,15 +76,16 @@ def hold(folder: Path, holder: object) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
 
 
-def _is_held(folder: Path) -> bool:
-    try:
-        with open(folder / DESCRIPTION) as file:
+def _remove_unless_held(folder: Path) -> None:
+    with ExitStack() as until_removed:
+        try:
+            file = until_removed.enter_context(open(folder / DESCRIPTION))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # not there, or a file system without locks
-        return False
-    return False
+        except BlockingIOError:
+            return
+        except OSError:  # half a graph, or a file system without locks
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def key_of(bundle: Bundle, *parts: str) -> str:
@@ -133,9 +134,8 @@ def _evict(newest: Path) -> None:
     # Not by the clock alone: a board without one may start years before its last run.
     graphs = [path for path in sorted(times, key=times.__getitem__) if not path.name.startswith(".") and path != newest]
     power_cuts = [path for path in times if path.name.startswith(".new-") and times[path] < times[newest] - DAY]
-    for path in [*graphs[: len(graphs) + 1 - KEPT], *power_cuts]:
-        if not _is_held(path):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in [*graphs[: max(0, len(graphs) + 1 - KEPT)], *power_cuts]:
+        _remove_unless_held(path)
 
 
 def _processor() -> str:

@@ -187,10 +187,7 @@ class Trainer:
 
 
 def _first_head(settings: Settings, classes: int, features: int) -> np.ndarray:
-    """(C, F). At random it is noise in the answers, which a few images do not determine enough to unlearn.
-
-    From 0 ten images a class gained 3 points of test accuracy, on the mean of nine tasks, MobileNetV2 at 160 px.
-    """
+    """(C, F). At random it is noise in the answers, which a few images do not determine enough to unlearn."""
     if settings.head_start == "zero":
         return np.zeros((classes, features), np.float32)
     rng, bound = np.random.default_rng([settings.seed, 0x4EAD]), np.sqrt(1 / features)

@@ -20,14 +20,17 @@ SETTINGS = Settings(batch=2)
 
 
 def gradients(bundle: Bundle, folder: Path, fast: bool) -> dict[str, np.ndarray]:
-    """Of one step, behind one that has changed the weights."""
+    """Of one step, behind two that have changed the weights: a head at 0 lets nothing through at first."""
     folder.mkdir()
     spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), fast=fast)
     trainer = Trainer(bundle, compile_graph(bundle, spec, folder), SETTINGS, steps=10)
     size = bundle.input.size
     images = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
     targets = np.eye(3, dtype=np.float32)[[0, 2]] / 2
-    trainer.step(images, targets)
+    for _ in range(2):
+        trainer.step(images, targets)
+    changed = [not np.array_equal(layer.beta, layer.pristine.beta) for layer in trainer.layers.values()]
+    assert any(changed)
     trainer.accumulate(images, targets)
     return {f"{name}.{k}": g for name, layer in trainer.layers.items() for k, g in layer.gradients().items()}
 
@@ -58,6 +61,7 @@ def test_only_strides_leave_transposed_convs(tmp_path: Path) -> None:
     found = {t: [n for n in g.model.graph.node if n.op_type == "ConvTranspose"] for t, g in graphs.items()}
     assert {a.ints[0] for n in found[True] for a in n.attribute if a.name == "strides"} == {2}
     assert len(found[True]) < len(found[False])
+    assert any(len(shape) == 4 for name, shape in graphs[True].inputs.items() if name.endswith(".turned"))
     shapes = {layer.name: layer.weight_shape for layer in bundle.layers}
     for name, shape in graphs[True].inputs.items():
         if name.endswith(".turned") and len(shape) == 4:

@@ -48,6 +48,7 @@ def test_a_run_from_before_a_setting_had_its_default(load: Any, tmp_path: Path) 
     old = {"identity": {"settings": {"epochs": 8}}, "machine": {}, "after": {}, "warnings": []}
     grid.keep(path, {}, old, lambda runs: {})
     assert grid.has(path, {"settings": {"epochs": 8, "learn_in_bits": False}})
+    assert grid.runs(path)[0]["identity"]["settings"]["head_start"] == "random"  # as it was then
     assert not grid.has(path, {"settings": {"epochs": 8, "learn_in_bits": True}})
 
 
@@ -88,7 +89,15 @@ def test_one_part_is_made_coarse_and_no_other(load: Any, part: str) -> None:
 def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str = "mobilenet_v2") -> dict[str, Any]:
     size = 96 if recipe == "mobilenet_v2" else 32
     return {
-        "identity": {"method": method, "task": task, "recipe": recipe, "size": size, "seed": seed, "epochs": 8},
+        "identity": {
+            "method": method,
+            "task": task,
+            "recipe": recipe,
+            "size": size,
+            "seed": seed,
+            "epochs": 8,
+            "head_start": "random" if method == "full" else "zero",
+        },
         "test_accuracy": accuracy,
         "validation_accuracy": accuracy,
         "pack_bytes": 50_000 if method == "ksm" else 4_500_000,
@@ -289,11 +298,13 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     text = (tmp_path / "pack-size.md").read_text()
     assert "| scale 2 | +0.50 ± 0.50 | +0.5000 ± 0.0000 | 1.0 |" in text
     assert "| KSM, default | not measured | not measured | 85.0 %, 50.0 (2 seeds) |" in text
-    assert "| full fine-tuning, fp16 | not measured | not measured | 85.0 %, 4,500.0 |" in text
+    assert "| full fine-tuning, fp16 (head started at random) | not measured | not measured | 85.0 %, 4,500.0 |" in text
     text = (tmp_path / "accuracy.md").read_text()
-    assert "| KSM, default |  | 85.0 (2 seeds) |  |  |  |  | 50.0 | 900 |" in text
+    assert "| KSM, default |  | 85.0 (2 seeds) |  |  |  |  |  |  |" in text
     assert f"| classifier only, logistic regression |{' 50.0 |' * 5} **50.0** | 4,500.0 | 900 |" in text
-    assert "| full fine-tuning, fp16 | 95.0 | 90.0 | 4,500.0 |" in text  # of the suite; the default lacks a task of it
+    assert (
+        "| full fine-tuning, fp16 (head started at random) | 95.0 | 90.0 | 4,500.0 |" in text
+    )  # of the suite; the default lacks a task of it
     assert "| binary masks | +4.0 |" in text  # against the same seed
     assert "| one | 90.00 | 90.00 | 20.0 |" in text
     text = (tmp_path / "app.md").read_text()

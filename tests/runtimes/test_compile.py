@@ -68,6 +68,15 @@ def test_graphs_that_were_used_last_are_kept_and_no_more(bundle: Bundle, monkeyp
     assert set(folders[first].parent.iterdir()) == {folders[first], folders[third]}
 
 
+def test_fewer_graphs_than_may_be_are_all_kept(bundle: Bundle) -> None:
+    graphs = Path(os.environ["KSM_EDGE_CACHE"], "graphs")
+    others = {graphs / str(number) for number in range(cache.KEPT - 1)}
+    for folder in others:
+        folder.mkdir(parents=True)
+    made = compiled(bundle, SPEC).path.parent
+    assert set(graphs.iterdir()) == {made, *others}
+
+
 def test_a_graph_is_kept_while_a_training_has_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "KEPT", 1)
     held = compiled(bundle, SPEC)
