@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes.onnxruntime import Session
 from ksm_edge.training.checkpoint import Progress
 from ksm_edge.training.layer import TrainedLayer
+from ksm_edge.training.planner import Plan, make_plan
 from ksm_edge.training.settings import Settings
 
 # Rates at which the tiny backbone learns, and loses kernels, within a few steps.
@@ -279,6 +281,27 @@ def test_that_holds_for_every_kind_of_state(
     chosen = settings(epochs=2, **changes)
     whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen)
     resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", chosen, Stopper(step=6))
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+
+
+def test_a_training_of_slower_forms_stays_with_them(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun where memory was short, gone on with where it is not."""
+    short, forms = True, []
+
+    def planned(*given: Any, **named: Any) -> Plan:
+        plan = make_plan(*given, **(named | ({"fast": False} if short else {})))
+        forms.append(plan.graph.spec.fast)
+        return plan
+
+    monkeypatch.setattr("ksm_edge.adapt.journey.make_plan", planned)
+    whole = adapt(bundle, images, tmp_path / "whole.ksm", settings())
+    with pytest.raises(Interrupted):
+        adapt(bundle, images, tmp_path / "stopped.ksm", settings(), observer=Stopper(step=7))
+    short = False
+    resumed = adapt(bundle, images, tmp_path / "stopped.ksm", settings(), resume=True)
+    assert forms == [False, False, False]
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 
