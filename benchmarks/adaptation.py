@@ -29,7 +29,7 @@ from measure import Record, add_output, backbone, fresh_json, output, print_tabl
 from step import falls, timed
 
 RECIPES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "efficientnet_b0")
-CLASSES = 10
+CLASSES, RATE = 10, 1e-4
 OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
 MIB = 1 << 20
 
@@ -202,7 +202,8 @@ def _ours(given: dict[str, Any], *, smallest: bool = False) -> dict[str, Any]:
     from ksm_edge.training.trainer import Trainer
 
     use_compact_heap()
-    bundle, settings, budget = load_bundle(given["bundle"]), Settings(batch=given["batch"]), None
+    settings = Settings(batch=given["batch"], score_rate=RATE, norm_rate=RATE, head_rate=RATE)
+    bundle, budget = load_bundle(given["bundle"]), None
     if smallest:
         try:
             make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
@@ -231,7 +232,7 @@ def _in_torch(make: Callable[[Any, dict[str, Any]], Any], *, channels_last: bool
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
             network = network.to(memory_format=torch.channels_last)
-        adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 1e-4)
+        adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], RATE)
 
         def step() -> float:
             adam.zero_grad()
