@@ -189,8 +189,6 @@ def _flop_rate() -> float:
 
 
 def _ours(given: dict[str, Any], *, smallest: bool = False) -> dict[str, Any]:
-    import re
-
     import numpy as np
 
     from ksm_edge.bundle.load import load_bundle
@@ -207,8 +205,8 @@ def _ours(given: dict[str, Any], *, smallest: bool = False) -> dict[str, Any]:
     if smallest:
         try:
             make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
-        except BudgetError as error:  # which names the smallest budget that would do
-            budget = int(re.findall(r"--memory-budget (\d+)MiB", str(error))[0]) << 20
+        except BudgetError as error:
+            budget = error.needed_bytes
     plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget)
     trainer = Trainer(bundle, plan.graph, settings, steps=given["steps"] + 5, threads=given["threads"])
     side = bundle.input.size

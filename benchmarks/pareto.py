@@ -19,8 +19,10 @@ import grid
 from accuracy import STANDING, summary
 from measure import RESULTS, ROOT
 from methods import METHODS, title
+from tasks import FIVE
 
-COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "grey", "navy", "teal")
+LEGEND_COLUMNS = 3
+COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "lime", "navy", "saddlebrown")
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     titles = [label for method in METHODS.values() for label in sorted(shown) if label.startswith(method.title)]
-    figure.legend([shown[title] for title in titles], titles, loc="lower center", ncols=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.04 + 0.14 / len(panels), 1, 1))
+    figure.legend([shown[label] for label in titles], titles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False)
+    legend_inches = 0.25 * (1 + -(-len(titles) // LEGEND_COLUMNS))
+    figure.tight_layout(rect=(0, legend_inches / size[1], 1, 1))
     written = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
     for file in written:
         figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
@@ -86,8 +89,8 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
 
 
 def _tasks(tasks: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
-    """Those with at least two methods whose cost is known, and of these the methods."""
-    known = {task: {key: row for key, row in rows.items() if cost.key in row} for task, rows in sorted(tasks.items())}
+    """Of the five tasks those with at least two methods whose cost is known, and of these the methods."""
+    known = {task: {k: row for k, row in tasks[task].items() if cost.key in row} for task in FIVE if task in tasks}
     return {task: rows for task, rows in known.items() if len(rows) > 1}
 
 

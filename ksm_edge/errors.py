@@ -75,3 +75,8 @@ class BudgetError(KsmEdgeError):
     """More memory than the budget allows; the message names the smallest budget that would do."""
 
     exit_code = 5
+
+    def __init__(self, message: str, needed_bytes: int | None = None) -> None:
+        """`needed_bytes`: that budget, where it is known."""
+        super().__init__(message)
+        self.needed_bytes = needed_bytes

@@ -29,7 +29,7 @@ from ksm_edge.autodiff.tape import Tape
 from ksm_edge.bundle.layers import Layer
 
 OVER_IMAGES = (0, *SPATIAL)
-# So few that a matrix product for each tap would be all overhead: 3 of 13 ms for 7 x 7 over RGB at 224 pixels.
+# So few that a matrix product for each tap would be all overhead: 13 ms became 3 for 7 x 7 over RGB at 224 pixels.
 FEW_CHANNELS = 3
 FEW_COLUMNS = 27  # I kh kw that are little memory: 3 x 3 over RGB
 FEW_TO_SPREAD = 1024  # pixels of dz, see `_channel_spread`

@@ -12,7 +12,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from ksm_edge.training.planner import Plan
+    from ksm_edge.training.trainer import Trainer
 
 T = TypeVar("T")
 
@@ -102,59 +106,27 @@ def measure_adaptation(
     bundle: str, batch: int, threads: int, steps: int, budget_bytes: int | None, classes: int
 ) -> dict[str, Any]:
     """Optimizer steps on generated photos, part by part: making the images, gradients, update; and forward alone."""
-    import numpy as np
     import onnxruntime  # noqa: F401 - it and numpy are the baseline
 
     from ksm_edge.bundle.load import load_bundle
-    from ksm_edge.data.augment import Augmentation
-    from ksm_edge.data.batches import training_batches
-    from ksm_edge.data.cache import ImageCache
-    from ksm_edge.data.image_set import open_image_set
     from ksm_edge.resident import peak_rss_bytes, rss_bytes, use_compact_heap
-    from ksm_edge.runtimes.gradient import GradientSession
     from ksm_edge.training.planner import make_plan
     from ksm_edge.training.settings import Settings
-    from ksm_edge.training.targets import target_rows
     from ksm_edge.training.trainer import Trainer
 
     use_compact_heap()
-    baseline, opened, settings = rss_bytes(), load_bundle(Path(bundle)), Settings(batch=batch)
+    baseline, settings = rss_bytes(), Settings(batch=batch)
+    opened = load_bundle(Path(bundle))
     plan = make_plan(opened, classes, settings, threads=threads, budget_bytes=budget_bytes)
     trainer = Trainer(opened, plan.graph, settings, steps=1000, threads=threads)
-    parts: dict[str, list[float]] = {name: [] for name in STEP_PARTS}
-    losses, clock, making = [], _Clock(), _Clock()
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         write_photos(Path(folder), classes, -(-batch // classes))
-        images = open_image_set(folder)
-        with ImageCache(images, int(opened.input.resize * 1.25), 512 << 20) as cache:
-            items = cache.prepare(images.train)[0][:batch]
-            targets = target_rows(np.array([item.label for item in items]), classes, settings.label_smoothing, None)
-            for step in range(WARM_UP + steps):
-                made = training_batches(
-                    cache, items, opened.input, batch=batch, seed=0, epoch=step, augmentation=Augmentation(),
-                    part=plan.micro_batch,
-                )  # fmt: skip
-                making.laps = {"data_ms": 0.0}
-                clock.skip()
-                losses.append(trainer.accumulate(_timed((part.images for part in made), making), targets).loss)
-                gradient_ms = clock.since() - making.laps["data_ms"]
-                trainer.update()
-                if step >= WARM_UP:
-                    parts["update_ms"].append(clock.since())
-                    parts["gradient_ms"].append(gradient_ms)
-                    parts["data_ms"].append(making.laps["data_ms"])
+        learned = _optimizer_steps(trainer, Path(folder), plan.micro_batch, steps)
     peak = peak_rss_bytes()
-    # Behind the peak: the forward pass alone is a second session, which training does not have at the same time.
-    forward = GradientSession(plan.forward, trainer.bound(plan.forward), threads)
-    for step in range(WARM_UP + steps):
-        clock.skip()
-        for _ in range(-(-batch // plan.micro_batch)):
-            forward.run()
-        if step >= WARM_UP:
-            parts["forward_ms"].append(clock.since())
     return {
-        **parts,
-        "losses": losses,
+        **learned,
+        # Behind the peak: the forward pass alone is a second session, which training does not have at the same time.
+        "forward_ms": _forward_passes(trainer, plan, steps),
         "baseline_bytes": baseline,
         "peak_rss_bytes": peak,
         "expected_peak_bytes": plan.expected_peak_bytes,
@@ -163,6 +135,52 @@ def measure_adaptation(
         "fast": plan.graph.spec.fast,
         "recompute": plan.graph.spec.recompute,
     }
+
+
+def _optimizer_steps(trainer: Trainer, photos: Path, part: int, steps: int) -> dict[str, list[float]]:
+    """Milliseconds of the parts of each step behind the warm-up, and the losses of all."""
+    import numpy as np
+
+    from ksm_edge.data.augment import Augmentation
+    from ksm_edge.data.batches import training_batches
+    from ksm_edge.data.cache import ImageCache
+    from ksm_edge.data.image_set import open_image_set
+    from ksm_edge.training.targets import target_rows
+
+    settings, contract, images = trainer.settings, trainer.bundle.input, open_image_set(photos)
+    found: dict[str, list[float]] = {name: [] for name in ("data_ms", "gradient_ms", "update_ms", "losses")}
+    clock, making = _Clock(), _Clock()
+    with ImageCache(images, int(contract.resize * 1.25), 512 << 20) as cache:
+        items = cache.prepare(images.train)[0][: settings.batch]
+        labels = np.array([item.label for item in items])
+        targets = target_rows(labels, len(images.classes), settings.label_smoothing, None)
+        for step in range(WARM_UP + steps):
+            made = training_batches(
+                cache, items, contract, batch=settings.batch, seed=0, epoch=step, augmentation=Augmentation(), part=part
+            )
+            making.laps = {"data_ms": 0.0}
+            clock.skip()
+            found["losses"].append(trainer.accumulate(_timed((b.images for b in made), making), targets).loss)
+            gradient_ms = clock.since() - making.laps["data_ms"]
+            trainer.update()
+            if step >= WARM_UP:
+                found["update_ms"].append(clock.since())
+                found["gradient_ms"].append(gradient_ms)
+                found["data_ms"].append(making.laps["data_ms"])
+    return found
+
+
+def _forward_passes(trainer: Trainer, plan: Plan, steps: int) -> list[float]:
+    """Milliseconds of a step's forward passes alone, behind the warm-up."""
+    from ksm_edge.runtimes.gradient import GradientSession
+
+    forward, clock, found = GradientSession(plan.forward, trainer.bound(plan.forward), plan.threads), _Clock(), []
+    for _ in range(WARM_UP + steps):
+        clock.skip()
+        for _ in range(-(-plan.batch // plan.micro_batch)):
+            forward.run()
+        found.append(clock.since())
+    return found[WARM_UP:]
 
 
 def _timed(parts: Iterator[T], clock: _Clock) -> Iterator[T]:

@@ -79,7 +79,7 @@ def make_plan(
     if micro_batch is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
         graph = _widened(graph, at, fits, settings.batch)
     if budget_bytes is not None and not fits(graph):
-        raise BudgetError(_over_budget(bundle, settings, graph, peak(graph), budget_bytes))
+        raise BudgetError(_over_budget(bundle, settings, graph, peak(graph), budget_bytes), peak(graph))
     forward = compiled(bundle, forward_spec(graph.spec))
     activations = _activation_bytes(graph)
     return Plan(settings.batch, graph.spec.micro_batch, threads, activations, peak(graph), graph, forward)

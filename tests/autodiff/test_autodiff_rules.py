@@ -134,6 +134,7 @@ TAPS = {
     "3x3, dilation 2": conv("c", "x", 5, 4, (3, 3), pads=[2] * 4, dilations=[2, 2]),
     "3x3, dilation 2 and stride 2": conv("c", "x", 5, 4, (3, 3), pads=[1] * 4, dilations=[2, 2], strides=[2, 2]),
     "2x4, stride 2, one-sided pads": conv("c", "x", 5, 4, (2, 4), pads=[0, 1, 1, 2], strides=[2, 2]),
+    "2x4, one-sided pads": conv("c", "x", 5, 4, (2, 4), pads=[0, 1, 1, 2]),
     "7x7, stride 4": conv("c", "x", 5, 4, (7, 7), pads=[3] * 4, strides=[4, 4]),
     "grouped": conv("c", "x", 6, 2, (3, 3), 2, pads=[1] * 4),
     "grouped 1x1": conv("c", "x", 6, 2, (1, 1), 2),

@@ -56,6 +56,8 @@ def test_the_budget_error_names_the_smallest_budget_that_would_do(bundle: Bundle
     assert "--method head" in message
     smallest = int(re.search(r"--memory-budget (\d+)MiB", message)[1])  # type: ignore[index]
     assert plan(bundle, smallest * MIB).expected_peak_bytes <= smallest * MIB
+    assert caught.value.needed_bytes is not None
+    assert plan(bundle, caught.value.needed_bytes).expected_peak_bytes == caught.value.needed_bytes
     with pytest.raises(BudgetError):
         plan(bundle, (smallest - 1) * MIB)
 
