@@ -208,7 +208,7 @@ def _ours(given: dict[str, Any], *, smallest: bool = False) -> dict[str, Any]:
         except BudgetError as error:
             budget = error.needed_bytes
     plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget)
-    trainer = Trainer(bundle, plan.graph, settings, steps=given["steps"] + 5, threads=given["threads"])
+    trainer = Trainer(bundle, plan.graph, plan.settings, steps=given["steps"] + 5, threads=given["threads"])
     side = bundle.input.size
     images = np.random.default_rng(0).standard_normal((given["batch"], 3, side, side), np.float32)
     targets = target_rows(np.arange(given["batch"]) % CLASSES, CLASSES, 0.0)

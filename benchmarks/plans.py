@@ -68,8 +68,13 @@ def _budgets(path: Path) -> list[int | None]:
 
 def _name(found: dict[str, Any]) -> str:
     """What the planner did to save memory."""
-    names = ["" if found["fast"] else "slower forms", "forward computed twice" if found["recompute"] else ""]
-    return ", ".join(filter(None, names)) or FASTEST
+    names = {
+        "slower forms": not found["fast"] and not found["inside"],
+        "k x k weights made when needed": found["inside"],
+        "forward computed twice": found["recompute"],
+        "moments in 8 bits": found["moment_bits"] == 8,
+    }
+    return ", ".join(name for name, is_so in names.items() if is_so) or FASTEST
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

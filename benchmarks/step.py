@@ -153,7 +153,7 @@ def _ksm_edge(options: argparse.Namespace) -> dict[str, Any]:
 
     bundle, settings = load_bundle(options.bundle), Settings(batch=options.batch)
     plan = make_plan(bundle, CLASSES, settings, threads=1, budget_bytes=None)
-    trainer = Trainer(bundle, plan.graph, settings, steps=options.steps + WARM_UP, threads=1)
+    trainer = Trainer(bundle, plan.graph, plan.settings, steps=options.steps + WARM_UP, threads=1)
     rng, side = np.random.default_rng(0), bundle.input.size
     images = rng.standard_normal((options.batch, 3, side, side), dtype=np.float32)
     targets = np.eye(CLASSES, dtype=np.float32)[np.arange(options.batch) % CLASSES] / options.batch

@@ -28,7 +28,6 @@ from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpo
 from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import to_pack
 from ksm_edge.training.planner import Plan, parts_ahead
-from ksm_edge.training.settings import Settings
 from ksm_edge.training.targets import balanced_weights, target_rows
 from ksm_edge.training.trainer import Trainer
 
@@ -56,7 +55,6 @@ class Job:
         train: list[Item],
         held_out: list[Item],
         skipped: list[tuple[str, str]],
-        settings: Settings,
         plan: Plan,
         checkpoint: Path,
         observer: Observer,
@@ -66,7 +64,7 @@ class Job:
 
         `skipped`: images that could not be read, with the reason.
         """
-        self.bundle, self.images, self.settings, self.plan = bundle, images, settings, plan
+        self.bundle, self.images, self.settings, self.plan = bundle, images, plan.settings, plan
         self.train, self.held_out, self.skipped, self.cache = train, held_out, skipped, cache
         self.checkpoint, self.descent = checkpoint, descent
         self.progress, self.timing = Progress(), Timing()
@@ -74,11 +72,11 @@ class Job:
         self._observer, self._saved_at = observer, time.monotonic()
         self._losses: list[float] = []
         self.per_epoch = self._steps_of_an_epoch()
-        steps = self.per_epoch * settings.epochs
-        self.trainer = Trainer(bundle, plan.graph, settings, steps=steps, threads=plan.threads)
+        steps = self.per_epoch * self.settings.epochs
+        self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, threads=plan.threads)
         self.judge = Judge(self.trainer, plan.forward, plan.threads)
         self._labels = np.array([item.label for item in train])
-        self._class_weights = balanced_weights(self._labels, len(images.classes)) if settings.balanced else None
+        self._class_weights = balanced_weights(self._labels, len(images.classes)) if self.settings.balanced else None
 
     def _steps_of_an_epoch(self) -> int:
         count, batch = len(self.train), self.plan.batch
@@ -91,8 +89,7 @@ class Job:
             "backbone": self.bundle.digest,
             "data": self.images.digest(),
             "settings": asdict(self.settings),
-            "micro_batch": self.plan.micro_batch,
-            "fast": self.plan.graph.spec.fast,
+            "plan": self.plan.choices,
             "threads": self.plan.threads,
             "parent": None if self.descent is None else self.descent.sha256,
         }

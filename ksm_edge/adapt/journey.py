@@ -136,12 +136,11 @@ def prepared(
             settings,
             threads=before.get("threads", threads),
             budget_bytes=budget_bytes,
-            micro_batch=before.get("micro_batch"),
-            fast=before.get("fast"),
+            before=before.get("plan"),
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         job = Job(
-            bundle, images, cache, learned_from, judged_on, skipped, settings, plan, checkpoint, observer, descent
+            bundle, images, cache, learned_from, judged_on, skipped, plan, checkpoint, observer, descent
         )
         if resume:
             job.restore()

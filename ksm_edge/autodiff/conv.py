@@ -1,14 +1,16 @@
-"""Convolutions: four forms of forward, product and input gradient, each the best measured for its kind.
+"""Convolutions: five forms of forward, product and input gradient, each the best measured for its kind.
 
     pointwise  1x1, dense            product (O, I) = dz x^T, one Gemm with the accumulator as its C
     taps       k x k, or grouped     product (K, O, I), one such matrix per tap of the kernel
     patches    k x k, few channels   product (O, K I), all taps in one: the RGB stem
+    contracted the same              product (O, I), the taps' summed with W as weights; V is made from W when needed
     channel    depthwise             product (O,) = sum dz conv(x, W), W the pristine weight
 
 The channel form serves masks that are one number per filter. Its weight is a constant of the graph, which ONNX Runtime
 turns into its blocked layout, and the mask is a channel scale behind it: 24 ms an image for MobileNetV2 against 30 in
 a study on one AMD Zen 5 core.
-Its product needs no conv of its own: a conv and its transpose are adjoint, so that, channel by channel,
+The contracted form keeps neither V nor the taps' products, each as large as W, which is memory-mapped.
+A depthwise product needs no conv of its own: a conv and its transpose are adjoint, so that, channel by channel,
 sum dz conv(x, W) = sum x conv^T(dz, W), and the right side is what the input gradient is made from anyway.
 
 `dz` (n, O, h, w) is the gradient at the conv's output, `x` (n, C, H, W) its input; P = h w.
@@ -64,10 +66,11 @@ class Geometry:
         }
 
 
-def conv_form(node: Node, layer: Layer, *, per_weight: bool, fast: bool) -> str:
-    """`pointwise`, `taps`, `patches` or `channel`; `per_weight` asks for the product of every single weight.
+def conv_form(node: Node, layer: Layer, *, per_weight: bool, fast: bool, inside: bool) -> str:
+    """One of the forms above; `per_weight` asks for the product of every single weight.
 
     `fast`: the patches of a large kernel may take memory, kh kw times that of the layer's input for each output pixel.
+    `inside`: weights of k x k layers may be made in the graph.
     """
     if layer.is_depthwise and not per_weight:
         return "channel"
@@ -75,17 +78,19 @@ def conv_form(node: Node, layer: Layer, *, per_weight: bool, fast: bool) -> str:
     if layer.groups == 1 and (kh, kw) == (1, 1) and not any(Geometry.of(node, layer).pads):
         return "pointwise"
     few = I * kh * kw <= FEW_COLUMNS or (fast and I <= FEW_CHANNELS)
-    return "patches" if few and layer.groups == 1 else "taps"
+    if few and layer.groups == 1:
+        return "patches"
+    return "contracted" if inside and layer.groups == 1 and not per_weight else "taps"
 
 
 def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> None:
     """The conv with its bias, from x to `output`."""
     x, geometry = node.inputs[0], Geometry.of(node, layer).attributes
-    weight, bias, O = f"{layer.name}.weight", f"{layer.name}.bias", layer.weight_shape[0]
+    bias, O = f"{layer.name}.bias", layer.weight_shape[0]
     if form != "channel":
-        emit("Conv", x, weight, bias, name=output, group=layer.groups, **geometry)
+        emit("Conv", x, _fused(emit, layer, form), bias, name=output, group=layer.groups, **geometry)
         return
-    plain = emit("Conv", x, weight, name=_plain(layer), group=layer.groups, **geometry)
+    plain = emit("Conv", x, f"{layer.name}.weight", name=_plain(layer), group=layer.groups, **geometry)
     zero, one = emit.constant(np.zeros(O)), emit.constant(np.ones(O))
     emit("BatchNormalization", plain, f"{layer.name}.scale", bias, zero, one, name=output, epsilon=0.0)
 
@@ -102,7 +107,7 @@ def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, traine
         return
     # The product comes first: what only it needs is free before the input gradient is made.
     if trained:
-        {"pointwise": _pointwise, "taps": _taps, "patches": _patches}[form](tape, node, layer, dz)
+        FORMS[form](tape, node, layer, dz)
     if (x := node.inputs[0]) not in tape.wanted:
         return
     if form == "pointwise" and Geometry.of(node, layer).strides == (1, 1):
@@ -110,7 +115,14 @@ def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, traine
     elif turned and trained and _turns(tape, node, layer):
         tape.add(x, _turned_conv(tape, node, layer, dz))
     else:
-        tape.add(x, _spread(tape, node, layer, f"{layer.name}.weight", dz))
+        tape.add(x, _spread(tape, node, layer, _fused(tape.emit, layer, form), dz))
+
+
+def _fused(emit: Emitter, layer: Layer, form: str) -> str:
+    """The weight that runs, V: as it was given, or made now from the pristine one and what the mask and f make."""
+    if form != "contracted":
+        return f"{layer.name}.weight"
+    return emit("Mul", f"{layer.name}.pristine", f"{layer.name}.mask")
 
 
 def accumulate(tape: Tape, name: str, shape: Shape, value: str) -> None:
@@ -152,6 +164,20 @@ def _taps(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
     shape = _window_shape(tape, node)
     for k, window in enumerate(_windows(tape, node, layer)):
         _tap_product(tape, layer, f"{layer.name}.product.{k}", dz, window, shape)
+
+
+def _contracted(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
+    """sum_k W_k * (dz x_k^T), (O, I)."""
+    emit, (O, I, kh, kw), shape = tape.emit, layer.weight_shape, _window_shape(tape, node)
+    flat = emit.reshape(f"{layer.name}.pristine", (O * I, kh * kw))
+    by_tap = emit.reshape(emit("Transpose", flat, perm=[1, 0]), (kh * kw, O, I))
+    rows = _by_channel(tape, dz, (shape[0], O, *shape[2:]))
+    total = emit.input(f"acc:{layer.name}.product", (O, I))
+    for k, window in enumerate(_windows(tape, node, layer)):
+        product = emit("FusedMatMul", rows, _by_channel(tape, window, shape), domain=CONTRIB, transB=1)
+        weight = emit("Gather", by_tap, emit.constant(k, np.int64), axis=0)
+        last = {"name": emit.output(f"{layer.name}.product", (O, I))} if k == kh * kw - 1 else {}
+        total = emit("Add", total, emit("Mul", weight, product), **last)
 
 
 def _patches(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
@@ -272,6 +298,10 @@ def _turned_conv(tape: Tape, node: Node, layer: Layer, dz: str) -> str:
     O, I, kh, kw = layer.weight_shape
     weight = tape.emit.input(f"{layer.name}.turned", (I, O, kh, kw))
     return tape.emit("Conv", dz, weight, **_flipped(tape, node, layer))
+
+
+# How the product of each is accumulated; that of the channel form comes with its input gradient.
+FORMS = {"pointwise": _pointwise, "taps": _taps, "contracted": _contracted, "patches": _patches}
 
 
 def _flipped(tape: Tape, node: Node, layer: Layer) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def build(
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head:weight` (C, F), `head:bias` (C,), and of each trained layer
     `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. A 1x1 weight comes a
     second time, as a matrix: `LAYER.matrix` (O, I) or `LAYER.turned` (I, O); one of k x k may come as `LAYER.turned`
-    (I, O, kh, kw), flipped. The weights of layers that are not trained, pristine ones of the channel form and
-    `LAYER.flipped` are external initializers.
+    (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from `LAYER.pristine` and `LAYER.mask`,
+    which is M f. The weights of layers that are not trained, pristine ones of the channel form and `LAYER.flipped` are
+    external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
     the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
@@ -104,7 +105,9 @@ class _Builder:
         # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
         frozen = node.name not in self.spec.trained
         per_weight = self.spec.per_weight or frozen
-        return conv.conv_form(node, self.layers[node.name], per_weight=per_weight, fast=self.spec.fast)
+        return conv.conv_form(
+            node, self.layers[node.name], per_weight=per_weight, fast=self.spec.fast, inside=self.spec.inside
+        )
 
     def forward(self) -> None:
         for node in self.nodes:
@@ -132,6 +135,10 @@ class _Builder:
         trained, shape, vector = layer.name in self.spec.trained, layer.weight_shape, layer.weight_shape[:1]
         changing, fixed = self.emit.input, self.emit.external
         (changing if trained else fixed)(f"{layer.name}.bias", vector)
+        if form == "contracted":
+            changing(f"{layer.name}.pristine", shape)
+            changing(f"{layer.name}.mask", (*shape[:2], 1, 1))
+            return
         (changing if trained and form != "channel" else fixed)(f"{layer.name}.weight", shape)
         if form == "channel":
             changing(f"{layer.name}.scale", vector)

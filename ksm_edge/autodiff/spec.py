@@ -21,13 +21,25 @@ class GradientSpec:
     per_weight: bool = False  # products of every single weight, also in depthwise layers
     backward: bool = True  # False: image -> features, with the same parameter inputs
     fast: bool = True  # for some memory: weights a second time, as transposed convs read them, and whole stems at once
+    inside: bool = False  # fused weights of k x k layers are made in the graph when they are needed, and not kept
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
+
+
+MASK_ALONE = ("channel", "contracted")  # forms whose graph has the pristine weight, and is given what changes it
+
+
+def fused_shape(form: str, layer: Layer) -> Shape:
+    """That of what the graph is given: the weight, or mask times batch-norm's factor, (O,) or (O, I)."""
+    if form == "channel":
+        return layer.weight_shape[:1]
+    return layer.weight_shape[:2] if form == "contracted" else layer.weight_shape
 
 
 def product_shape(form: str, layer: Layer) -> Shape:
     """The accumulator's shape: (O, I), (K, O, I), (O, K I) or (O,)."""
     O, I, kh, kw = layer.weight_shape
-    return {"pointwise": (O, I), "taps": (kh * kw, O, I), "patches": (O, kh * kw * I), "channel": (O,)}[form]
+    shapes = {"taps": (kh * kw, O, I), "patches": (O, kh * kw * I), "channel": (O,)}
+    return shapes.get(form, (O, I))
 
 
 def turned_shape(form: str, layer: Layer) -> Shape:

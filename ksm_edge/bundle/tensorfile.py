@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +50,20 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         header = _read_header(path, file.read(header_size))
     whole = np.memmap(path, np.uint8, "r", offset=0) if size > start else np.zeros(0, np.uint8)
     return {name: _view(path, name, entry, whole[start:]) for name, entry in header.items()}
+
+
+def let_go(tensor: np.ndarray) -> None:
+    """Take a mapped tensor's pages out of this process, until it is looked at again; other arrays stay as they are.
+
+    The system keeps them in its cache of files for as long as it has room.
+    """
+    base: object = tensor
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        first = tensor.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+        begin = first - first % mmap.PAGESIZE
+        base.madvise(mmap.MADV_DONTNEED, begin, first + tensor.nbytes - begin)
 
 
 def _read_header(path: Path, text: bytes) -> dict[str, Any]:

@@ -56,7 +56,9 @@ class ProgressBar(Observer):
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
         spec = plan.graph.spec
         short = "" if spec.fast else ", in forms that take less memory"  # what a short budget made of the plan
+        short += ", weights of k x k layers made when they are needed" if spec.inside else ""
         short += ", most of the forward pass computed twice" if spec.recompute else ""
+        short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {spec.classes} classes")
         say(
             f"Plan      {steps} steps of {plan.batch} images, {plan.micro_batch} at a time{short}; "

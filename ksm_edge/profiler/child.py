@@ -118,7 +118,7 @@ def measure_adaptation(
     baseline, settings = rss_bytes(), Settings(batch=batch)
     opened = load_bundle(Path(bundle))
     plan = make_plan(opened, classes, settings, threads=threads, budget_bytes=budget_bytes)
-    trainer = Trainer(opened, plan.graph, settings, steps=1000, threads=threads)
+    trainer = Trainer(opened, plan.graph, plan.settings, steps=1000, threads=threads)
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         write_photos(Path(folder), classes, -(-batch // classes))
         learned = _optimizer_steps(trainer, Path(folder), plan.micro_batch, steps)
@@ -131,8 +131,7 @@ def measure_adaptation(
         "peak_rss_bytes": peak,
         "expected_peak_bytes": plan.expected_peak_bytes,
         "activation_bytes": plan.activation_bytes,
-        "micro_batch": plan.micro_batch,
-        "fast": plan.graph.spec.fast,
+        **plan.choices,
         "recompute": plan.graph.spec.recompute,
     }
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ksm_edge.training.eightbit import pack_positive, pack_signed, unpack_positive, unpack_signed
+
 MOMENTUM, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
 BLOCK = 16_384  # elements: seven float32 blocks fit the 512 KiB of a small core's L2
 
@@ -16,8 +18,14 @@ class Adam:
 
     def __init__(self, parameter: np.ndarray) -> None:
         self.parameter = parameter
-        self.mean = np.zeros_like(parameter)
-        self.square = np.zeros_like(parameter)
+        self.mean, self.square = self._zeros(), self._zeros()
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros_like(self.parameter)
+
+    def state(self, name: str) -> dict[str, np.ndarray]:
+        """Everything that changes, under names that begin with the given one; the arrays themselves, not copies."""
+        return {name: self.parameter, f"{name}:mean": self.mean, f"{name}:square": self.square}
 
     def step(
         self,
@@ -31,10 +39,10 @@ class Adam:
         unbias = math.sqrt(1 - SQUARE_DECAY**count)
         size = np.float32(rate * unbias / (1 - MOMENTUM**count))
         floor = np.float32(EPSILON * unbias)
-        arrays = (self.parameter, gradient, self.mean, self.square)
-        for p, g, m, v in blocks(*(a.reshape(-1) for a in arrays)):
+        for number, (p, g) in enumerate(blocks(self.parameter, gradient)):
             if chain is not None:
                 g = g * chain(p)
+            m, v = self._moments(number)
             m *= np.float32(MOMENTUM)
             m += (scratch := np.float32(1 - MOMENTUM) * g)
             np.multiply(g, g, out=scratch)
@@ -46,12 +54,53 @@ class Adam:
             np.divide(m, scratch, out=scratch)
             scratch *= size
             p -= scratch
+            self._keep(number, m, v, count)
+
+    def _moments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of one block, to be changed in place."""
+        m, v = (block(moment, number) for moment in (self.mean, self.square))
+        return m, v
+
+    def _keep(self, number: int, m: np.ndarray, v: np.ndarray, count: int) -> None:
+        """Put back what `_moments` gave, if that was a copy."""
+
+
+class CompactAdam(Adam):
+    """Adam with moments of a byte each, a quarter of the memory.
+
+    What they are rounded to averages out: after 300 steps of noisy gradients parameters have moved as far as with true
+    moments, nine in ten to within 8 % (tests/training/test_adam.py).
+    """
+
+    def __init__(self, parameter: np.ndarray) -> None:
+        super().__init__(parameter)
+        self.tops = np.zeros((-(-parameter.size // BLOCK), 2), np.float32)  # of each block's two, see `eightbit`
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros(self.parameter.shape, np.uint8)
+
+    def state(self, name: str) -> dict[str, np.ndarray]:
+        return super().state(name) | {f"{name}:tops": self.tops}
+
+    def _moments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        m, v = super()._moments(number)
+        mean_top, square_top = (int(top) for top in self.tops[number])
+        return unpack_signed(m, mean_top), unpack_positive(v, square_top)
+
+    def _keep(self, number: int, m: np.ndarray, v: np.ndarray, count: int) -> None:
+        mean, square = super()._moments(number)
+        self.tops[number] = pack_signed(m, mean, count), pack_positive(v, square, count)
+
+
+def block(array: np.ndarray, number: int) -> np.ndarray:
+    """A view of some elements of an array, laid flat."""
+    return array.reshape(-1)[number * BLOCK : (number + 1) * BLOCK]
 
 
 def blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Views of flat arrays of one length, some elements at a time."""
-    for start in range(0, arrays[0].size, BLOCK):
-        yield tuple(array[start : start + BLOCK] for array in arrays)
+    """Views of arrays of one size, some elements at a time."""
+    for number in range(-(-arrays[0].size // BLOCK)):
+        yield tuple(block(array, number) for array in arrays)
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:

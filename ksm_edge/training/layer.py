@@ -15,13 +15,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from ksm_edge.autodiff.spec import product_shape, turned_shape
+from ksm_edge.autodiff.spec import MASK_ALONE, fused_shape, product_shape, turned_shape
 from ksm_edge.bundle.layers import Layer, LayerWeights
+from ksm_edge.bundle.tensorfile import let_go
 from ksm_edge.fuse import fuse_layer, fuse_weight_into, fused_bias, norm_factor
 from ksm_edge.mask import (
     INITIAL_SCORE,
     THRESHOLD,
     SoftMask,
+    expand,
     keep_gradient,
     reduce_kernels,
     score_shape,
@@ -29,7 +31,7 @@ from ksm_edge.mask import (
 )
 from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale, quantize_difference, quantize_scale
 from ksm_edge.pack.record import LayerState
-from ksm_edge.training.adam import Adam, blocks
+from ksm_edge.training.adam import Adam, CompactAdam, blocks
 from ksm_edge.training.settings import Settings
 
 TURNED_ROWS = 64  # of a matrix that is transposed at once: the lines they lie in stay in the first level of cache
@@ -64,12 +66,12 @@ class TrainedLayer:
         if layer.has_norm:
             self.learning["gamma"] = Adam(self.gamma)
         if masked:
-            self.learning["score"] = Adam(self.score)
+            self.learning["score"] = (CompactAdam if settings.moment_bits == 8 else Adam)(self.score)
         self.settled = False  # True: kept kernels stay kept, see `settle`
         self.in_pack_bits = False  # True: the graph reads what a pack would hold
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
-        self.weight = np.empty(layer.weight_shape if form != "channel" else (O,), np.float32)
+        self.weight = np.empty(fused_shape(form, layer), np.float32)
         self.turned = np.empty(turned_shape(form, layer), np.float32) if turned else None
         self.bias = np.empty(O, np.float32)
         self.fuse()
@@ -78,7 +80,10 @@ class TrainedLayer:
         """The arrays a gradient session binds, by the graph's names."""
         name = self.layer.name
         arrays = {f"{name}.bias": self.bias, f"{name}.dbias": self.dbias, f"{name}.product": self.product}
-        arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
+        if self.form == "contracted":
+            arrays |= {f"{name}.pristine": self.pristine.weight, f"{name}.mask": self.weight[:, :, None, None]}
+        else:
+            arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
         if self.form == "pointwise":
             arrays[f"{name}.matrix"] = self.weight[:, :, 0, 0]
         if self.turned is not None:
@@ -138,6 +143,8 @@ class TrainedLayer:
         O, I, kh, kw = W.shape
         if self.form == "channel":
             return product[:, None].copy()
+        if self.form == "contracted":
+            return product.copy()
         if self.settings.granularity == "element":
             return W * self._taps().transpose(1, 2, 0).reshape(O, I, kh, kw)
         if self.form == "pointwise":
@@ -162,11 +169,11 @@ class TrainedLayer:
         return total / np.where(dead, 1, factor)
 
     def _sum_with_product(self, weight: np.ndarray) -> np.ndarray:
-        """Per filter, the sum of a weight, shaped like the graph's, times the product: (O,)."""
+        """Per filter, the sum of a weight, shaped like `weight`, times the product: (O,)."""
         if self.form == "channel":
             return weight * self.product
-        if self.form == "pointwise":
-            return np.einsum("oi,oi->o", weight[:, :, 0, 0], self.product)
+        if self.form in ("pointwise", "contracted"):
+            return np.einsum("oi,oi->o", weight.reshape(self.product.shape), self.product)
         O, I, kh, kw = weight.shape
         return np.einsum("oik,koi->o", weight.reshape(O, I, kh * kw), self._taps())
 
@@ -188,9 +195,10 @@ class TrainedLayer:
         return pristine + dequantize_difference(*quantize_difference(value - pristine, bits))
 
     def fuse(self) -> None:
-        """Make the weight and bias that the graph reads, in place."""
+        """Make the weight and bias that the graph reads, in place; the pristine weight then leaves memory."""
         factor = self._factor()
         self._fuse_into(self.weight, factor)
+        let_go(self.pristine.weight)
         if self.turned is not None:
             self._turn(self.turned)
         if self.batch_norm:
@@ -210,23 +218,32 @@ class TrainedLayer:
 
     def show(self, state: LayerState) -> None:
         """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""
-        ready = self.weight if self.form != "channel" else None
-        _, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity, ready)
-        if self.form == "channel":
+        whole = self.form not in MASK_ALONE
+        _, self.bias[:] = fuse_layer(
+            self.layer, self.pristine, state, self.settings.granularity, self.weight if whole else None
+        )
+        if not whole:
             var = self.pristine.var if state.var is None else state.var
             factor = norm_factor(self.pristine.gamma + state.gamma_delta, var, self.layer.eps)
-            self.weight[:] = factor if state.mask is None else state.mask.values[:, 0].reshape(-1) * factor
+            self._mask_into(self.weight, state.mask, factor)
+        let_go(self.pristine.weight)
 
     def _fuse_into(self, out: np.ndarray, factor: np.ndarray) -> None:
-        """W M f as `fuse.fused_weight` makes it, or M f in the channel form."""
+        """W M f as `fuse.fused_weight` makes it, or M f where the graph knows W."""
         mask = self.mask() if "score" in self.learning else None
         if mask is not None and self.in_pack_bits:
             bits = self.settings.scale_bits  # the scale has no gradient: only its values change
             mask = replace(mask, cut_scale=dequantize_scale(quantize_scale(mask.cut_scale, bits), bits))
-        if self.form == "channel":
-            out[:] = factor if mask is None else mask.values[:, 0].reshape(-1) * factor
+        if self.form in MASK_ALONE:
+            self._mask_into(out, mask, factor)
         else:
             fuse_weight_into(out, self.pristine.weight, mask, factor, self.settings.granularity)
+
+    def _mask_into(self, out: np.ndarray, mask: SoftMask | None, factor: np.ndarray) -> None:
+        """M f, (O,) for depthwise layers or (O, I)."""
+        O, I = self.layer.weight_shape[:2]
+        values = 1 if mask is None else expand(mask.values, (O, I, 1, 1), self.settings.granularity)[:, :, 0, 0]
+        np.multiply(values, factor[:, None], out=out.reshape(O, I))
 
     def observe(self, mean: np.ndarray, var: np.ndarray, count: int) -> None:
         """Move the running statistics towards a batch's, `var` being biased, over `count` values a channel."""
@@ -240,5 +257,5 @@ def pull_to_keeping(score: np.ndarray, distance: float) -> None:
     That is a step of an L1 penalty on what is below, taken beside Adam's as weight decay is in AdamW (Loshchilov and
     Hutter 2019): in the gradient, Adam would divide it away. A score then sinks only if its gradient keeps its sign.
     """
-    for (part,) in blocks(score.reshape(-1)):
+    for (part,) in blocks(score):
         np.minimum(part + np.float32(distance), np.maximum(part, np.float32(INITIAL_SCORE)), out=part)

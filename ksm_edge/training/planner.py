@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
+from ksm_edge.autodiff.spec import MASK_ALONE, fused_shape, product_shape
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
-from ksm_edge.training.settings import Settings
+from ksm_edge.training.settings import MOMENT_BITS, Settings
 from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_layers
 
 # The numbers below were chosen so that no adaptation of eight backbones in steps of 1, 8 and 32 images took more than
@@ -22,14 +24,27 @@ ACTIVATION_SHARE, PARAMETER_SHARE = 1.2, 1.12
 # Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
 # is being put together.
 IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
-# The update works on one layer after the other: its products, and what is made of them.
-LAYER_COPIES = 2
+# The update works on one layer after the other: its weight as stored, its products, and what is made of them.
+LAYER_COPIES = 3
 # Packing looks at all masks at once: places and scales of what is cut, and the coder's bits. Measured where one score
 # in eight is cut, which is several times what tasks need.
 PACKING_BYTES = 5  # a score
 # Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
 COMFORTABLE_BYTES = 16 * 2**20
 FLOAT_BYTES = 4
+
+# Ways to compute, each as (fast, inside, recompute) of `GradientSpec`, from the fastest on. With moments in few bits
+# the same again: that takes little time, but changes more than last bits, and comes when nothing else is left.
+FORMS = (
+    (True, False, False),
+    (False, False, False),
+    (True, False, True),
+    (False, False, True),
+    (False, True, False),
+    (False, True, True),
+)
+
+Candidate = tuple[Settings, CompiledGraph]
 
 
 @dataclass(frozen=True)
@@ -41,8 +56,20 @@ class Plan:
     threads: int
     activation_bytes: int
     expected_peak_bytes: int  # resident, of the whole process
+    settings: Settings  # as asked for, but for what a short budget made of them
     graph: CompiledGraph
     forward: CompiledGraph  # its forward pass, for validation
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What changes the result, if in its last bits alone, beside the settings: to be gone on with."""
+        spec = self.graph.spec
+        return {
+            "micro_batch": self.micro_batch,
+            "fast": spec.fast,
+            "inside": spec.inside,
+            "moment_bits": self.settings.moment_bits,
+        }
 
 
 def make_plan(
@@ -52,48 +79,50 @@ def make_plan(
     *,
     threads: int,
     budget_bytes: int | None,
-    micro_batch: int | None = None,
-    fast: bool | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan for these settings, within the budget if there is one: the fastest that fits.
 
-    `micro_batch`, `fast`: those of a training to be gone on with, which another choice would change in the last bits;
-    or else the best are chosen. Raises BudgetError, naming the smallest budget that would do, before anything is
-    started.
+    `before`: the `choices` of a training to be gone on with, as others would change what it learns. Raises BudgetError,
+    naming the smallest budget that would do, before anything is started.
     """
 
-    def at(images: int, fast: bool = True, recompute: bool = False) -> CompiledGraph:
+    def at(images: int, fast: bool = True, inside: bool = False, recompute: bool = False) -> CompiledGraph:
         spec = gradient_spec(bundle, classes, settings, images)
-        return compiled(bundle, replace(spec, fast=fast, recompute=recompute))
+        return compiled(bundle, replace(spec, fast=fast, inside=inside, recompute=recompute))
 
-    def peak(graph: CompiledGraph) -> int:
-        return expected_peak_bytes(bundle, classes, settings, graph)
+    def peak(candidate: Candidate) -> int:
+        return expected_peak_bytes(bundle, classes, *candidate)
 
-    def fits(graph: CompiledGraph) -> bool:
-        return budget_bytes is None or peak(graph) <= budget_bytes
+    def fits(candidate: Candidate) -> bool:
+        return budget_bytes is None or peak(candidate) <= budget_bytes
 
-    smallest = micro_batch or (1 if settings.statistics == "frozen" else settings.batch)
-    # From the fastest on: computing the forward pass twice takes more time than reading weights as they lie.
-    forms = product((False, True), (True, False) if fast is None else (fast,))
-    graph = _first((at(smallest, fast, recompute) for recompute, fast in forms), fits, peak)
-    if micro_batch is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
-        graph = _widened(graph, at, fits, settings.batch)
-    if budget_bytes is not None and not fits(graph):
-        raise BudgetError(_over_budget(bundle, settings, graph, peak(graph), budget_bytes), peak(graph))
+    smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
+    candidates = (
+        (replace(settings, moment_bits=bits), at(smallest, fast, inside, recompute))
+        for bits, (fast, inside, recompute) in product(MOMENT_BITS, FORMS)
+        if bits <= settings.moment_bits
+        if before is None or (fast, inside, bits) == tuple(before[name] for name in ("fast", "inside", "moment_bits"))
+    )
+    kind, graph = _first(candidates, fits, peak)
+    if before is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
+        graph = _widened(graph, at, lambda graph: fits((kind, graph)), settings.batch)
+    need = peak((kind, graph))
+    if budget_bytes is not None and need > budget_bytes:
+        raise BudgetError(_over_budget(bundle, settings, graph, need, budget_bytes), need)
     forward = compiled(bundle, forward_spec(graph.spec))
-    activations = _activation_bytes(graph)
-    return Plan(settings.batch, graph.spec.micro_batch, threads, activations, peak(graph), graph, forward)
+    return Plan(settings.batch, graph.spec.micro_batch, threads, _activation_bytes(graph), need, kind, graph, forward)
 
 
 def _first(
-    graphs: Iterable[CompiledGraph], fits: Callable[[CompiledGraph], bool], peak: Callable[[CompiledGraph], int]
-) -> CompiledGraph:
+    candidates: Iterable[Candidate], fits: Callable[[Candidate], bool], peak: Callable[[Candidate], int]
+) -> Candidate:
     """The first that fits, or else the smallest."""
-    smallest: CompiledGraph | None = None
-    for graph in graphs:
-        if fits(graph):
-            return graph
-        smallest = graph if smallest is None else min(smallest, graph, key=peak)
+    smallest: Candidate | None = None
+    for candidate in candidates:
+        if fits(candidate):
+            return candidate
+        smallest = candidate if smallest is None else min(smallest, candidate, key=peak)
     assert smallest is not None
     return smallest
 
@@ -132,16 +161,15 @@ def _over_budget(bundle: Bundle, settings: Settings, graph: CompiledGraph, need:
 
 def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, graph: CompiledGraph) -> int:
     """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch."""
-    *_, scores = _counts(bundle, settings)
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
     micro_batch = graph.spec.micro_batch
     images = (parts_ahead(micro_batch) + PARTS_IN_HAND) * micro_batch
     stepping = _activation_bytes(graph) + images * 3 * bundle.input.size**2 * FLOAT_BYTES
     stepping += LAYER_COPIES * FLOAT_BYTES * largest
-    packing = PACKING_BYTES * scores
+    packing = PACKING_BYTES * _scores(bundle, settings)
     turned = FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(".turned"))
-    parameters = int(PARAMETER_SHARE * parameter_bytes(bundle, classes, settings)) + turned
+    parameters = int(PARAMETER_SHARE * parameter_bytes(bundle, classes, settings, graph.forms)) + turned
     return PROCESS_BYTES + parameters + max(stepping, packing)
 
 
@@ -154,19 +182,30 @@ def _activation_bytes(graph: CompiledGraph) -> int:
     return int(graph.activation_bytes * ACTIVATION_SHARE)
 
 
-def parameter_bytes(bundle: Bundle, classes: int, settings: Settings) -> int:
-    """Weights as stored and as fused, the products of those that learn; scores with Adam's two moments; the head."""
-    weights, trained, scores = _counts(bundle, settings)
-    head = classes * (bundle.features + 1) * 4  # parameter, gradient and two moments
-    return FLOAT_BYTES * (2 * weights + trained + 3 * scores + head)
+def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Mapping[str, str]) -> int:
+    """Weights as fused, the products of those that learn; scores with Adam's two moments; the head.
+
+    `forms`: of each layer, see `CompiledGraph`. Weights as stored are looked at layer by layer and leave memory again,
+    but those that the graph itself reads.
+    """
+    trained, _ = learning_layers(bundle.layers, settings)
+    floats = 4 * classes * (bundle.features + 1)  # the head: parameter, gradient and two moments
+    for layer in bundle.layers:
+        form = forms[layer.name]
+        floats += _size(fused_shape(form, layer))
+        floats += _size(product_shape(form, layer)) if layer.name in trained else 0
+        floats += _size(layer.weight_shape) if form in MASK_ALONE else 0
+    scores = _scores(bundle, settings)
+    return FLOAT_BYTES * (floats + scores) + 2 * scores * settings.moment_bits // 8
 
 
-def _counts(bundle: Bundle, settings: Settings) -> tuple[int, int, int]:
-    """How many conv weights there are, how many of them learn, and how many scores the settings give these."""
-    weights = {layer.name: _size(layer.weight_shape) for layer in bundle.layers}
-    trained, masked = learning_layers(bundle.layers, settings)
-    scores = [score_shape(layer.weight_shape, settings.granularity) for layer in bundle.layers if layer.name in masked]
-    return sum(weights.values()), sum(weights[name] for name in trained), sum(map(_size, scores))
+def _scores(bundle: Bundle, settings: Settings) -> int:
+    """How many there are."""
+    _, masked = learning_layers(bundle.layers, settings)
+    shapes = (
+        score_shape(layer.weight_shape, settings.granularity) for layer in bundle.layers if layer.name in masked
+    )
+    return sum(map(_size, shapes))
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -13,6 +13,7 @@ from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
 HEAD_STARTS = ("zero", "random")
+MOMENT_BITS = (32, 8)
 # Of few images each is shown more often, so that all together are as many as this, up to so many times.
 SHOWN, MOST_EPOCHS = 2400, 60
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
@@ -39,6 +40,7 @@ class Settings:
     cut_penalty: float = 0.0  # every step pulls scores back towards keeping, by this share of the score rate
     thin: float = 0.5  # share of the cut kernels, those that change least, put back to 1 late in training
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
+    moment_bits: int = 32  # of each of Adam's two for a score, 32 or 8; a plan may choose 8 where memory is short
     warmup: float = 0.05  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
@@ -55,6 +57,8 @@ class Settings:
         _one_of("head_start", self.head_start, HEAD_STARTS)
         if self.granularity not in ("kernel", "channel", "element"):
             group_size(self.granularity)
+        if self.moment_bits not in MOMENT_BITS:
+            raise UsageError(f"moment_bits {self.moment_bits}: must be one of {', '.join(map(str, MOMENT_BITS))}")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: must not be negative")
         for name, fewest in FEWEST_BITS.items():

@@ -169,7 +169,7 @@ class Trainer:
         optimizers |= {f"head:{name}": adam for name, adam in self.head_learning.items()}
         arrays: dict[str, np.ndarray] = {}
         for name, adam in optimizers.items():
-            arrays |= {name: adam.parameter, f"{name}:mean": adam.mean, f"{name}:square": adam.square}
+            arrays |= adam.state(name)
         for name, layer in self.layers.items():
             if layer.batch_norm:
                 arrays |= {f"{name}:running_mean": layer.mean, f"{name}:running_var": layer.var}

@@ -274,7 +274,9 @@ def test_a_resumed_training_ends_in_the_very_bytes_of_an_uninterrupted_one(
     assert resumed.steps == whole.steps
 
 
-@pytest.mark.parametrize("changes", [{"statistics": "batch"}, {"method": "head"}, {"granularity": "element"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"statistics": "batch"}, {"method": "head"}, {"granularity": "element"}, {"moment_bits": 8}], ids=str
+)
 def test_that_holds_for_every_kind_of_state(
     bundle: Bundle, images: ImageSet, tmp_path: Path, changes: dict[str, object]
 ) -> None:
@@ -284,6 +286,9 @@ def test_that_holds_for_every_kind_of_state(
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 
+LEAST = {"micro_batch": 1, "fast": False, "inside": True, "moment_bits": 8}
+
+
 def test_a_training_of_slower_forms_stays_with_them(
     bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,8 +296,8 @@ def test_a_training_of_slower_forms_stays_with_them(
     short, forms = True, []
 
     def planned(*given: Any, **named: Any) -> Plan:
-        plan = make_plan(*given, **(named | ({"fast": False} if short else {})))
-        forms.append(plan.graph.spec.fast)
+        plan = make_plan(*given, **(named | ({"before": LEAST} if short else {})))
+        forms.append(plan.choices)
         return plan
 
     monkeypatch.setattr("ksm_edge.adapt.journey.make_plan", planned)
@@ -301,7 +306,7 @@ def test_a_training_of_slower_forms_stays_with_them(
         adapt(bundle, images, tmp_path / "stopped.ksm", settings(), observer=Stopper(step=7))
     short = False
     resumed = adapt(bundle, images, tmp_path / "stopped.ksm", settings(), resume=True)
-    assert forms == [False, False, False]
+    assert forms == [LEAST] * 3
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The forms that take memory for speed: the same gradients, without transposed convs that have no strides."""
+"""Forms that take memory for speed, or speed for memory: the same gradients by each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ksm_edge.training.trainer import Trainer, gradient_spec
 SETTINGS = Settings(batch=2)
 
 
-def gradients(bundle: Bundle, folder: Path, fast: bool) -> dict[str, np.ndarray]:
+def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: bool) -> dict[str, np.ndarray]:
     """Of one step, with kernels cut and a head that lets something through."""
     folder.mkdir()
-    spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), fast=fast)
-    trainer, rng = Trainer(bundle, compile_graph(bundle, spec, folder), SETTINGS, steps=10), np.random.default_rng(0)
+    spec = replace(gradient_spec(bundle, 3, settings, 1), **forms)
+    trainer, rng = Trainer(bundle, compile_graph(bundle, spec, folder), settings, steps=10), np.random.default_rng(0)
     for layer in trainer.layers.values():
         layer.score[...] = rng.normal(8e-3, 3e-3, layer.score.shape)
         layer.fuse()
@@ -38,11 +38,38 @@ def gradients(bundle: Bundle, folder: Path, fast: bool) -> dict[str, np.ndarray]
 def test_gradients_are_the_same(recipe: str, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     bundle = random_bundle(recipe, 64, tmp_path / "bundle")
-    once, twice = (gradients(bundle, tmp_path / str(fast), fast) for fast in (False, True))
-    assert all(gradient.any() for gradient in once.values())
-    for name, gradient in once.items():
-        error = np.abs(twice[name] - gradient).max() / max(float(np.abs(gradient).max()), 1e-20)
+    once, twice = (gradients(bundle, tmp_path / str(fast), fast=fast) for fast in (False, True))
+    assert_same(once, twice)
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert all(gradient.any() for gradient in one.values())
+    for name, gradient in one.items():
+        error = np.abs(other[name] - gradient).max() / max(float(np.abs(gradient).max()), 1e-20)
         assert error < 2e-4, name
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "group:3", "channel"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_the_same_where_weights_are_made_in_the_graph(
+    granularity: str, recompute: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    bundle = random_bundle("resnet18", 64, tmp_path / "bundle")
+    settings = replace(SETTINGS, granularity=granularity)
+    forms = {"fast": False, "recompute": recompute}
+    kept, made = (gradients(bundle, tmp_path / str(i), settings, inside=i, **forms) for i in (False, True))
+    assert_same(kept, made)
+
+
+def test_weights_are_made_in_the_graph_where_they_are_large(tmp_path: Path) -> None:
+    bundle = random_bundle("resnet18", 64, tmp_path)
+    backbone = onnx.load(bundle.graph_path, load_external_data=False)
+    graph = build(backbone, bundle.layers, replace(gradient_spec(bundle, 3, SETTINGS, 1), fast=False, inside=True))
+    made = {name for name, form in graph.forms.items() if form == "contracted"}
+    assert made == {layer.name for layer in bundle.layers if layer.weight_shape[2:] != (1, 1)}
+    given = {layer.name for layer in bundle.layers if f"{layer.name}.weight" in graph.inputs}
+    assert given == {layer.name for layer in bundle.layers} - made
 
 
 def test_a_large_stem_is_one_product_where_memory_allows(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from ksm_edge.bundle.layers import Bundle, InputContract
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.bundle.make import save_bundle
 from ksm_edge.bundle.plain import plain_weights
-from ksm_edge.bundle.tensorfile import map_tensors
+from ksm_edge.bundle.tensorfile import let_go, map_tensors, write_tensors
 from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
 from ksm_edge.fuse import fuse
+from ksm_edge.resident import rss_bytes
 
 CONTRACT = InputContract(16, 18, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
@@ -40,6 +42,36 @@ def test_what_is_loaded_is_what_was_frozen(tmp_path: Path) -> None:
     for name, held in frozen.weights.items():
         for kind in ("weight", "bias", "gamma", "beta", "mean", "var"):
             assert np.array_equal(getattr(bundle.weights[name], kind), getattr(held, kind)), (name, kind)
+
+
+def test_weights_that_were_let_go_are_read_again(tmp_path: Path) -> None:
+    bundle = save(tmp_path / "b")
+    for held in bundle.weights.values():
+        for tensor in (held.weight, held.gamma):
+            before = tensor.copy()
+            let_go(tensor)
+            assert np.array_equal(tensor, before)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system has no madvise")
+def test_weights_that_were_let_go_leave_memory(tmp_path: Path) -> None:
+    large, small = np.ones((1024, 1024), np.float32), np.ones(8, np.float32)
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        write_tensors(file, {"before": small, "large": large, "behind": small})
+    mapped = map_tensors(path)
+    for tensor in mapped.values():
+        tensor.sum()
+    held = rss_bytes()
+    let_go(mapped["large"])
+    assert held - rss_bytes() >= 0.9 * large.nbytes
+
+
+def test_memory_that_no_file_stands_behind_is_not_let_go() -> None:
+    ours = np.full((1024, 1024), 7, np.float32)
+    let_go(ours)
+    let_go(ours[3:5])
+    assert (ours == 7).all()
 
 
 def test_loaded_weights_are_aligned_and_cannot_be_written(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ksm_edge.mask import keep_gradient
-from ksm_edge.training.adam import BLOCK, Adam, rate_factor
+from ksm_edge.training.adam import BLOCK, Adam, CompactAdam, rate_factor
 
 SHAPE = (3, BLOCK // 2)  # one and a half blocks
 
@@ -75,6 +75,44 @@ def test_a_chain_is_taken_at_the_parameter_before_the_step() -> None:
         a.step(product, 1e-3, count, keep_gradient)
         b.step(product * keep_gradient(other), 1e-3, count)
     assert np.array_equal(one, other)
+
+
+def test_moments_in_a_byte_take_a_quarter_of_the_memory() -> None:
+    parameter = np.zeros((64, BLOCK // 8), np.float32)
+    sizes = [sum(a.nbytes for a in kind(parameter).state("x").values()) for kind in (Adam, CompactAdam)]
+    assert sizes[0] == 3 * parameter.nbytes
+    assert sizes[1] <= 1.51 * parameter.nbytes
+
+
+def test_moments_in_a_byte_go_nearly_where_true_ones_go() -> None:
+    """Over many steps of noisy gradients of sizes up to 3000 times apart, element by element."""
+    rng, steps = np.random.default_rng(0), 300
+    drift = rng.choice([-1, 1], SHAPE) * 10.0 ** rng.uniform(-3.5, 0, SHAPE)
+    ends = []
+    for kind in (Adam, CompactAdam):
+        noise = np.random.default_rng(1)
+        parameter = np.zeros(SHAPE, np.float32)
+        adam = kind(parameter)
+        for count in range(1, steps + 1):
+            noisy = drift * (1 + noise.standard_normal(SHAPE))
+            adam.step(noisy.astype(np.float32), 1e-3, count)
+        ends.append(parameter)
+    true, compact = ends
+    length, apart = np.abs(true).mean(), np.abs(compact - true)
+    assert np.median(apart) < 0.04 * length
+    assert np.quantile(apart, 0.9) < 0.08 * length  # squares forget what they were rounded to slowly
+    assert apart.max() < 0.25 * length
+    assert abs((compact - true).mean()) < 1e-3 * length
+
+
+def test_moments_in_a_byte_know_no_gradient_from_a_small_one() -> None:
+    parameter = np.zeros(3, np.float32)
+    adam = CompactAdam(parameter)
+    for count in range(1, 50):
+        adam.step(np.array([0, 1e-9, -1], np.float32), 1e-3, count)
+    assert parameter[0] == 0  # with a square of 0 the smallest mean would be a step of full length
+    assert np.abs(parameter[1]) <= 0.05
+    np.testing.assert_allclose(parameter[2], 0.049, rtol=1e-2)
 
 
 def test_rates_rise_to_their_full_value_then_fall_to_nothing() -> None:

@@ -44,7 +44,8 @@ def test_a_plan_says_what_was_asked_for(bundle: Bundle) -> None:
     found = plan(bundle, None)
     assert (found.batch, found.threads) == (16, 2)
     assert found.micro_batch == found.graph.spec.micro_batch
-    assert found.expected_peak_bytes > found.activation_bytes + PROCESS_BYTES + parameter_bytes(bundle, 4, SETTINGS)
+    least = found.activation_bytes + PROCESS_BYTES + parameter_bytes(bundle, 4, SETTINGS, found.graph.forms)
+    assert found.expected_peak_bytes > least
 
 
 def test_the_budget_error_names_the_smallest_budget_that_would_do(bundle: Bundle) -> None:
@@ -114,16 +115,16 @@ def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundl
 def test_memory_that_is_short_is_made_up_for_with_time() -> None:
     embedded = load_bundle("embedded")
     plans = ever_tighter(embedded, replace(SETTINGS, batch=1))
-    forms = [(p.graph.spec.fast, p.graph.spec.recompute) for p in plans]
-    assert forms == [(True, False), (False, False), (False, True)]
+    forms = [(p.graph.spec.fast, p.graph.spec.recompute, p.settings.moment_bits) for p in plans]
+    assert forms == [(True, False, 32), (False, False, 32), (False, True, 32), (False, False, 8), (False, True, 8)]
     assert {p.forward.path for p in plans} == {plans[0].forward.path}  # judging keeps nothing anyway
 
 
 def test_a_training_that_is_gone_on_with_keeps_to_how_it_computes(bundle: Bundle) -> None:
     settings = replace(SETTINGS, batch=1)
-    for fast in (True, False):
-        found = make_plan(bundle, 4, settings, threads=1, budget_bytes=None, micro_batch=1, fast=fast)
-        assert found.graph.spec.fast == fast
+    for before in ever_tighter(bundle, settings):
+        found = make_plan(bundle, 4, settings, threads=1, budget_bytes=None, before=before.choices)
+        assert found.choices == before.choices
 
 
 def test_what_learns_less_needs_less(bundle: Bundle) -> None:
@@ -135,11 +136,16 @@ def test_what_learns_less_needs_less(bundle: Bundle) -> None:
 
 
 def test_parameters_are_counted_with_their_scores_and_moments(bundle: Bundle) -> None:
-    count = {g: parameter_bytes(bundle, 4, replace(SETTINGS, granularity=g)) for g in ("channel", "kernel", "element")}
+    forms = plan(bundle, None).graph.forms
+    count = {
+        g: parameter_bytes(bundle, 4, replace(SETTINGS, granularity=g), forms) for g in ("channel", "kernel", "element")
+    }
     assert count["channel"] < count["kernel"] < count["element"]
     weights = sum(O * I * kh * kw for O, I, kh, kw in (layer.weight_shape for layer in LAYERS))
     kernels = sum(O * I for O, I, _, _ in (layer.weight_shape for layer in LAYERS))
     assert count["element"] - count["kernel"] == 4 * 3 * (weights - kernels)
+    compact = parameter_bytes(bundle, 4, replace(SETTINGS, moment_bits=8), forms)
+    assert count["kernel"] - compact == 2 * 3 * kernels
 
 
 # The cache behind a plan.
