@@ -139,9 +139,7 @@ def prepared(
             before=before.get("plan"),
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
-        job = Job(
-            bundle, images, cache, learned_from, judged_on, skipped, plan, checkpoint, observer, descent
-        )
+        job = Job(bundle, images, cache, learned_from, judged_on, skipped, plan, checkpoint, observer, descent)
         if resume:
             job.restore()
         elif descent is not None:

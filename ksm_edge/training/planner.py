@@ -202,9 +202,7 @@ def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Map
 def _scores(bundle: Bundle, settings: Settings) -> int:
     """How many there are."""
     _, masked = learning_layers(bundle.layers, settings)
-    shapes = (
-        score_shape(layer.weight_shape, settings.granularity) for layer in bundle.layers if layer.name in masked
-    )
+    shapes = (score_shape(layer.weight_shape, settings.granularity) for layer in bundle.layers if layer.name in masked)
     return sum(map(_size, shapes))
 
 
