@@ -1,16 +1,13 @@
 """What does one optimizer step cost beside every other way to adapt a backbone?
 
-    python benchmarks/adaptation.py                       # MobileNetV2 and the ResNets at 224 px, 8 images, one thread
-    python benchmarks/adaptation.py --recipes mobilenet_v2 --sizes 96 160 224 --batches 1 8 32 --threads 1 2
+    python benchmarks/adaptation.py             # every network at 224 px, 8 images, one thread; MobileNetV2's axes
+    python benchmarks/adaptation.py --recipes resnet18 --sizes 96 160 224 --batches 1 8 32 --threads 1 2 --out FILE
 
 Every figure comes from a process of its own, rivals alternating, the same images at every step: a loss that does not
 fall means that something else was timed than learning. Weights are random where the data folder has none, which costs
 the same. Beside it the arithmetic bound: the operations of forward and backward pass at the speed of a large matrix
 product of numpy, which no exact gradient of every layer can be faster than unless it does less arithmetic.
-
-Rivals in torch: full fine-tuning as torchvision and eager torch have it; the same in the channels-last layout; KSM
-written as the paper has it, every conv masked, with the batch's statistics; and KSM with frozen statistics in the
-channels-last layout, compiled where a compiler is found.
+The rivals: `step_rivals.py`.
 """
 
 from __future__ import annotations
@@ -19,51 +16,49 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from measure import Record, add_output, backbone, fresh_json, output, print_table, share_warning
-from step import falls, timed
+from step_rivals import FULL, ONCE, OURS, RIVALS
+from timing import falls
 
 RECIPES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "efficientnet_b0")
-CLASSES, RATE = 10, 1e-4
-OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
+AXES = {"size": (224, 96, 160), "batch": (8, 1, 32), "threads": (1, 2)}  # each from what is usual on
 MIB = 1 << 20
+
+Case = dict[str, Any]
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["mobilenet_v2", "resnet18", "resnet50"],
-                        help="(default: %(default)s)")  # fmt: skip
-    for name, default, what in (("sizes", 224, "pixels"), ("batches", 8, "images a step"), ("threads", 1, "threads")):
-        parser.add_argument(f"--{name}", nargs="+", type=int, default=[default], help=f"{what} (default: {default})")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="(default: all)")
+    for name, flag in (("size", "sizes"), ("batch", "batches"), ("threads", "threads")):
+        parser.add_argument(f"--{flag}", nargs="+", type=int, metavar="N",
+                            help="with --recipes every combination, in place of each axis alone")  # fmt: skip
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="(default: all)")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each rival (default: 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="processes for each rival (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps in each process (default: 5)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--onnxruntime-training", metavar="PYTHON", help="that has it: see ort_training.py")
     add_output(parser)
     return parser
 
 
 def main() -> int:
     options = arguments().parse_args()
-    if options.child:
-        given = json.loads(options.child)
-        print(json.dumps(RIVALS[given["rival"]](given)))
-        return 0
     if options.quick:
         options.repeats, options.steps, options.recipes = 1, 3, options.recipes[:1]
     record = Record("adaptation", __doc__.split("\n")[0], {"repeats": options.repeats, "steps": options.steps})
-    for recipe, size in product(options.recipes, options.sizes):
+    wanted = cases(options)
+    for recipe, size in dict.fromkeys((case["recipe"], case["size"]) for case in wanted):
         with backbone(None, size, recipe=recipe) as bundle:
-            for batch, threads in product(options.batches, options.threads):
-                case = {"recipe": recipe, "size": size, "batch": batch, "threads": threads}
-                for run in _runs(case, bundle, options):
-                    record.runs.append(run)
-                    print(_line(run), file=sys.stderr)
+            for case in wanted:
+                if (case["recipe"], case["size"]) == (recipe, size):
+                    for run in _runs(case, bundle, options):
+                        record.runs.append(run)
+                        print(_line(run), file=sys.stderr)
     record.summary = {"cases": summary(record.runs), "exponents": exponents(record.runs)}
     _show(record.summary)
     for name in options.rivals:
@@ -76,12 +71,28 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def _runs(case: dict[str, Any], bundle: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Each recipe as usual, and the first along each axis alone; or every combination of what was asked for."""
+    usual = {name: values[0] for name, values in AXES.items()}
+    asked = {"size": options.sizes, "batch": options.batches, "threads": options.threads}
+    if any(asked.values()):
+        values = product(*(asked[name] or [usual[name]] for name in AXES))
+        return [{"recipe": r, **dict(zip(AXES, v, strict=True))} for r, v in product(options.recipes, values)]
+    found = [{"recipe": recipe, **usual} for recipe in options.recipes]
+    if not options.quick:
+        found += [{**found[0], name: value} for name, values in AXES.items() for value in values[1:]]
+    return found
+
+
+def _runs(case: Case, bundle: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     bound = _bound(bundle, case)
+    given = {**case, "bundle": str(bundle), "steps": options.steps, "onnxruntime_training": options.onnxruntime_training}
     for repeat in range(options.repeats):
         for rival in options.rivals if repeat % 2 == 0 else reversed(options.rivals):
-            given = {**case, "rival": rival, "bundle": str(bundle), "steps": options.steps}
-            found = fresh_json([sys.executable, __file__, "--child", json.dumps(given)], case["threads"])
+            if repeat and rival in ONCE:
+                continue
+            script = Path(__file__).with_name("step_rivals.py")
+            found = fresh_json([sys.executable, str(script), rival, json.dumps(given)], case["threads"])
             yield {**case, "rival": rival, "repeat": repeat, "bound_flops": bound, **found}
 
 
@@ -170,111 +181,6 @@ def _line(run: dict[str, Any]) -> str:
         f"{run['recipe']}, {run['size']} px, {run['batch']} images, {run['threads']} thread(s), {run['rival']}: {cost}"
     )
 
-
-# Each rival, in a process of its own
-
-
-def _flop_rate() -> float:
-    """Of a large matrix product in numpy, the best of a few."""
-    import numpy as np
-
-    side = 1024
-    a, b = (np.random.default_rng(seed).standard_normal((side, side), np.float32) for seed in (0, 1))
-    best = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best
-
-
-def _ours(given: dict[str, Any], *, smallest: bool = False) -> dict[str, Any]:
-    import numpy as np
-
-    from ksm_edge.bundle.load import load_bundle
-    from ksm_edge.errors import BudgetError
-    from ksm_edge.resident import use_compact_heap
-    from ksm_edge.training.planner import make_plan
-    from ksm_edge.training.settings import Settings
-    from ksm_edge.training.targets import target_rows
-    from ksm_edge.training.trainer import Trainer
-
-    use_compact_heap()
-    settings = Settings(batch=given["batch"], score_rate=RATE, norm_rate=RATE, head_rate=RATE)
-    bundle, budget = load_bundle(given["bundle"]), None
-    if smallest:
-        try:
-            make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
-        except BudgetError as error:
-            budget = error.needed_bytes
-    plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget)
-    trainer = Trainer(bundle, plan.graph, plan.settings, steps=given["steps"] + 5, threads=given["threads"])
-    side = bundle.input.size
-    images = np.random.default_rng(0).standard_normal((given["batch"], 3, side, side), np.float32)
-    targets = target_rows(np.arange(given["batch"]) % CLASSES, CLASSES, 0.0)
-    found = timed(lambda: float(trainer.step(images, targets).loss), given["steps"])
-    return {**found, "expected_peak_bytes": plan.expected_peak_bytes, "flop_rate": _flop_rate()}
-
-
-def _in_torch(make: Callable[[Any, dict[str, Any]], Any], *, channels_last: bool) -> Callable[[dict[str, Any]], Any]:
-    def measured(given: dict[str, Any]) -> dict[str, Any]:
-        try:
-            import torch
-
-            network = make(torch, given)
-        except ImportError as error:
-            return {"absent": str(error)}
-        torch.set_num_threads(given["threads"])
-        torch.manual_seed(0)
-        images, labels = torch.randn(given["batch"], 3, given["size"], given["size"]), torch.arange(given["batch"])
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-            network = network.to(memory_format=torch.channels_last)
-        adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], RATE)
-
-        def step() -> float:
-            adam.zero_grad()
-            loss = torch.nn.functional.cross_entropy(network(images), labels % CLASSES)
-            loss.backward()
-            adam.step()
-            return float(loss)
-
-        return {**timed(step, given["steps"]), "flop_rate": _flop_rate()}
-
-    return measured
-
-
-def _full(torch: Any, given: dict[str, Any]) -> Any:
-    from ksm_edge.exporter.torchvision_shim import import_torchvision
-
-    return getattr(import_torchvision().models, given["recipe"])(num_classes=CLASSES).train()
-
-
-def _masked(torch: Any, given: dict[str, Any]) -> Any:
-    import rivals
-
-    from ksm_edge.bundle.load import load_bundle
-
-    return rivals.with_masks(rivals.Network(load_bundle(given["bundle"]), CLASSES)).train()
-
-
-def _masked_frozen(torch: Any, given: dict[str, Any]) -> Any:
-    network = torch.compile(_masked(torch, given).eval())
-    try:
-        network(torch.zeros(1, 3, given["size"], given["size"]))
-    except Exception as error:  # whatever keeps torch from compiling: most often that there is no compiler
-        raise ImportError(f"torch.compile: {str(error).splitlines()[0]}") from error
-    return network
-
-
-RIVALS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    OURS: _ours,
-    SMALLEST: lambda given: _ours(given, smallest=True),
-    FULL: _in_torch(_full, channels_last=False),
-    "torch, full fine-tuning, channels-last": _in_torch(_full, channels_last=True),
-    "torch, KSM as the paper writes it": _in_torch(_masked, channels_last=False),
-    "torch, KSM, frozen statistics, channels-last, compiled": _in_torch(_masked_frozen, channels_last=True),
-}
 
 if __name__ == "__main__":
     sys.exit(main())

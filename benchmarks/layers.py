@@ -31,7 +31,9 @@ from measure import (
     machine,
     print_table,
 )
+from step_rivals import FULL, OURS
 from tasks import task_data
+from timing import falls
 
 SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
 TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
@@ -132,15 +134,20 @@ def _show(rows: dict[str, Any]) -> None:
 
 def _time(options: argparse.Namespace) -> int:
     record = Record("layer-steps", QUESTION, {"size": STEP_SIZE, "batch": STEP_BATCH, "threads": 1})
-    step = [sys.executable, str(Path(__file__).with_name("step.py")), "--steps=12", f"--batch={STEP_BATCH}"]
+    script = str(Path(__file__).with_name("step_rivals.py"))
     with backbone(options.bundle, STEP_SIZE) as bundle:
-        ours = {layers: [sys.executable, __file__, "--child", layers] for layers in options.layers}
-        rivals = {**ours, "torch, full fine-tuning": [*step, "--child", "torch"]}
+        usual = {"recipe": "mobilenet_v2", "size": STEP_SIZE, "batch": STEP_BATCH, "threads": 1, "steps": 12}
+        usual["bundle"] = str(bundle)
+        rivals = {layers: (OURS, {**usual, "layers": layers}) for layers in options.layers} | {FULL: (FULL, usual)}
         for repeat in range(options.repeats):
             for name in rivals if repeat % 2 == 0 else reversed(rivals):
-                run = fresh_json([*rivals[name], "--bundle", str(bundle)])
-                if "absent" not in run:
-                    record.runs.append({"layers": name, "repeat": repeat, **run})
+                rival, given = rivals[name]
+                run = fresh_json([sys.executable, script, rival, json.dumps(given)])
+                if "absent" in run:
+                    continue
+                if not falls(run["losses"]):
+                    raise SystemExit(f"WRONG ANSWER: the loss of {name} does not fall: {run['losses']}")
+                record.runs.append({"layers": name, "repeat": repeat, **run})
     for name in rivals:
         of_rival = [run for run in record.runs if run["layers"] == name]
         if of_rival:
@@ -148,7 +155,7 @@ def _time(options: argparse.Namespace) -> int:
                 "step_ms": statistics.median(statistics.median(run["step_ms"]) for run in of_rival),
                 "peak_rss_bytes": max(run["peak_rss_bytes"] for run in of_rival),
             }
-    torch = record.summary.get("torch, full fine-tuning")
+    torch = record.summary.get(FULL)
     for row in record.summary.values():
         row["ratio"] = row["step_ms"] / torch["step_ms"] if torch else None
     table = [("", "step, ms", "peak RSS, MiB", "time / torch")]
@@ -158,34 +165,6 @@ def _time(options: argparse.Namespace) -> int:
     print_table(table)
     record.finish(options.out.with_name("layer-steps.json"))
     return 0
-
-
-def _steps(path: Path, layers: str, steps: int = 12) -> dict[str, Any]:
-    """Optimizer steps on the same random images."""
-    import time
-
-    import numpy as np
-
-    from ksm_edge.bundle.load import load_bundle
-    from ksm_edge.resident import peak_rss_bytes
-    from ksm_edge.training.planner import make_plan
-    from ksm_edge.training.settings import Settings
-    from ksm_edge.training.targets import target_rows
-    from ksm_edge.training.trainer import Trainer
-
-    bundle, settings = load_bundle(path), Settings(batch=STEP_BATCH, layers=layers)
-    plan = make_plan(bundle, 10, settings, threads=1, budget_bytes=None)
-    trainer = Trainer(bundle, plan.graph, settings, steps=1000)
-    shape = (STEP_BATCH, 3, bundle.input.size, bundle.input.size)
-    images = np.random.default_rng(0).standard_normal(shape, np.float32)
-    targets, times, losses = target_rows(np.arange(STEP_BATCH), 10, 0.0), [], []
-    for _ in range(WARM_UP + steps):
-        began = time.perf_counter()
-        losses.append(trainer.step(images, targets).loss)
-        times.append(1e3 * (time.perf_counter() - began))
-    if not losses[-1] < losses[0]:
-        raise SystemExit(f"WRONG ANSWER: the loss went from {losses[0]:.2f} to {losses[-1]:.2f}")
-    return {"step_ms": times[WARM_UP:], "peak_rss_bytes": peak_rss_bytes()}
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-IN_README = ("accuracy", "demo", "forgetting", "latency", "memory", "pack", "prediction", "startup", "step")
-SCRIPTS = (*IN_README, "apps", "adaptation", "bits", "layers", "plans", "runtimes")
+IN_README = ("accuracy", "adaptation", "demo", "forgetting", "latency", "memory", "pack", "prediction", "startup")
+SCRIPTS = (*IN_README, "apps", "bits", "layers", "plans", "runtimes")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -75,33 +75,25 @@ def test_packs_of_one_task_are_summed_up_over_their_seeds(load: Any) -> None:
 
 
 def test_a_quick_look_writes_nothing_unless_told_where(load: Any, tmp_path: Path) -> None:
-    step, measure = load("step"), load("measure")
-    parse = lambda *words: measure.output(step.arguments().parse_args(words), "step")  # noqa: E731
-    assert parse() == measure.RESULTS / "step.json"
+    adaptation, measure = load("adaptation"), load("measure")
+    parse = lambda *words: measure.output(adaptation.arguments().parse_args(words), "adaptation")  # noqa: E731
+    assert parse() == measure.RESULTS / "adaptation.json"
     assert parse("--quick") is None
     assert parse("--quick", "--out", str(tmp_path / "x.json")) == tmp_path / "x.json"
 
 
-def step_run(rival: str, ms: float, losses: list[float]) -> dict[str, Any]:
-    return {"rival": rival, "step_ms": [ms, ms + 2, ms + 1], "peak_rss_bytes": 2**20, "losses": losses}
-
-
-def test_step_ratio_is_that_of_the_medians(load: Any) -> None:
-    runs = [step_run("ksm_edge", ms, [2.0, 1.0]) for ms in (29.0, 19.0, 99.0)] + [step_run("torch", 99.0, [2.0, 1.0])]
-    result = load("step").summary(runs)
-    assert result["rivals"]["ksm_edge"]["step_ms"] == 30.0
-    assert result["step_ms_ratio"] == 0.3
-
-
 @pytest.mark.parametrize("losses", [[1.0, 1.5], [1.0, float("nan")]])
 def test_a_loss_that_does_not_fall_is_a_wrong_answer(load: Any, losses: list[float]) -> None:
-    assert not load("step").summary([step_run("ksm_edge", 1.0, losses)])["rivals"]["ksm_edge"]["answer_ok"]
+    assert not load("timing").falls(losses)
 
 
-def test_an_absent_rival_says_why_and_leaves_no_ratio(load: Any) -> None:
-    result = load("step").summary([step_run("ksm_edge", 1.0, [2.0, 1.0]), {"rival": "torch", "absent": "not here"}])
-    assert result["rivals"]["torch"] == {"absent": "not here"}
-    assert "step_ms_ratio" not in result
+def test_steps_are_timed_behind_the_warm_up(load: Any) -> None:
+    timing, calls = load("timing"), iter(range(100, 0, -1))
+    found = timing.timed(lambda: float(next(calls)), 4, warm_up=2)
+    assert found["losses"] == [100, 99, 98, 97, 96, 95]
+    assert len(found["step_ms"]) == 4
+    assert found["peak_rss_bytes"] > 2**20
+    assert timing.falls(found["losses"])
 
 
 def test_files_of_another_version_are_refused(load: Any, tmp_path: Path) -> None:
@@ -170,19 +162,22 @@ def test_of_each_method_only_runs_like_the_latest_are_reported(load: Any) -> Non
 @pytest.fixture
 def results(load: Any, tmp_path: Path) -> Path:
     """A folder with a small file of every benchmark."""
-    step, latency, pack, startup, accuracy = (load(n) for n in ("step", "latency", "pack", "startup", "accuracy"))
+    adaptation, latency, pack, startup, accuracy = (
+        load(n) for n in ("adaptation", "latency", "pack", "startup", "accuracy")
+    )
     times = {"decode_ms": [4.0, 5.0, 9.0], "fuse_ms": [2.0], "session_ms": [28.0]}
     common = {"version": 1, "machine": MACHINE, "after": AFTER, "warnings": []}
-    size = {"size": 224, "batch": 8, "threads": 1}
-    falling = [2.0, 1.0]
-    steps = step.summary([step_run("ksm_edge", 199.0, falling), step_run("torch", 799.0, falling)])
+    shown = {"recipe": "mobilenet_v2", "size": 224}
+    steps = adaptation.summary(
+        [{**adaptation_run(*step), **shown} for step in ((adaptation.OURS, 200.0), (adaptation.FULL, 800.0))]
+    )
     runs = [accuracy_run(task, seed, 0.9 + seed / 100) for task in load("readme_table").TASKS for seed in (0, 1, 2)]
     runs.append(accuracy_run("flowers5", 0, 0.893, method="linear"))
     commands = [{"command": name, "seconds": [0.1], "heavy_imports": []} for name in startup.COMMANDS]
     demo = {"test_accuracy": 0.96, "wall_seconds": 73.2, "pack_bytes": 29_800, "peak_rss_bytes": 157 * 2**20}
     demo |= {"transcript": ["Task pack  digits.ksm"]}
     files = {
-        "step": {**common, "settings": size, "summary": steps},
+        "adaptation": {**common, "summary": {"cases": steps, "exponents": []}},
         "latency": {**common, "summary": latency.summary({"plain": [10.0] * 100, "fused": [11.0] * 100})},
         "pack": {**common, "summary": {"times": {"mobilenet_v2": pack.medians(times)}}},
         "startup": {**common, "summary": startup.summary(commands), "warnings": ["busy"]},

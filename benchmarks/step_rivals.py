@@ -1,0 +1,230 @@
+"""Ways to take one optimizer step, each to be timed in a process of its own by `adaptation.py`.
+
+In torch: full fine-tuning as torchvision and eager torch have it; the same in the channels-last layout; KSM written as
+the paper has it, every conv masked, with the batch's statistics; and KSM with frozen statistics in the channels-last
+layout, compiled where a compiler is found. Then full fine-tuning by onnxruntime-training, and by ExecuTorch's training
+extension, which has batch-norm frozen, plain SGD and portable kernels: nothing else can be had.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timing import timed
+
+CLASSES, RATE = 10, 1e-4
+OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
+ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch training, full fine-tuning"
+
+Given = dict[str, Any]  # recipe, size, batch, threads, steps, bundle; layers for ours; onnxruntime_training
+Found = dict[str, Any]
+
+
+def flop_rate() -> float:
+    """Of a large matrix product in numpy, the best of a few."""
+    import numpy as np
+
+    side = 1024
+    a, b = (np.random.default_rng(seed).standard_normal((side, side), np.float32) for seed in (0, 1))
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def _ours(given: Given, *, smallest: bool = False) -> Found:
+    import numpy as np
+
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.errors import BudgetError
+    from ksm_edge.resident import use_compact_heap
+    from ksm_edge.training.planner import make_plan
+    from ksm_edge.training.settings import Settings
+    from ksm_edge.training.targets import target_rows
+    from ksm_edge.training.trainer import Trainer
+
+    use_compact_heap()
+    rates = {"score_rate": RATE, "norm_rate": RATE, "head_rate": RATE}
+    settings = Settings(batch=given["batch"], layers=given.get("layers", "*"), **rates)
+    bundle, budget = load_bundle(given["bundle"]), None
+    if smallest:
+        try:
+            make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
+        except BudgetError as error:
+            budget = error.needed_bytes
+    plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget)
+    trainer = Trainer(bundle, plan.graph, plan.settings, steps=given["steps"] + 5, threads=given["threads"])
+    side, part = bundle.input.size, plan.micro_batch
+    rng = np.random.default_rng(0)
+    # As an adaptation has them: a part at a time, however large the batch.
+    images = lambda: (rng.standard_normal((part, 3, side, side), np.float32) for _ in range(0, given["batch"], part))  # noqa: E731
+    targets = target_rows(np.arange(given["batch"]) % CLASSES, CLASSES, 0.0)
+
+    def step() -> float:
+        nonlocal rng
+        rng = np.random.default_rng(0)  # the same images each time
+        return float(trainer.step(images(), targets).loss)
+
+    choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
+    return {**timed(step, given["steps"]), "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
+
+
+def _in_torch(make: Callable[[Any, Given], Any], *, channels_last: bool) -> Callable[[Given], Found]:
+    def measured(given: Given) -> Found:
+        try:
+            import torch
+
+            network = make(torch, given)
+        except ImportError as error:
+            return {"absent": str(error)}
+        torch.set_num_threads(given["threads"])
+        torch.manual_seed(0)
+        images, labels = torch.randn(given["batch"], 3, given["size"], given["size"]), torch.arange(given["batch"])
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+            network = network.to(memory_format=torch.channels_last)
+        adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], RATE)
+
+        def step() -> float:
+            adam.zero_grad()
+            loss = torch.nn.functional.cross_entropy(network(images), labels % CLASSES)
+            loss.backward()
+            adam.step()
+            return float(loss)
+
+        return timed(step, given["steps"])
+
+    return measured
+
+
+def _full(torch: Any, given: Given) -> Any:
+    from ksm_edge.exporter.torchvision_shim import import_torchvision
+
+    return getattr(import_torchvision().models, given["recipe"])(num_classes=CLASSES).train()
+
+
+def _masked(torch: Any, given: Given) -> Any:
+    import rivals
+
+    from ksm_edge.bundle.load import load_bundle
+
+    return rivals.with_masks(rivals.Network(load_bundle(given["bundle"]), CLASSES)).train()
+
+
+def _masked_frozen(torch: Any, given: Given) -> Any:
+    network = torch.compile(_masked(torch, given).eval())
+    try:
+        network(torch.zeros(1, 3, given["size"], given["size"]))
+    except Exception as error:  # whatever keeps torch from compiling: most often that there is no compiler
+        raise ImportError(f"torch.compile: {str(error).splitlines()[0]}") from error
+    return network
+
+
+def _without_dropout(torch: Any, given: Given) -> Any:
+    network = _full(torch, given)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return network
+
+
+def _onnxruntime_training(given: Given) -> Found:
+    interpreter = given.get("onnxruntime_training")
+    if not interpreter:
+        return {"absent": "its interpreter was not given, see benchmarks/ort_training.py"}
+    try:
+        import onnx  # noqa: F401  # torch's exporter needs it
+        import torch
+    except ImportError as error:
+        return {"absent": str(error)}
+    with tempfile.TemporaryDirectory(prefix="ksm-edge-ort-") as folder:
+        image = torch.randn(given["batch"], 3, given["size"], given["size"])
+        torch.onnx.export(
+            _without_dropout(torch, given),
+            (image,),
+            f"{folder}/model.onnx",
+            training=torch.onnx.TrainingMode.TRAINING,
+            do_constant_folding=False,
+            opset_version=15,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamo=False,
+        )
+        more = {"rate": RATE, "classes": CLASSES}
+        call = lambda *words: subprocess.run(  # noqa: E731
+            [interpreter, str(Path(__file__).with_name("ort_training.py")), *words],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        call("prepare", folder)
+        found: Found = json.loads(call("measure", folder, json.dumps({**given, **more})).stdout.splitlines()[-1])
+        return found
+
+
+def _executorch(given: Given) -> Found:
+    """One warm-up and two timed steps: a step takes a minute where others take a second."""
+    if given["recipe"] != "mobilenet_v2":
+        return {"absent": "minutes a step"}
+    try:
+        import torch
+        from executorch.exir import EdgeCompileConfig, to_edge
+        from executorch.extension.training import _load_for_executorch_for_training_from_buffer, get_sgd_optimizer
+        from torch.export.experimental import _export_forward_backward
+    except ImportError as error:
+        return {"absent": str(error)}
+
+    class WithLoss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = _full(torch, given).eval()
+
+        def forward(self, images: Any, labels: Any) -> Any:
+            logits = self.network(images)
+            return torch.nn.functional.cross_entropy(logits, labels), logits.detach().argmax(1)
+
+    torch.manual_seed(0)
+    inputs = torch.randn(given["batch"], 3, given["size"], given["size"]), torch.arange(given["batch"]) % CLASSES
+    joint = _export_forward_backward(torch.export.export(WithLoss(), inputs, strict=False))
+    program = to_edge(joint, compile_config=EdgeCompileConfig(_check_ir_validity=False)).to_executorch()
+    module = _load_for_executorch_for_training_from_buffer(program.buffer)
+    optimizer: Any = None
+
+    def step() -> float:
+        nonlocal optimizer
+        loss, _ = module.forward_backward("forward", list(inputs))
+        optimizer = optimizer or get_sgd_optimizer(module.named_parameters(), 1e-3)
+        optimizer.step(module.named_gradients())
+        return float(loss)
+
+    return timed(step, 2, warm_up=1)
+
+
+RIVALS: dict[str, Callable[[Given], Found]] = {
+    OURS: _ours,
+    SMALLEST: lambda given: _ours(given, smallest=True),
+    FULL: _in_torch(_full, channels_last=False),
+    "torch, full fine-tuning, channels-last": _in_torch(_full, channels_last=True),
+    "torch, KSM as the paper writes it": _in_torch(_masked, channels_last=False),
+    "torch, KSM, frozen statistics, channels-last, compiled": _in_torch(_masked_frozen, channels_last=True),
+    ORT_TRAINING: _onnxruntime_training,
+    EXECUTORCH: _executorch,
+}
+ONCE = {EXECUTORCH}  # of so long a step one process is enough
+
+
+def measured(rival: str, given: Given) -> Found:
+    """What one process says of a rival: its steps, and how fast this machine multiplied matrices behind them."""
+    found = RIVALS[rival](given)
+    return found if "absent" in found else {**found, "flop_rate": flop_rate()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured(sys.argv[1], json.loads(sys.argv[2]))))

@@ -1,0 +1,33 @@
+"""Steps that learn, timed: with the standard library alone, so that any environment can run it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 3  # steps: the allocators' first
+
+
+def timed(step: Callable[[], float], steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """Milliseconds and losses of so many steps behind a few that warm up, and the process' peak of memory."""
+    losses, step_ms = [step() for _ in range(warm_up)], []
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(steps):
+        began = time.perf_counter()
+        losses.append(step())
+        step_ms.append(round((time.perf_counter() - began) * 1e3, 3))
+    share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    return {"step_ms": step_ms, "losses": losses, "peak_rss_bytes": _peak_rss_bytes(), "cpu_share": round(share, 3)}
+
+
+def falls(losses: list[float]) -> bool:
+    """Whether something was learned."""
+    return all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def _peak_rss_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
