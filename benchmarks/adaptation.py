@@ -35,7 +35,7 @@ Case = dict[str, Any]
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="(default: all)")
-    for name, flag in (("size", "sizes"), ("batch", "batches"), ("threads", "threads")):
+    for flag in ("sizes", "batches", "threads"):
         parser.add_argument(f"--{flag}", nargs="+", type=int, metavar="N",
                             help="with --recipes every combination, in place of each axis alone")  # fmt: skip
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="(default: all)")
@@ -86,7 +86,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 def _runs(case: Case, bundle: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     bound = _bound(bundle, case)
-    given = {**case, "bundle": str(bundle), "steps": options.steps, "onnxruntime_training": options.onnxruntime_training}
+    given = {**case, "bundle": str(bundle), "steps": options.steps}
+    given["onnxruntime_training"] = options.onnxruntime_training
     for repeat in range(options.repeats):
         for rival in options.rivals if repeat % 2 == 0 else reversed(options.rivals):
             if repeat and rival in ONCE:

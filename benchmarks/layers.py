@@ -40,7 +40,6 @@ TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 ALL = "*"
 FIRST = (ALL, "features.11.conv.0.0..", "features.14.conv.0.0..", "features.7.conv.0.0..", "features.4.conv.0.0..")
 QUESTION = __doc__.split("\n")[0]
-WARM_UP = 3
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -51,16 +50,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")
-    parser.add_argument("--child", metavar="LAYERS", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "layers.json", help="(default: results/layers.json)")
     return parser
 
 
 def main() -> int:
     options = arguments().parse_args()
-    if options.child:
-        print(json.dumps(_steps(options.bundle, options.child)))
-        return 0
     if options.time:
         return _time(options)
     with backbone(options.bundle, SIZE, random=False) as bundle:
