@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,10 +112,19 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
     return found
 
 
-def title(name: str, head_starts: Iterable[str]) -> str:
-    """The method's, with a remark where runs are from before its head started as the default now does."""
-    old = name not in ("released", "head-random", "linear") and "random" in head_starts
-    return ALL[name].title + (" (head started at random)" if old else "")
+def is_earlier(identity: Mapping[str, Any]) -> bool:
+    """Whether it was learned with defaults that have changed since."""
+    from ksm_edge.training.settings import Settings
+
+    if "settings" not in identity:  # logistic regression has no start, other rivals once began at random
+        return identity["method"] != "linear" and identity.get("head_start") != Settings().head_start
+    now = {name: value for name, value in _settings(identity).items() if name not in ("epochs", "batch")}
+    return any(identity["settings"][name] != value for name, value in now.items())
+
+
+def title(name: str, *, earlier: bool) -> str:
+    """The method's, with a remark where its runs are from before the defaults were what they are."""
+    return ALL[name].title + (" (earlier settings)" if earlier else "")
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
@@ -149,7 +158,7 @@ def _schedule(identity: dict[str, Any]) -> list[str]:
     return [word for name in ("seed", "batch", "epochs") for word in (f"--{name}", str(identity[name]))]
 
 
-def _settings(identity: dict[str, Any]) -> dict[str, Any]:
+def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What `ksm-edge adapt` makes of these options, the seed aside."""
     from ksm_edge.cli.adapt import settings_of
     from ksm_edge.cli.main import build_parser

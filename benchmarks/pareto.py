@@ -17,6 +17,7 @@ from typing import Any
 
 import grid
 from accuracy import STANDING, summary
+from drawing import pyplot
 from measure import RESULTS, ROOT
 from methods import METHODS, title
 from tasks import FIVE
@@ -55,19 +56,12 @@ def main() -> int:
 
 def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
     """The files written; those of the same figures are the same."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("this needs the package matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "ksm_edge"
-    from matplotlib import pyplot
-
+    plt = pyplot()
     panels = {name: _tasks(tasks, cost) for name, tasks in result.items()}
     panels = {name: tasks for name, tasks in panels.items() if tasks}
     columns = max(map(len, panels.values()))
     size = 3.4 * columns, 3.2 * len(panels)
-    figure, axes = pyplot.subplots(len(panels), columns, figsize=size, squeeze=False, sharex="row")
+    figure, axes = plt.subplots(len(panels), columns, figsize=size, squeeze=False, sharex="row")
     for row, (name, tasks) in zip(axes, panels.items(), strict=True):
         for axis, task in zip(row, [*tasks, *[None] * (columns - len(tasks))], strict=True):
             if task is None:
@@ -84,7 +78,7 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
     written = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
     for file in written:
         figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
-    pyplot.close(figure)
+    plt.close(figure)
     return written
 
 
@@ -105,7 +99,7 @@ def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost, heading: str) -> None
                 *point,
                 linestyle="",
                 markersize=7,
-                label=title(name, [rows[name]["head_start"]]),
+                label=title(name, earlier=rows[name]["earlier"]),
                 color=colour,
                 marker=marker,
             )

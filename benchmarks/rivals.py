@@ -45,6 +45,7 @@ from ksm_edge.training.targets import target_rows
 # Each method's better one of two on the validation split of pacs_sketch7, seed 0, at 96 px, with --no-test: 3e-4 and
 # 1e-4 for full, 3e-3 and 1e-3 for lora.
 RATE = {"full": 3e-4, "lora": 1e-3, "ksm": Settings().score_rate}
+WARMUP = 0.05  # of those that have rates of their own
 EVALUATION_BATCH = 32
 
 
@@ -238,7 +239,7 @@ def _epoch(
     batches = training_batches(cache, items, bundle.input, batch=settings.batch, seed=settings.seed, epoch=epoch,
                                augmentation=Augmentation(flip=settings.flip))  # fmt: skip
     for batch in batches:
-        factor = rate_factor(done, steps, settings.warmup)
+        factor = rate_factor(done, steps, settings.warmup if _is_masked(network) else WARMUP)
         for group in adam.param_groups:
             group["lr"] = group["at"] * factor
         rows = target_rows(batch.labels, len(images.classes), settings.label_smoothing, None)

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import timed
+from timing import timed, traced
 
 CLASSES, RATE = 10, 1e-4
 OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
 ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch training, full fine-tuning"
 
-Given = dict[str, Any]  # recipe, size, batch, threads, steps, bundle; layers for ours; onnxruntime_training
+Given = dict[str, Any]  # recipe, size, batch, threads, steps, bundle; layers for ours; onnxruntime_training; trace
 Found = dict[str, Any]
 
 
@@ -39,6 +39,11 @@ def flop_rate() -> float:
         a @ b
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
+
+
+def _seen(step: Callable[[], float], given: Given) -> Found:
+    """Its steps' times, or what one of them holds in memory when."""
+    return {"trace": traced(step)} if given.get("trace") else timed(step, given["steps"])
 
 
 def _ours(given: Given, *, smallest: bool = False) -> Found:
@@ -75,7 +80,7 @@ def _ours(given: Given, *, smallest: bool = False) -> Found:
         return float(trainer.step(images(), targets).loss)
 
     choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
-    return {**timed(step, given["steps"]), "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
+    return {**_seen(step, given), "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
 
 
 def _in_torch(make: Callable[[Any, Given], Any], *, channels_last: bool) -> Callable[[Given], Found]:
@@ -101,7 +106,7 @@ def _in_torch(make: Callable[[Any, Given], Any], *, channels_last: bool) -> Call
             adam.step()
             return float(loss)
 
-        return timed(step, given["steps"])
+        return _seen(step, given)
 
     return measured
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 WARM_UP = 3  # steps: the allocators' first
+PAGE_BYTES = 4096
+EVERY_S = 0.001  # a trace looks at resident memory
 
 
 def timed(step: Callable[[], float], steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
@@ -21,6 +24,31 @@ def timed(step: Callable[[], float], steps: int, warm_up: int = WARM_UP) -> dict
         step_ms.append(round((time.perf_counter() - began) * 1e3, 3))
     share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     return {"step_ms": step_ms, "losses": losses, "peak_rss_bytes": _peak_rss_bytes(), "cpu_share": round(share, 3)}
+
+
+def traced(step: Callable[[], float]) -> list[tuple[float, int]]:
+    """Resident memory during one step behind the warm-up: milliseconds since its start, bytes."""
+    for _ in range(WARM_UP):
+        step()
+    samples, done = list[tuple[float, int]](), threading.Event()
+    began = time.perf_counter()
+
+    def look() -> None:
+        while not done.wait(EVERY_S):
+            samples.append((round((time.perf_counter() - began) * 1e3, 2), _rss_bytes()))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        step()
+    finally:
+        done.set()
+        watcher.join()
+    return samples
+
+
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 def falls(losses: list[float]) -> bool:

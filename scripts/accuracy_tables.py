@@ -87,7 +87,7 @@ def _method_rows(
 
 
 def _title(key: str, rows: Sequence[Row]) -> str:
-    return title(key, [row["head_start"] for row in rows])
+    return title(key, earlier=any(row["earlier"] for row in rows))
 
 
 def _cell(row: Row) -> str:
