@@ -312,12 +312,12 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     text = (tmp_path / "pack-size.md").read_text()
     assert "| scale 2 | +0.50 ± 0.50 | +0.5000 ± 0.0000 | 1.0 |" in text
     assert "| KSM, default | not measured | not measured | 85.0 %, 50.0 (2 seeds) |" in text
-    assert "| full fine-tuning, fp16 (head started at random) | not measured | not measured | 85.0 %, 4,500.0 |" in text
+    assert "| full fine-tuning, fp16 (earlier settings) | not measured | not measured | 85.0 %, 4,500.0 |" in text
     text = (tmp_path / "accuracy.md").read_text()
     assert "| KSM, default |  | 85.0 (2 seeds) |  |  |  |  |  |  |" in text
     assert f"| classifier only, logistic regression |{' 50.0 |' * 5} **50.0** | 4,500.0 | 900 |" in text
     assert (
-        "| full fine-tuning, fp16 (head started at random) | 95.0 | 90.0 | 4,500.0 |" in text
+        "| full fine-tuning, fp16 (earlier settings) | 95.0 | 90.0 | 4,500.0 |" in text
     )  # of the suite; the default lacks a task of it
     assert "| binary masks | +4.0 |" in text  # against the same seed
     assert "| one | 90.00 | 90.00 | 20.0 |" in text
