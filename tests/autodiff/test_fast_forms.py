@@ -13,8 +13,9 @@ from whole_network import random_bundle
 from ksm_edge.autodiff.gradient_graph import build
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.training.planner import FORMS
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.trainer import Trainer, gradient_spec
+from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 
 SETTINGS = Settings(batch=2)
 
@@ -70,6 +71,18 @@ def test_weights_are_made_in_the_graph_where_they_are_large(tmp_path: Path) -> N
     assert made == {layer.name for layer in bundle.layers if layer.weight_shape[2:] != (1, 1)}
     given = {layer.name for layer in bundle.layers if f"{layer.name}.weight" in graph.inputs}
     assert given == {layer.name for layer in bundle.layers} - made
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_forward_pass_reads_what_training_keeps(form: tuple[bool, bool, bool], tmp_path: Path) -> None:
+    """Also where the form of a large stem depends on the memory there is."""
+    bundle = random_bundle("resnet18", 64, tmp_path)
+    backbone = onnx.load(bundle.graph_path, load_external_data=False)
+    fast, inside, recompute = form
+    spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), fast=fast, inside=inside, recompute=recompute)
+    learns, judges = (build(backbone, bundle.layers, s) for s in (spec, forward_spec(spec)))
+    assert set(judges.inputs) <= set(learns.inputs)
+    assert all(learns.inputs[name] == shape for name, shape in judges.inputs.items())
 
 
 def test_a_large_stem_is_one_product_where_memory_allows(tmp_path: Path) -> None:
