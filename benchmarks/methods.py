@@ -76,7 +76,9 @@ ABLATIONS = {
     "norm-slow": Method("batch-norm at 2.5e-4", _always("--norm-rate", "2.5e-4"), ours=True),
     "norm-fast": Method("batch-norm at 1e-3", _always("--norm-rate", "1e-3"), ours=True),
     "warmup-short": Method("a warm-up of 5 %", _always("--warmup", "0.05"), ours=True),
-    "both": Method("batch-norm at 1e-3, a warm-up of 5 %", _always("--norm-rate", "1e-3", "--warmup", "0.05"), ours=True),
+    "norm-fast-warmup-short": Method(
+        "batch-norm at 1e-3, a warm-up of 5 %", _always("--norm-rate", "1e-3", "--warmup", "0.05"), ours=True
+    ),
     "head-random": Method("a head that starts at random", _always("--head-start", "random"), ours=True),
     "no-smoothing": Method("no label smoothing", _always("--label-smoothing", "0"), ours=True),
     "flip": Method("mirrored images as well", _always("--flip"), ours=True),

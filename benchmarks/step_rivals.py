@@ -21,6 +21,7 @@ from timing import timed, traced
 
 CLASSES, RATE = 10, 1e-4
 OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
+NO_STEM = "ksm_edge, all but the stem"  # 7 x 7 over RGB in ResNets, with a max pool behind it
 ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch training, full fine-tuning"
 
 Given = dict[str, Any]  # recipe, size, batch, threads, steps, bundle; layers for ours; onnxruntime_training; trace
@@ -46,7 +47,7 @@ def _seen(step: Callable[[], float], given: Given) -> Found:
     return {"trace": traced(step)} if given.get("trace") else timed(step, given["steps"])
 
 
-def _ours(given: Given, *, smallest: bool = False) -> Found:
+def _ours(given: Given, *, smallest: bool = False, stem: bool = True) -> Found:
     import numpy as np
 
     from ksm_edge.bundle.load import load_bundle
@@ -59,8 +60,9 @@ def _ours(given: Given, *, smallest: bool = False) -> Found:
 
     use_compact_heap()
     rates = {"score_rate": RATE, "norm_rate": RATE, "head_rate": RATE}
-    settings = Settings(batch=given["batch"], layers=given.get("layers", "*"), **rates)
     bundle, budget = load_bundle(given["bundle"]), None
+    layers = given.get("layers", "*") if stem else f"{bundle.layers[1].name}.."
+    settings = Settings(batch=given["batch"], layers=layers, **rates)
     if smallest:
         try:
             make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
@@ -215,6 +217,7 @@ def _executorch(given: Given) -> Found:
 RIVALS: dict[str, Callable[[Given], Found]] = {
     OURS: _ours,
     SMALLEST: lambda given: _ours(given, smallest=True),
+    NO_STEM: lambda given: _ours(given, stem=False),
     FULL: _in_torch(_full, channels_last=False),
     "torch, full fine-tuning, channels-last": _in_torch(_full, channels_last=True),
     "torch, KSM as the paper writes it": _in_torch(_masked, channels_last=False),
@@ -223,6 +226,11 @@ RIVALS: dict[str, Callable[[Given], Found]] = {
     EXECUTORCH: _executorch,
 }
 ONCE = {EXECUTORCH}  # of so long a step one process is enough
+
+
+def applies(rival: str, recipe: str) -> bool:
+    """Whether it says something else of this network than the others do."""
+    return rival != NO_STEM or recipe.startswith("resnet")
 
 
 def measured(rival: str, given: Given) -> Found:

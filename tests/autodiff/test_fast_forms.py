@@ -23,7 +23,7 @@ SETTINGS = Settings(batch=2)
 def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: bool) -> dict[str, np.ndarray]:
     """Of one step, with kernels cut and a head that lets something through."""
     folder.mkdir()
-    spec = replace(gradient_spec(bundle, 3, settings, 1), **forms)
+    spec = replace(gradient_spec(bundle, 3, settings, settings.batch if settings.statistics == "batch" else 1), **forms)
     trainer, rng = Trainer(bundle, compile_graph(bundle, spec, folder), settings, steps=10), np.random.default_rng(0)
     for layer in trainer.layers.values():
         layer.score[...] = rng.normal(8e-3, 3e-3, layer.score.shape)
@@ -50,14 +50,16 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
         assert error < 2e-4, name
 
 
-@pytest.mark.parametrize("granularity", ["kernel", "group:3", "channel"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"granularity": "group:3"}, {"granularity": "channel"}, {"statistics": "batch"}], ids=str
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_the_same_where_weights_are_made_in_the_graph(
-    granularity: str, recompute: bool, tmp_path: Path
+    changes: dict[str, str], recompute: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "bundle").mkdir()
     bundle = random_bundle("resnet18", 64, tmp_path / "bundle")
-    settings = replace(SETTINGS, granularity=granularity)
+    settings = replace(SETTINGS, **changes)
     forms = {"fast": False, "recompute": recompute}
     kept, made = (gradients(bundle, tmp_path / str(i), settings, inside=i, **forms) for i in (False, True))
     assert_same(kept, made)
