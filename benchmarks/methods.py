@@ -80,6 +80,7 @@ ABLATIONS = {
         "batch-norm at 1e-3, a warm-up of 5 %", _always("--norm-rate", "1e-3", "--warmup", "0.05"), ours=True
     ),
     "head-random": Method("a head that starts at random", _always("--head-start", "random"), ours=True),
+    "moments-8": Method("moments of Adam in 8 bits", _always("--moment-bits", "8"), ours=True),
     "no-smoothing": Method("no label smoothing", _always("--label-smoothing", "0"), ours=True),
     "flip": Method("mirrored images as well", _always("--flip"), ours=True),
     "epochs-2": Method("2 epochs", _always(), ours=True, epochs=2),

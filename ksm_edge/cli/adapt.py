@@ -36,6 +36,7 @@ BITS = {
     "scale_bits": "bits of each mask scale in the pack, 1 to 8",
     "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
     "head_bits": "bits of each weight of the head, 2 to 8",
+    "moment_bits": "bits of each of a score's moments while learning, 32 or 8; 8 also where memory is short",
 }
 
 
