@@ -102,7 +102,7 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
     method = ALL[name]
     found: dict[str, Any] = {
         "method": name,
-        "words": list(method.words(bundle)) if method.words else [],
+        "words": list(_words(method, bundle)),
         "task": images.name,
         "data_digest": images.digest(),
         "recipe": bundle.recipe,
@@ -112,11 +112,18 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
         "epochs": method.epochs or usual_epochs(len(images.train)),
         "batch": method.batch or Settings().batch,
     }
-    if method.words:
+    if method.words or name in IN_RIVALS:
         found["settings"] = _settings(found)
     elif name not in SCRIPTS:
         found["head_start"] = Settings().head_start
     return found
+
+
+def _words(method: Method, bundle: Bundle) -> tuple[str, ...]:
+    """Options of `ksm-edge adapt`; KSM in torch has no thinning, and everything else of the default."""
+    if method.words:
+        return method.words(bundle)
+    return ("--thin", "0") if method is METHODS["reference"] else ()
 
 
 def is_earlier(identity: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,17 @@ def _ours(given: Given, *, smallest: bool = False, stem: bool = True) -> Found:
         except BudgetError as error:
             budget = error.needed_bytes
     plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget)
-    trainer = Trainer(bundle, plan.graph, plan.settings, steps=given["steps"] + 5, threads=given["threads"])
+    trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, threads=given["threads"])  # thinned once, later
     side, part = bundle.input.size, plan.micro_batch
-    rng = np.random.default_rng(0)
-    # As an adaptation has them: a part at a time, however large the batch.
-    images = lambda: (rng.standard_normal((part, 3, side, side), np.float32) for _ in range(0, given["batch"], part))  # noqa: E731
+    # Images as an adaptation has them: a part at a time, however large the batch.
     targets = target_rows(np.arange(given["batch"]) % CLASSES, CLASSES, 0.0)
 
+    def images() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(0)  # the same ones each time
+        for first in range(0, given["batch"], part):
+            yield rng.standard_normal((min(part, given["batch"] - first), 3, side, side), np.float32)
+
     def step() -> float:
-        nonlocal rng
-        rng = np.random.default_rng(0)  # the same images each time
         return float(trainer.step(images(), targets).loss)
 
     choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
@@ -167,12 +168,15 @@ def _onnxruntime_training(given: Given) -> Found:
             dynamo=False,
         )
         more = {"rate": RATE, "classes": CLASSES}
-        call = lambda *words: subprocess.run(  # noqa: E731
-            [interpreter, str(Path(__file__).with_name("ort_training.py")), *words],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        call("prepare", folder)
-        found: Found = json.loads(call("measure", folder, json.dumps({**given, **more})).stdout.splitlines()[-1])
+        script = str(Path(__file__).with_name("ort_training.py"))
+        try:
+            for words in (("prepare", folder), ("measure", folder, json.dumps({**given, **more}))):
+                done = subprocess.run([interpreter, script, *words], check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            return {"absent": error.stderr.strip().splitlines()[-1]}
+        except OSError as error:
+            return {"absent": str(error)}
+        found: Found = json.loads(done.stdout.splitlines()[-1])
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 3  # steps: the allocators' first
-PAGE_BYTES = 4096
 EVERY_S = 0.001  # a trace looks at resident memory
 
 
@@ -48,7 +48,7 @@ def traced(step: Callable[[], float]) -> list[tuple[float, int]]:
 
 
 def _rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def falls(losses: list[float]) -> bool:

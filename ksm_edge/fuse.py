@@ -16,6 +16,7 @@ import numpy as np
 
 from ksm_edge import native
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
+from ksm_edge.bundle.tensorfile import let_go
 from ksm_edge.mask import SoftMask, expand
 from ksm_edge.pack.files import require_backbone
 from ksm_edge.pack.record import LayerState, Pack
@@ -87,16 +88,21 @@ def fuse_layer(
     out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One layer's V (O, I, kh, kw), in `out` if that is given, and v (O,); `state` None is the backbone as it is."""
-    gamma, beta, mean, var, mask = weights.gamma, weights.beta, weights.mean, weights.var, None
+    factor, bias = fuse_norm(layer, weights, state)
+    weight = np.empty_like(weights.weight) if out is None else out
+    fuse_weight_into(weight, weights.weight, None if state is None else state.mask, factor, granularity)
+    return weight, bias
+
+
+def fuse_norm(layer: Layer, weights: LayerWeights, state: LayerState | None) -> tuple[np.ndarray, np.ndarray]:
+    """One layer's f and v, each (O,)."""
+    gamma, beta, mean, var = weights.gamma, weights.beta, weights.mean, weights.var
     if state is not None:
         gamma, beta = gamma + state.gamma_delta, beta + state.beta_delta
         mean = mean if state.mean is None else state.mean
         var = var if state.var is None else state.var
-        mask = state.mask
     factor = norm_factor(gamma, var, layer.eps)
-    weight = np.empty_like(weights.weight) if out is None else out
-    fuse_weight_into(weight, weights.weight, mask, factor, granularity)
-    return weight, fused_bias(beta, weights.bias, mean, factor)
+    return factor, fused_bias(beta, weights.bias, mean, factor)
 
 
 def fuse(bundle: Bundle, pack: Pack | None, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
@@ -127,6 +133,7 @@ def digest_of(bundle: Bundle, pack: Pack | None) -> str:
         state = None if pack is None else pack.layers.get(layer)
         weight, bias = fuse_layer(layers[layer], bundle.weights[layer], state, granularity)
         _add(digest, name, weight if part == "weight" else bias)
+        let_go(bundle.weights[layer].weight)
     return digest.hexdigest()
 
 

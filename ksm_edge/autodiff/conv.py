@@ -107,7 +107,7 @@ def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, traine
         return
     # The product comes first: what only it needs is free before the input gradient is made.
     if trained:
-        FORMS[form](tape, node, layer, dz)
+        PRODUCTS[form](tape, node, layer, dz)
     if (x := node.inputs[0]) not in tape.wanted:
         return
     if form == "pointwise" and Geometry.of(node, layer).strides == (1, 1):
@@ -300,10 +300,6 @@ def _turned_conv(tape: Tape, node: Node, layer: Layer, dz: str) -> str:
     return tape.emit("Conv", dz, weight, **_flipped(tape, node, layer))
 
 
-# How the product of each is accumulated; that of the channel form comes with its input gradient.
-FORMS = {"pointwise": _pointwise, "taps": _taps, "contracted": _contracted, "patches": _patches}
-
-
 def _flipped(tape: Tape, node: Node, layer: Layer) -> dict[str, Any]:
     """A conv's transpose as a conv of stride 1 with the flipped kernel, over dz with s - 1 zeros behind each element.
 
@@ -314,3 +310,7 @@ def _flipped(tape: Tape, node: Node, layer: Layer) -> dict[str, Any]:
     front = [full[a] - geometry.pads[a] for a in (0, 1)]
     back = [image[a] - output[a] * geometry.strides[a] - front[a] + full[a] for a in (0, 1)]
     return geometry.attributes | {"strides": [1, 1], "pads": front + back}
+
+
+# How the product of each is accumulated; that of the channel form comes with its input gradient.
+PRODUCTS = {"pointwise": _pointwise, "taps": _taps, "contracted": _contracted, "patches": _patches}

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,15 +56,18 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 def let_go(tensor: np.ndarray) -> None:
     """Take a mapped tensor's pages out of this process, until it is looked at again; other arrays stay as they are.
 
-    The system keeps them in its cache of files for as long as it has room.
+    The system keeps them in its cache of files for as long as it has room. A hint: what cannot be done is left.
     """
+    if tensor.flags.writeable:  # a copy-on-write map would lose what was written to it
+        return
     base: object = tensor
     while isinstance(base, np.ndarray):
         base = base.base
     if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         first = tensor.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
         begin = first - first % mmap.PAGESIZE
-        base.madvise(mmap.MADV_DONTNEED, begin, first + tensor.nbytes - begin)
+        with suppress(OSError):  # locked into memory
+            base.madvise(mmap.MADV_DONTNEED, begin, first + tensor.nbytes - begin)
 
 
 def _read_header(path: Path, text: bytes) -> dict[str, Any]:

@@ -6,6 +6,8 @@ and the pristine weight W, with M the soft mask, f = gamma / sqrt(var + eps) and
     S = W * product, summed over each kernel        dM = f S        df = sum_i M S + (c - mu) dbias
     dgamma = df / sqrt(var + eps)                   dbeta = dbias
 
+Where the graph knows W (`MASK_ALONE`) its product is S already.
+
 With batch statistics f is not part of the weight: dM = S, and dgamma and dbeta come from the graph.
 """
 
@@ -18,7 +20,7 @@ import numpy as np
 from ksm_edge.autodiff.spec import MASK_ALONE, fused_shape, product_shape, turned_shape
 from ksm_edge.bundle.layers import Layer, LayerWeights
 from ksm_edge.bundle.tensorfile import let_go
-from ksm_edge.fuse import fuse_layer, fuse_weight_into, fused_bias, norm_factor
+from ksm_edge.fuse import fuse_layer, fuse_norm, fuse_weight_into, fused_bias, norm_factor
 from ksm_edge.mask import (
     INITIAL_SCORE,
     THRESHOLD,
@@ -218,14 +220,11 @@ class TrainedLayer:
 
     def show(self, state: LayerState) -> None:
         """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""
-        whole = self.form not in MASK_ALONE
-        _, self.bias[:] = fuse_layer(
-            self.layer, self.pristine, state, self.settings.granularity, self.weight if whole else None
-        )
-        if not whole:
-            var = self.pristine.var if state.var is None else state.var
-            factor = norm_factor(self.pristine.gamma + state.gamma_delta, var, self.layer.eps)
+        if self.form in MASK_ALONE:
+            factor, self.bias[:] = fuse_norm(self.layer, self.pristine, state)
             self._mask_into(self.weight, state.mask, factor)
+        else:
+            _, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity, self.weight)
         let_go(self.pristine.weight)
 
     def _fuse_into(self, out: np.ndarray, factor: np.ndarray) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from ksm_edge.autodiff.spec import MASK_ALONE, fused_shape, product_shape
 from ksm_edge.bundle.layers import Bundle
-from ksm_edge.errors import BudgetError
+from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.training.settings import MOMENT_BITS, Settings
@@ -32,6 +32,7 @@ PACKING_BYTES = 5  # a score
 # Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
 COMFORTABLE_BYTES = 16 * 2**20
 FLOAT_BYTES = 4
+RGB = 3  # in-channels of a stem, whose weight is small
 
 # Ways to compute, each as (fast, inside, recompute) of `GradientSpec`, from the fastest on. With moments in few bits
 # the same again: that takes little time, but changes more than last bits, and comes when nothing else is left.
@@ -98,13 +99,14 @@ def make_plan(
         return budget_bytes is None or peak(candidate) <= budget_bytes
 
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
-    candidates = (
-        (replace(settings, moment_bits=bits), at(smallest, fast, inside, recompute))
-        for bits, (fast, inside, recompute) in product(MOMENT_BITS, FORMS)
-        if bits <= settings.moment_bits
-        if before is None or (fast, inside, bits) == tuple(before[name] for name in ("fast", "inside", "moment_bits"))
-    )
-    kind, graph = _first(candidates, fits, peak)
+    candidates = [
+        (replace(settings, moment_bits=bits), form)
+        for bits, form in product(_moment_bits(bundle, settings), _forms(bundle, settings))
+        if before is None or (*form[:2], bits) == tuple(before[name] for name in ("fast", "inside", "moment_bits"))
+    ]
+    if not candidates:  # nothing else can be asked for in so many words
+        raise UsageError("the training was begun with moments of more bits: leave out --moment-bits")
+    kind, graph = _first(((kind, at(smallest, *form)) for kind, form in candidates), fits, peak)
     if before is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
         graph = _widened(graph, at, lambda graph: fits((kind, graph)), settings.batch)
     need = peak((kind, graph))
@@ -112,6 +114,19 @@ def make_plan(
         raise BudgetError(_over_budget(bundle, settings, graph, need, budget_bytes), need)
     forward = compiled(bundle, forward_spec(graph.spec))
     return Plan(settings.batch, graph.spec.micro_batch, threads, _activation_bytes(graph), need, kind, graph, forward)
+
+
+def _moment_bits(bundle: Bundle, settings: Settings) -> Sequence[int]:
+    """From the most on, where there is anything to have moments."""
+    return [bits for bits in MOMENT_BITS if bits <= settings.moment_bits][: None if _scores(bundle, settings) else 1]
+
+
+def _forms(bundle: Bundle, settings: Settings) -> Sequence[tuple[bool, bool, bool]]:
+    """Those of FORMS that differ: of 1x1 and depthwise layers no weights are made inside."""
+    trained, _ = learning_layers(bundle.layers, settings)
+    shapes = [layer.weight_shape for layer in bundle.layers if layer.name in trained and layer.groups == 1]
+    some = settings.granularity != "element" and any(I > RGB and kh * kw > 1 for _, I, kh, kw in shapes)
+    return [form for form in FORMS if some or not form[1]]
 
 
 def _first(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ksm_edge.bundle.tensorfile import let_go
 from ksm_edge.mask import reduce
 from ksm_edge.training.layer import TrainedLayer
 
@@ -37,6 +38,7 @@ def salience(layer: TrainedLayer) -> np.ndarray:
     energy = reduce(np.square(layer.pristine.weight), layer.settings.granularity)
     energy = energy.reshape(len(energy), -1)
     change = np.square(1 - mask.cut_scale) * energy.reshape(-1)[mask.cut]
+    let_go(layer.pristine.weight)
     mean = energy.mean(axis=1)[mask.cut // energy.shape[1]]
     return change / np.maximum(mean, np.finfo(np.float32).tiny)
 

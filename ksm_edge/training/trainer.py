@@ -217,5 +217,5 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
 def forward_spec(spec: GradientSpec) -> GradientSpec:
     """Its forward pass with the statistics that a pack brings along, reading the same parameters."""
     # Forward there is nothing in `fast`, so one graph serves both; but weights that are made inside are stems' too.
-    fast = not spec.inside
+    fast = spec.fast or not spec.inside
     return replace(spec, backward=False, statistics="frozen", classes=0, fast=fast, recompute=False)

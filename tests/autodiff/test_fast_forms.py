@@ -11,9 +11,11 @@ import pytest
 from whole_network import random_bundle
 
 from ksm_edge.autodiff.gradient_graph import build
+from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
-from ksm_edge.runtimes.compile import compile_graph
-from ksm_edge.training.planner import FORMS
+from ksm_edge.errors import BudgetError
+from ksm_edge.runtimes.compile import CompiledGraph, compile_graph
+from ksm_edge.training.planner import FORMS, make_plan
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 
@@ -73,6 +75,25 @@ def test_weights_are_made_in_the_graph_where_they_are_large(tmp_path: Path) -> N
     assert made == {layer.name for layer in bundle.layers if layer.weight_shape[2:] != (1, 1)}
     given = {layer.name for layer in bundle.layers if f"{layer.name}.weight" in graph.inputs}
     assert given == {layer.name for layer in bundle.layers} - made
+
+
+def test_a_short_budget_has_large_weights_made_in_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = random_bundle("resnet18", 64, tmp_path)
+
+    def here(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        return compile_graph(bundle, spec, folder)
+
+    monkeypatch.setattr("ksm_edge.training.planner.compiled", here)
+    least = SETTINGS, replace(SETTINGS, granularity="element"), replace(SETTINGS, method="head")
+    inside = []
+    for settings in least:
+        with pytest.raises(BudgetError) as caught:
+            make_plan(bundle, 3, settings, threads=1, budget_bytes=1)
+        plan = make_plan(bundle, 3, settings, threads=1, budget_bytes=caught.value.needed_bytes)
+        inside.append(plan.graph.spec.inside)
+    assert inside == [True, False, False]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

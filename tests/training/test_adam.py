@@ -102,17 +102,17 @@ def test_moments_in_a_byte_go_nearly_where_true_ones_go() -> None:
     assert np.median(apart) < 0.04 * length
     assert np.quantile(apart, 0.9) < 0.08 * length  # squares forget what they were rounded to slowly
     assert apart.max() < 0.25 * length
-    assert abs((compact - true).mean()) < 1e-3 * length
+    assert abs(((compact - true) * np.sign(true)).mean()) < 0.01 * length  # neither farther nor less far
 
 
-def test_moments_in_a_byte_know_no_gradient_from_a_small_one() -> None:
+def test_moments_in_a_byte_survive_an_outlier() -> None:
+    """What is far below a row's largest square is no longer told apart, but must not become 0: it is divided by."""
     parameter = np.zeros(3, np.float32)
     adam = CompactAdam(parameter)
-    for count in range(1, 50):
-        adam.step(np.array([0, 1e-9, -1], np.float32), 1e-3, count)
-    assert parameter[0] == 0  # with a square of 0 the smallest mean would be a step of full length
-    assert np.abs(parameter[1]) <= 0.05
-    np.testing.assert_allclose(parameter[2], 0.049, rtol=1e-2)
+    for count in range(1, 200):
+        adam.step(np.array([0 if count % 3 == 0 else 1, 0, 1e6 if count == 20 else 1], np.float32), 1e-3, count)
+    assert -0.2 <= parameter[0] < 0
+    assert parameter[1] == 0
 
 
 def test_rates_rise_to_their_full_value_then_fall_to_nothing() -> None:

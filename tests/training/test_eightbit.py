@@ -20,13 +20,20 @@ COUNTS = st.integers(1, 100_000)
 
 
 def signed(values: np.ndarray, count: int) -> np.ndarray:
-    codes = np.empty(values.shape, np.uint8)
-    return unpack_signed(codes, pack_signed(values, codes, count))
+    codes = np.empty((1, values.size), np.uint8)
+    return unpack_signed(codes, pack_signed(values[None], codes, count))[0]
 
 
 def positive(values: np.ndarray, count: int) -> np.ndarray:
+    codes = np.empty((1, values.size), np.uint8)
+    return unpack_positive(codes, pack_positive(values[None], codes, count))[0]
+
+
+def test_rows_have_ranges_of_their_own() -> None:
+    values = np.array([[1e-20, 3e-20], [1e20, 0]], np.float32)
     codes = np.empty(values.shape, np.uint8)
-    return unpack_positive(codes, pack_positive(values, codes, count))
+    np.testing.assert_allclose(unpack_signed(codes, pack_signed(values, codes, 1)), values, rtol=1 / 8)
+    np.testing.assert_allclose(unpack_positive(codes, pack_positive(values, codes, 1)), values, rtol=1 / 8)
 
 
 @given(NUMBERS, COUNTS)

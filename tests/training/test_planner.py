@@ -10,7 +10,7 @@ from tiny import LAYERS, saved_tiny_bundle
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
-from ksm_edge.errors import BudgetError, UnsupportedError
+from ksm_edge.errors import BudgetError, UnsupportedError, UsageError
 from ksm_edge.runtimes.compile import compiled
 from ksm_edge.training.planner import PROCESS_BYTES, Plan, make_plan, parameter_bytes
 from ksm_edge.training.settings import Settings
@@ -118,6 +118,17 @@ def test_memory_that_is_short_is_made_up_for_with_time() -> None:
     forms = [(p.graph.spec.fast, p.graph.spec.recompute, p.settings.moment_bits) for p in plans]
     assert forms == [(True, False, 32), (False, False, 32), (False, True, 32), (False, False, 8), (False, True, 8)]
     assert {p.forward.path for p in plans} == {plans[0].forward.path}  # judging keeps nothing anyway
+
+
+def test_a_head_alone_has_no_moments_to_keep_in_few_bits(bundle: Bundle) -> None:
+    plans = ever_tighter(bundle, replace(SETTINGS, batch=1, method="head"))
+    assert {p.settings.moment_bits for p in plans} == {32}
+
+
+def test_moments_of_fewer_bits_than_a_training_began_with_are_refused(bundle: Bundle) -> None:
+    before = plan(bundle, None).choices
+    with pytest.raises(UsageError, match="leave out --moment-bits"):
+        make_plan(bundle, 4, replace(SETTINGS, moment_bits=8), threads=1, budget_bytes=None, before=before)
 
 
 def test_a_training_that_is_gone_on_with_keeps_to_how_it_computes(bundle: Bundle) -> None:
