@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Record, add_output, backbone, fresh_json, output, print_table, share_warning
-from step_rivals import FULL, ONCE, OURS, RIVALS, applies
+from step_rivals import ALONG_AXES, FULL, ONCE, OURS, RIVALS, applies
 from timing import falls
 
 RECIPES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "efficientnet_b0")
@@ -85,12 +85,13 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def _runs(case: Case, bundle: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    bound = _bound(bundle, case)
+    bound, usual = _bound(bundle, case), all(case[name] == values[0] for name, values in AXES.items())
+    rivals = RIVALS if usual or options.sizes or options.batches or options.threads else ALONG_AXES
     given = {**case, "bundle": str(bundle), "steps": options.steps}
     given["onnxruntime_training"] = options.onnxruntime_training
     for repeat in range(options.repeats):
         for rival in options.rivals if repeat % 2 == 0 else reversed(options.rivals):
-            if (repeat and rival in ONCE) or not applies(rival, case["recipe"]):
+            if (repeat and rival in ONCE) or not applies(rival, case["recipe"]) or rival not in rivals:
                 continue
             script = Path(__file__).with_name("step_rivals.py")
             found = fresh_json([sys.executable, str(script), rival, json.dumps(given)], case["threads"])

@@ -22,6 +22,8 @@ from timing import timed, traced
 CLASSES, RATE = 10, 1e-4
 OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
 NO_STEM = "ksm_edge, all but the stem"  # 7 x 7 over RGB in ResNets, with a max pool behind it
+CHANNELS_LAST = "torch, full fine-tuning, channels-last"
+COMPILED = "torch, KSM, frozen statistics, channels-last, compiled"
 ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch training, full fine-tuning"
 
 Given = dict[str, Any]  # recipe, size, batch, threads, steps, bundle; layers for ours; onnxruntime_training; trace
@@ -223,13 +225,14 @@ RIVALS: dict[str, Callable[[Given], Found]] = {
     SMALLEST: lambda given: _ours(given, smallest=True),
     NO_STEM: lambda given: _ours(given, stem=False),
     FULL: _in_torch(_full, channels_last=False),
-    "torch, full fine-tuning, channels-last": _in_torch(_full, channels_last=True),
+    CHANNELS_LAST: _in_torch(_full, channels_last=True),
     "torch, KSM as the paper writes it": _in_torch(_masked, channels_last=False),
-    "torch, KSM, frozen statistics, channels-last, compiled": _in_torch(_masked_frozen, channels_last=True),
+    COMPILED: _in_torch(_masked_frozen, channels_last=True),
     ORT_TRAINING: _onnxruntime_training,
     EXECUTORCH: _executorch,
 }
-ONCE = {EXECUTORCH}  # of so long a step one process is enough
+ONCE = {COMPILED, EXECUTORCH}  # of so long a start, or step, one process is enough
+ALONG_AXES = (OURS, FULL, CHANNELS_LAST)
 
 
 def applies(rival: str, recipe: str) -> bool:
