@@ -36,7 +36,7 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     # Budgets for which the plan keeps weights once, makes them when they are needed, computes most of the forward pass
     # twice, or has moments in 8 bits.
     ("mobilenet_v2", 0, ("--memory-budget", "170MiB")),
-    ("mobilenet_v2", 0, ("--memory-budget", "155MiB")),
+    ("mobilenet_v2", 0, ("--memory-budget", "160MiB")),
     ("efficientnet_b0", 0, ("--memory-budget", "230MiB")),
     ("efficientnet_b0", 0, ("--memory-budget", "195MiB")),
     ("resnet18", 0, ("--memory-budget", "240MiB")),
