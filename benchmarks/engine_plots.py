@@ -1,10 +1,10 @@
-"""When does a step hold how much memory, and what does memory that is saved cost in time?
+"""When does a step hold how much memory, and what do time and memory of a step cost one another?
 
     python benchmarks/engine_plots.py            # docs/engine-memory.svg and docs/engine-pareto.svg
     python benchmarks/engine_plots.py --measure  # trace memory again first, half a minute
 
-The first figure shows resident memory during one step of MobileNetV2, traced here; the second what `plans.py` and
-`adaptation.py` measured.
+The first figure shows resident memory during one step of MobileNetV2, traced here; the second what `adaptation.py`
+measured.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drawing import pyplot
 from measure import RESULTS, ROOT, Record, backbone, fresh_json, read
-from step_rivals import FULL, OURS, SMALLEST
+from step_rivals import CHANNELS_LAST, FULL, ORT_TRAINING, OURS, SMALLEST
 
 TRACED = (OURS, SMALLEST, FULL)
+MARKERS = {OURS: "o", SMALLEST: "v", FULL: "s", CHANNELS_LAST: "D", ORT_TRAINING: "^"}
 CASE = {"recipe": "mobilenet_v2", "size": 224, "batch": 8, "threads": 1}
 MIB = 1 << 20
 
@@ -35,10 +36,10 @@ def main() -> int:
     if options.measure:
         measure(traces)
     runs = {run["rival"]: run["trace"] for run in read(traces)["runs"]}
-    others = {name: read(options.results / f"{name}.json")["summary"] for name in ("plans", "adaptation")}
+    adaptation = read(options.results / "adaptation.json")["summary"]
     for path in (
         draw_traces(runs, options.out / "engine-memory.svg"),
-        draw_plans(others["plans"], others["adaptation"], options.out / "engine-pareto.svg"),
+        draw_ways(adaptation["cases"], options.out / "engine-pareto.svg"),
     ):
         print(path)
     return 0
@@ -67,24 +68,22 @@ def draw_traces(traces: Mapping[str, list[tuple[float, int]]], path: Path) -> Pa
     return _saved(figure, axis, path)
 
 
-def draw_plans(plans: Mapping[str, Any], adaptation: Mapping[str, Any], path: Path) -> Path:
-    """Peak memory against the time of a step: our plans as lines, full fine-tuning in torch as a square."""
-    figure, axis = pyplot().subplots(figsize=(7, 3.8))
-    rivals = {row["recipe"]: row for row in adaptation["cases"] if row["rival"] == FULL and row.items() >= _usual()}
-    for number, (recipe, rows) in enumerate(plans.items()):
-        points = sorted((row["step_ms"], row["peak_rss_bytes"] / MIB) for row in rows.values())
-        axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=recipe)
-        if "step_ms" in (torch := rivals.get(recipe, {})):
-            label = FULL if "s" not in {line.get_marker() for line in axis.lines} else None
-            point = [torch["step_ms"]], [torch["peak_rss_bytes"] / MIB]
-            axis.plot(*point, marker="s", linestyle="", color=f"C{number}", label=label)
+def draw_ways(cases: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Peak memory against the time of a step: of each network a colour, of each way a marker."""
+    figure, axis = pyplot().subplots(figsize=(7, 4))
+    usual = {name: value for name, value in CASE.items() if name != "recipe"}
+    rows = [row for row in cases if "step_ms" in row and row.items() >= usual.items() and row["rival"] in MARKERS]
+    for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in rows)):
+        points = {row["rival"]: (row["step_ms"], row["peak_rss_bytes"] / MIB) for row in rows if row["recipe"] == recipe}
+        ours = [points[rival] for rival in (OURS, SMALLEST) if rival in points]
+        axis.plot(*zip(*ours, strict=True), color=f"C{number}", label=recipe)
+        for rival, point in points.items():
+            axis.plot(*point, marker=MARKERS[rival], color=f"C{number}", linestyle="")
+    for rival, marker in MARKERS.items():
+        axis.plot([], [], marker=marker, color="grey", linestyle="", label=rival)
     axis.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="peak RSS, MiB")
     axis.set_title(_heading(network=False), fontsize=9)
     return _saved(figure, axis, path)
-
-
-def _usual() -> Any:
-    return {name: value for name, value in CASE.items() if name != "recipe"}.items()
 
 
 def _heading(*, network: bool = True) -> str:

@@ -294,12 +294,11 @@ def test_figures_of_the_engine_are_drawn_from_results(load: Any, tmp_path: Path)
     pytest.importorskip("matplotlib")
     plots = load("engine_plots")
     traces = {plots.OURS: [(0.0, 100 << 20), (5.0, 180 << 20)], plots.FULL: [(1.0, 600 << 20), (9.0, 1100 << 20)]}
-    row = {**plots.CASE, "rival": plots.FULL, "step_ms": 900.0, "peak_rss_bytes": 1 << 30}
-    plans = {"mobilenet_v2": {"fastest": {"step_ms": 300.0, "peak_rss_bytes": 170 << 20},
-                              "least": {"step_ms": 400.0, "peak_rss_bytes": 140 << 20}}}  # fmt: skip
+    row = {**plots.CASE, "step_ms": 900.0, "peak_rss_bytes": 1 << 30}
+    cases = [{**row, "rival": plots.FULL}, {**row, "rival": plots.OURS}, {**row, "rival": plots.SMALLEST, "size": 96}]
     for path in (
         plots.draw_traces(traces, tmp_path / "memory.svg"),
-        plots.draw_plans(plans, {"cases": [row, {**row, "size": 96}]}, tmp_path / "pareto.svg"),
+        plots.draw_ways(cases, tmp_path / "pareto.svg"),
     ):
         assert f"<!-- {plots.FULL} -->" in path.read_text()  # the legend, drawn as paths
 
