@@ -45,8 +45,14 @@ def _way(run: Mapping[str, Any]) -> dict[str, Any]:
     return found if found["method"] == "linear" else {**found, "rate": run.get("rate")}
 
 
+def _where(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A suite's tasks, `SUITE-NUMBER`, are measured together, and apart from the others."""
+    found = run["identity"]
+    return (*(found[name] for name in ("method", "recipe", "size")), found["task"].rpartition("-")[0])
+
+
 # Of each method and backbone the runs that are like the last one in all but task and seed.
-STANDING = grid.latest(lambda run: tuple(run["identity"][name] for name in ("method", "recipe", "size")), _way)
+STANDING = grid.latest(_where, _way)
 QUESTION = __doc__.split("\n")[0]
 KEPT = ("test_accuracy", "test_images", "validation_accuracy", "best_epoch", "steps", "pack_bytes", "coded_bytes",
         "rate", "step_ms_p50", "peak_rss_bytes", "wall_seconds", "history", "skipped")  # fmt: skip

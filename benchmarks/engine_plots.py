@@ -74,7 +74,8 @@ def draw_ways(cases: Sequence[Mapping[str, Any]], path: Path) -> Path:
     usual = {name: value for name, value in CASE.items() if name != "recipe"}
     rows = [row for row in cases if "step_ms" in row and row.items() >= usual.items() and row["rival"] in MARKERS]
     for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in rows)):
-        points = {row["rival"]: (row["step_ms"], row["peak_rss_bytes"] / MIB) for row in rows if row["recipe"] == recipe}
+        of_recipe = [row for row in rows if row["recipe"] == recipe]
+        points = {row["rival"]: (row["step_ms"], row["peak_rss_bytes"] / MIB) for row in of_recipe}
         ours = [points[rival] for rival in (OURS, SMALLEST) if rival in points]
         axis.plot(*zip(*ours, strict=True), color=f"C{number}", label=recipe)
         for rival, point in points.items():
