@@ -60,7 +60,7 @@ def measure(path: Path) -> None:
 
 def draw_traces(traces: Mapping[str, list[tuple[float, int]]], path: Path) -> Path:
     """Resident memory over the time of a step."""
-    figure, axis = pyplot().subplots(figsize=(7, 3.4))
+    figure, axis = pyplot().subplots(figsize=(9, 3.4))
     for name, trace in traces.items():
         axis.plot([ms for ms, _ in trace], [size / MIB for _, size in trace], label=name)
     axis.set(xlabel="milliseconds into a step", ylabel="resident memory, MiB", ylim=(0, None))
@@ -70,7 +70,7 @@ def draw_traces(traces: Mapping[str, list[tuple[float, int]]], path: Path) -> Pa
 
 def draw_ways(cases: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Peak memory against the time of a step: of each network a colour, of each way a marker."""
-    figure, axis = pyplot().subplots(figsize=(7, 4))
+    figure, axis = pyplot().subplots(figsize=(9, 4))
     usual = {name: value for name, value in CASE.items() if name != "recipe"}
     rows = [row for row in cases if "step_ms" in row and row.items() >= usual.items() and row["rival"] in MARKERS]
     for number, recipe in enumerate(dict.fromkeys(row["recipe"] for row in rows)):
@@ -94,7 +94,7 @@ def _heading(*, network: bool = True) -> str:
 
 def _saved(figure: Any, axis: Any, path: Path) -> Path:
     axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     return path
