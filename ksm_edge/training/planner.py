@@ -207,8 +207,9 @@ def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Map
     floats = 4 * classes * (bundle.features + 1)  # the head: parameter, gradient and two moments
     for layer in bundle.layers:
         form = forms[layer.name]
-        floats += _size(fused_shape(form, layer))
-        floats += _size(product_shape(form, layer)) if layer.name in trained else 0
+        # Of a layer that does not learn the weight is a constant of two graphs: training's, and the judge's.
+        beside = product_shape(form, layer) if layer.name in trained else layer.weight_shape
+        floats += _size(fused_shape(form, layer)) + _size(beside)
         floats += _size(layer.weight_shape) if form == "channel" else 0  # a constant of the graph
     scores = _scores(bundle, settings)
     return FLOAT_BYTES * (floats + scores) + 2 * scores * settings.moment_bits // 8
