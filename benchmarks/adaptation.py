@@ -121,6 +121,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rows.append({**row, "absent": of_cell[0]["absent"].rpartition("was false. ")[2]})  # of a check that failed
             continue
         row["step_ms"] = statistics.median(statistics.median(run["step_ms"]) for run in there)
+        row["learns"] = all(falls(run["losses"]) for run in there)
         row["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in there)
         row["bound_ms"] = there[0]["bound_flops"] / statistics.median(run["flop_rate"] for run in there) * 1e3
         rows.append(row)

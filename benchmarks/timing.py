@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ksm_edge.resident import peak_rss_bytes, rss_bytes  # found by the line above; it needs no package either
 
 WARM_UP = 3  # steps: the allocators' first
 EVERY_S = 0.001  # a trace looks at resident memory
@@ -23,7 +26,7 @@ def timed(step: Callable[[], float], steps: int, warm_up: int = WARM_UP) -> dict
         losses.append(step())
         step_ms.append(round((time.perf_counter() - began) * 1e3, 3))
     share = (time.process_time() - cpu) / (time.perf_counter() - wall)
-    return {"step_ms": step_ms, "losses": losses, "peak_rss_bytes": _peak_rss_bytes(), "cpu_share": round(share, 3)}
+    return {"step_ms": step_ms, "losses": losses, "peak_rss_bytes": peak_rss_bytes(), "cpu_share": round(share, 3)}
 
 
 def traced(step: Callable[[], float]) -> list[tuple[float, int]]:
@@ -35,7 +38,7 @@ def traced(step: Callable[[], float]) -> list[tuple[float, int]]:
 
     def look() -> None:
         while not done.wait(EVERY_S):
-            samples.append((round((time.perf_counter() - began) * 1e3, 2), _rss_bytes()))
+            samples.append((round((time.perf_counter() - began) * 1e3, 2), rss_bytes()))
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -47,15 +50,6 @@ def traced(step: Callable[[], float]) -> list[tuple[float, int]]:
     return samples
 
 
-def _rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def falls(losses: list[float]) -> bool:
     """Whether something was learned."""
     return all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-
-
-def _peak_rss_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024

@@ -214,7 +214,8 @@ def step_tables(content: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in content["summary"]["cases"]:
-        case = [row["recipe"], *(str(row[name]) for name in ("size", "batch", "threads")), row["rival"]]
+        rival = row["rival"] + ("" if row.get("learns", True) else " (its loss did not fall)")
+        case = [row["recipe"], *(str(row[name]) for name in ("size", "batch", "threads")), rival]
         if "absent" in row:
             cells = ["not measured", row["absent"], "", ""]
         else:

@@ -26,7 +26,7 @@ class Settings:
     """Defaults suit a small task on a backbone with frozen statistics, where scores want the authors' small rate.
 
     Nothing rescales there what batch-norm's steps add up to, and a head that has learned nothing yet tells the layers
-    in front of it nothing useful: at twice the rate and with a warm-up of 5 % a task far from ImageNet fell to chance.
+    in front of it nothing useful: at twice the rate and with a warm-up of 5 % a task far from ImageNet hardly learned.
     """
 
     method: str = "ksm"  # scores, batch-norm and head | norm: batch-norm and head | head

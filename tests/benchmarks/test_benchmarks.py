@@ -330,7 +330,8 @@ def test_plans_are_held_against_the_fastest(load: Any) -> None:
 
 def adaptation_run(rival: str, step_ms: float, batch: int = 8) -> dict[str, Any]:
     return {"recipe": "a", "size": 96, "batch": batch, "threads": 1, "rival": rival, "step_ms": [step_ms, 1.0, 1e6],
-            "peak_rss_bytes": 100 * batch, "flop_rate": 1e9, "bound_flops": 1e7 * batch}  # fmt: skip
+            "losses": [2.0, 1.0], "peak_rss_bytes": 100 * batch,
+            "flop_rate": 1e9, "bound_flops": 1e7 * batch}  # fmt: skip
 
 
 def test_adaptation_is_held_against_torch_and_the_bound(load: Any) -> None:
@@ -345,6 +346,9 @@ def test_adaptation_is_held_against_torch_and_the_bound(load: Any) -> None:
     assert ours["bound_ms"] == pytest.approx(80.0)
     assert "time_ratio" not in absent
     assert full["time_ratio"] == 1.0
+    assert full["learns"]
+    (stuck,) = adaptation.summary([{**adaptation_run(adaptation.FULL, 1.0), "losses": [1.0, 1.0]}])
+    assert not stuck["learns"]
 
 
 def test_growth_is_the_exponent_over_the_cases_of_one_axis(load: Any) -> None:

@@ -83,3 +83,12 @@ def test_nothing_cut_is_nothing_to_thin() -> None:
 def test_thinning_leaves_steps_to_learn_to_do_without() -> None:
     assert late_step(1) == 1
     assert all(1 <= late_step(steps) < steps for steps in range(3, 500))
+
+
+def test_a_pristine_weight_leaves_memory_before_the_next_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers' weights at once are what no plan counts with."""
+    gone: list[np.ndarray] = []
+    monkeypatch.setattr("ksm_edge.training.thinning.let_go", gone.append)
+    subject = layer("project")
+    salience(subject)
+    assert [id(array) for array in gone] == [id(subject.pristine.weight)]
