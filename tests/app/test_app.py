@@ -11,6 +11,7 @@ from signing import KeyFiles
 from tiny import FEATURES, saved_tiny_bundle, tiny_bundle, tiny_pack
 
 from ksm_edge.app.app import App, Prediction
+from ksm_edge.app.residents import Resident
 from ksm_edge.data.image import open_rgb, to_input
 from ksm_edge.errors import (
     BudgetError,
@@ -261,18 +262,27 @@ def test_sixteen_threads_switch_and_predict_as_one_alone_would(app: App, photo: 
     assert len(app.ready) == 2
 
 
-def test_an_event_loop_goes_on_while_a_thread_predicts(app: App, photo: Path) -> None:
-    async def main() -> tuple[list[Prediction], int]:
-        beats = 0
-        answer = asyncio.ensure_future(asyncio.to_thread(app.predict, [photo] * 64, "a"))
-        while not answer.done():
-            beats += 1
-            await asyncio.sleep(0.001)
-        return await answer, beats
+def test_an_event_loop_goes_on_while_a_thread_predicts(app: App, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, seen, whole = threading.Event(), threading.Event(), Resident.logits
 
-    found, beats = asyncio.run(main())
-    assert found == app.predict([photo] * 64, "a")
-    assert beats > 3
+    def held_up(resident: Resident, inputs: np.ndarray) -> np.ndarray:
+        inside.set()
+        assert seen.wait(60)
+        return whole(resident, inputs)
+
+    async def main() -> tuple[list[Prediction], list[Prediction]]:
+        answer = asyncio.ensure_future(asyncio.to_thread(app.predict, photo, "a"))
+        while not inside.is_set():
+            await asyncio.sleep(0.001)
+        monkeypatch.undo()
+        app.switch("b")  # with the other thread in the middle of its answer
+        own = app.predict(photo)
+        seen.set()
+        return await answer, own
+
+    expected = app.predict_all(photo, ["a", "b"])
+    monkeypatch.setattr(Resident, "logits", held_up)
+    assert asyncio.run(main()) == (expected["a"], expected["b"])
 
 
 def test_a_prepared_backbone_answers_the_same(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

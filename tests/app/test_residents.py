@@ -120,14 +120,22 @@ def test_users_that_follow_each_other_do_not_keep_another_task_out() -> None:
 
 
 def test_others_answer_while_one_is_being_made() -> None:
-    residents = Residents(Maker(), limit=2)
+    residents, make = Residents(Maker(), limit=2), Maker()
+    begun, goes_on = threading.Event(), threading.Event()
     used(residents, "a")
-    residents._make = Maker(seconds=0.2)
+
+    def held_up(name: str) -> Resident:
+        begun.set()
+        assert goes_on.wait(60)
+        return make(name)
+
+    residents._make = held_up
     thread = threading.Thread(target=used, args=(residents, "slow"))
     thread.start()
-    time.sleep(0.02)
+    assert begun.wait(60)
     used(residents, "a")
     assert residents.names == ("a",)  # and "slow" is still on its way
+    goes_on.set()
     thread.join()
     assert set(residents.names) == {"a", "slow"}
 
