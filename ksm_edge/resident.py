@@ -57,7 +57,7 @@ def use_huge_pages() -> None:
     """Put this process's large blocks of memory into 2 MiB pages, where the kernel can: fewer misses of the TLB.
 
     Only blocks that are resident already, nearly all of them, so that what is resident hardly grows. To be called when
-    all that will be used for long has been used once.
+    all that will be used for long has been used once, and nothing is being computed.
     """
     with suppress(OSError, AttributeError):
         madvise = ctypes.CDLL(None).madvise

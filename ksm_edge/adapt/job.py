@@ -73,8 +73,9 @@ class Job:
         self._losses: list[float] = []
         self.per_epoch = self._steps_of_an_epoch()
         steps = self.per_epoch * self.settings.epochs
-        self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, threads=plan.threads)
-        self.judge = Judge(self.trainer, plan.forward, plan.threads)
+        at_once = {"threads": plan.threads, "workers": plan.workers}
+        self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, **at_once)
+        self.judge = Judge(self.trainer, plan.forward, **at_once)
         self._labels = np.array([item.label for item in train])
         self._class_weights = balanced_weights(self._labels, len(images.classes)) if self.settings.balanced else None
 
@@ -114,8 +115,8 @@ class Job:
     def _learn_epoch(self) -> None:
         progress, batch = self.progress, self.plan.batch
         order = training_order(len(self.train), self.settings.seed, progress.epoch)
-        # Learning from images takes longer than making them, and every one that waits is memory.
-        parts = prefetch(self._parts(), depth=parts_ahead(self.plan.micro_batch))
+        # Learning from images mostly takes longer than making them, and every one that waits is memory.
+        parts = prefetch(self._parts(), depth=parts_ahead(self.plan.micro_batch, self.plan.workers))
         try:
             while progress.step < self.per_epoch:
                 first = progress.step * batch
@@ -142,28 +143,20 @@ class Job:
         """On as many images as there are labels, the next ones of `parts`."""
         progress, settings, classes = self.progress, self.settings, len(self.images.classes)
         targets = target_rows(labels, classes, settings.label_smoothing, self._class_weights)
-        waited_ms = 0.0
-
-        def images() -> Iterator[np.ndarray]:
-            nonlocal waited_ms
-            for _ in range(0, len(labels), self.plan.micro_batch):
-                asked = time.perf_counter()
-                part = next(parts)
-                waited_ms += (time.perf_counter() - asked) * 1e3
-                yield part.images
-
+        images = (next(parts).images for _ in range(0, len(labels), self.plan.micro_batch))
         release = progress.step + 1 == self.per_epoch  # what comes behind the last step must not add to the peak
         started = time.perf_counter()
         with interrupt_held_back():
-            result = self.trainer.step(images(), targets, release=release)
+            result = self.trainer.step(images, targets, release=release)
             progress.add(result.loss, result.correct, result.count)
-        self.timing.step_ms.append((time.perf_counter() - started) * 1e3 - waited_ms)
-        self.timing.wait_ms.append(waited_ms)
+        self.timing.step_ms.append((time.perf_counter() - started) * 1e3 - result.waited_ms)
+        self.timing.wait_ms.append(result.waited_ms)
         self.timing.images += result.count
         if not np.isfinite(result.loss):
+            rates = self.trainer.rates
             raise KsmEdgeError(
                 f"the loss is {result.loss} at step {progress.steps_done}: the learning rates are too high for this "
-                f"task (scores {settings.score_rate:g}, batch-norm {settings.norm_rate:g}, head {settings.head_rate:g})"
+                f"task (scores {rates['score']:g}, batch-norm {rates['gamma']:g}, head {settings.head_rate:g})"
             )
         self._losses = [*self._losses[1 - SHOWN_STEPS :], result.loss]
         shown = float(np.mean(self._losses))
@@ -204,5 +197,5 @@ class Job:
         return self.judge.accuracy(pack, self._held_out_batches())
 
     def _held_out_batches(self) -> Generator[Batch, None, None]:
-        size = self.plan.micro_batch
-        return prefetch(evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=size))
+        batches = evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=self.plan.micro_batch)
+        return prefetch(batches, depth=parts_ahead(self.plan.micro_batch, self.plan.workers))

@@ -41,6 +41,7 @@ class Adapted:
     best_epoch: int  # from 1
     steps: int
     epochs: int
+    threads: int  # those it was begun with, where it was gone on from a checkpoint
     timing: Timing
     skipped: list[tuple[str, str]]  # images that could not be read, with the reason
     history: list[dict[str, float]]  # one record per epoch
@@ -175,6 +176,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         best_epoch=progress.best_epoch,
         steps=progress.steps_done,
         epochs=job.settings.epochs,
+        threads=job.plan.threads,
         timing=job.timing,
         skipped=job.skipped,
         history=progress.history,

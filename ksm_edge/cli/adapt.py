@@ -30,7 +30,7 @@ NUMBERS = {
     "label_smoothing": "label smoothing",
     "validation": "share of the training images held out for choosing",
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",
-    "thin": "share of the cut kernels, those that matter least, put back late in training",
+    "thin": "share of the cut kernels, those that matter least, put back late in training (default: half of 1x1 ones)",
 }
 BITS = {
     "scale_bits": "bits of each mask scale in the pack, 1 to 8",
@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, meaning in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
+    parser.add_argument(
+        "--absolute-rates",
+        action="store_true",
+        help="take the rates of scores and batch-norm as they are: usually they are scaled from MobileNetV2 to the "
+        "backbone's depth and gammas",
+    )
     parser.add_argument(
         "--small", action="store_true", help="a smaller pack for some accuracy, by more thinning and fewer bits"
     )
@@ -135,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         following = _resume_command(args)
         print(f"\nInterrupted. Everything is in {stop.checkpoint}; go on with:\n  {following}", file=sys.stderr)
         return INTERRUPTED
-    report = _report(device, threads, bundle, images, result, time.perf_counter() - began)
+    report = _report(device, bundle, images, result, time.perf_counter() - began)
     print(json.dumps(report) if args.json else _as_text(report, args, result))
     return 0
 
@@ -176,7 +182,7 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs, **(SMALL if args.small else {})}
     switches = {name: True for name in ("flip", "balanced", "learn_in_bits") if getattr(args, name)}
-    return Settings(**{**defaults, **given, **switches}, soft=not args.binary)
+    return Settings(**{**defaults, **given, **switches}, soft=not args.binary, scaled_rates=not args.absolute_rates)
 
 
 def _say_defaults(
@@ -196,9 +202,7 @@ def _say_defaults(
     say(f"Backbone  {bundle.recipe}, {len(bundle.layers)} layers, input {bundle.input.size}x{bundle.input.size}")
 
 
-def _report(
-    device: Device, threads: int, bundle: Bundle, images: ImageSet, result: Adapted, wall_seconds: float
-) -> dict[str, Any]:
+def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, wall_seconds: float) -> dict[str, Any]:
     from ksm_edge.cli.limited import enforcement
     from ksm_edge.resident import peak_rss_bytes
 
@@ -206,7 +210,7 @@ def _report(
     ordered, waits = sorted(timing.step_ms), sorted(timing.wait_ms)
     return {
         "device": device.name,
-        **enforcement(device, threads),
+        **enforcement(device, result.threads),
         "backbone": bundle.recipe,
         "backbone_digest": bundle.digest,
         "task": images.name,

@@ -53,10 +53,11 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
 
 def _adaptation(row: Mapping[str, Any], batch: int) -> list[str]:
     parts = ", ".join(f"{name} {row[f'{name}_ms']:.0f}" for name in ("forward", "backward", "update"))
+    at_once = f"{row['workers']} x {row['micro_batch']} image(s) at a time"
     return [
         f"Adaptation {row['step_ms']:.0f} ms a step of {batch} images, {row['images_per_second']:.1f} images/s: {parts}"
         f"; images made meanwhile in {row['data_ms']:.0f}",
-        f"           activations {_mib(row['activation_bytes'])} MiB ({row['micro_batch']} image(s) at a time); "
+        f"           activations {_mib(row['activation_bytes'])} MiB ({at_once}); "
         f"peak expected {_mib(row['expected_peak_bytes'])} MiB",
     ]
 

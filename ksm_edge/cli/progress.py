@@ -59,9 +59,10 @@ class ProgressBar(Observer):
         short += ", weights of k x k layers made when they are needed" if spec.inside else ""
         short += ", most of the forward pass computed twice" if spec.recompute else ""
         short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
+        at_once = f"{plan.workers} x {plan.micro_batch}" if plan.workers > 1 else plan.micro_batch
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {spec.classes} classes")
         say(
-            f"Plan      {steps} steps of {plan.batch} images, {plan.micro_batch} at a time{short}; "
+            f"Plan      {steps} steps of {plan.batch} images, {at_once} at a time{short}; "
             f"expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
         )
         self._batch = plan.batch

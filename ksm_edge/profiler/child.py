@@ -118,10 +118,10 @@ def measure_adaptation(
     baseline, settings = rss_bytes(), Settings(batch=batch)
     opened = load_bundle(Path(bundle))
     plan = make_plan(opened, classes, settings, threads=threads, budget_bytes=budget_bytes)
-    trainer = Trainer(opened, plan.graph, plan.settings, steps=1000, threads=threads)
+    trainer = Trainer(opened, plan.graph, plan.settings, steps=1000, threads=threads, workers=plan.workers)
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         write_photos(Path(folder), classes, -(-batch // classes))
-        learned = _optimizer_steps(trainer, Path(folder), plan.micro_batch, steps)
+        learned = _optimizer_steps(trainer, Path(folder), plan, steps)
     peak = peak_rss_bytes()
     return {
         **learned,
@@ -136,61 +136,77 @@ def measure_adaptation(
     }
 
 
-def _optimizer_steps(trainer: Trainer, photos: Path, part: int, steps: int) -> dict[str, list[float]]:
-    """Milliseconds of the parts of each step behind the warm-up, and the losses of all."""
+def _optimizer_steps(trainer: Trainer, photos: Path, plan: Plan, steps: int) -> dict[str, list[float]]:
+    """Milliseconds of the parts of each step behind the warm-up, and the losses of all.
+
+    As in an adaptation images are made by a thread of their own, ahead of those who wait for them.
+    """
     import numpy as np
 
     from ksm_edge.data.augment import Augmentation
     from ksm_edge.data.batches import training_batches
     from ksm_edge.data.cache import ImageCache
     from ksm_edge.data.image_set import open_image_set
+    from ksm_edge.data.prefetch import prefetch
+    from ksm_edge.training.planner import parts_ahead
     from ksm_edge.training.targets import target_rows
 
     settings, contract, images = trainer.settings, trainer.bundle.input, open_image_set(photos)
     found: dict[str, list[float]] = {name: [] for name in ("data_ms", "gradient_ms", "update_ms", "losses")}
-    clock, making = _Clock(), _Clock()
+    clock = _Clock()
     with ImageCache(images, int(contract.resize * 1.25), 512 << 20) as cache:
         items = cache.prepare(images.train)[0][: settings.batch]
         labels = np.array([item.label for item in items])
         targets = target_rows(labels, len(images.classes), settings.label_smoothing, None)
         for step in range(WARM_UP + steps):
             made = training_batches(
-                cache, items, contract, batch=settings.batch, seed=0, epoch=step, augmentation=Augmentation(), part=part
+                cache,
+                items,
+                contract,
+                batch=settings.batch,
+                seed=0,
+                epoch=step,
+                augmentation=Augmentation(),
+                part=plan.micro_batch,
             )
-            making.laps = {"data_ms": 0.0}
+            making = _Clock()
+            ahead = prefetch(_timed(made, making), depth=parts_ahead(plan.micro_batch, plan.workers))
             clock.skip()
-            found["losses"].append(trainer.accumulate(_timed((b.images for b in made), making), targets).loss)
-            gradient_ms = clock.since() - making.laps["data_ms"]
+            result = trainer.accumulate((part.images for part in ahead), targets)
+            found["losses"].append(result.loss)
+            gradient_ms = clock.since() - result.waited_ms
             trainer.update()
             if step >= WARM_UP:
                 found["update_ms"].append(clock.since())
                 found["gradient_ms"].append(gradient_ms)
-                found["data_ms"].append(making.laps["data_ms"])
+                found["data_ms"].append(making.total)
     return found
 
 
 def _forward_passes(trainer: Trainer, plan: Plan, steps: int) -> list[float]:
     """Milliseconds of a step's forward passes alone, behind the warm-up."""
-    from ksm_edge.runtimes.gradient import GradientSession
+    from ksm_edge.runtimes.workers import Workers
 
-    forward, clock, found = GradientSession(plan.forward, trainer.bound(plan.forward), plan.threads), _Clock(), []
+    bound, clock, found = trainer.bound(plan.forward), _Clock(), []
+    workers = Workers(plan.forward, bound, threads=plan.threads, count=plan.workers)
+    runs = -(-plan.batch // plan.micro_batch)
     for _ in range(WARM_UP + steps):
         clock.skip()
-        for _ in range(-(-plan.batch // plan.micro_batch)):
-            forward.run()
+        for _ in workers.map(lambda session, _: session.run(), range(runs)):
+            pass
         found.append(clock.since())
     return found[WARM_UP:]
 
 
 def _timed(parts: Iterator[T], clock: _Clock) -> Iterator[T]:
-    """The same, with the time of making them added up as data_ms."""
+    """The same, with the time of making them added up in the clock's total."""
     while True:
         clock.skip()
         try:
             part = next(parts)
         except StopIteration:
             return
-        clock.laps["data_ms"] += clock.since()
+        clock.total += clock.since()
         yield part
 
 
@@ -213,6 +229,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
+        self.total = 0.0
         self.skip()
 
     def skip(self) -> None:

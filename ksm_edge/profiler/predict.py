@@ -131,6 +131,7 @@ def predict(
         gradient_ms = [ms * engine.adaptation for ms in _milliseconds(gradient, machine, engine, threads)]
         # numpy's loops run in one thread, and cost next to nothing to start.
         update_ms = _milliseconds(update, machine, replace(engine, overhead_cycles=0), 1)
+        # Workers that share the threads take as long for a run each as all threads for one run after the other.
         step_ms = sum(gradient_ms) * -(-settings.batch // plan.micro_batch) + sum(update_ms)
         adapting = [*zip(gradient, gradient_ms, strict=True), *zip(update, update_ms, strict=True)]
     return Prediction(

@@ -20,7 +20,7 @@ from ksm_edge.profiler.child import STEP_PARTS
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KIND = "ksm-edge profile"
 UNSTABLE = 1.5  # p95 over p50 of a quiet machine is below
 PLAIN = "plain backbone"
@@ -138,7 +138,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
             "images_per_second": 1e3 * images / step,
             "baseline_bytes": statistics.median(raw["baseline_bytes"]),
             "peak_rss_bytes": max(raw["peak_rss_bytes"]),
-            **{name: raw[name][0] for name in ("expected_peak_bytes", "activation_bytes", "micro_batch")},
+            **{name: raw[name][0] for name in ("expected_peak_bytes", "activation_bytes", "micro_batch", "workers")},
         }
     return found
 

@@ -15,45 +15,52 @@ from ksm_edge.data.batches import Batch
 from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.gradient import GradientSession
+from ksm_edge.runtimes.workers import Workers
 from ksm_edge.training.trainer import Images, Trainer, in_parts
 
 
 class Judge:
     """Runs packs on the trainer's buffers; between its calls training can go on."""
 
-    def __init__(self, trainer: Trainer, graph: CompiledGraph, threads: int) -> None:
-        """`graph`: compiled from `forward_spec`."""
-        self._trainer, self._graph, self._threads = trainer, graph, threads
+    def __init__(self, trainer: Trainer, graph: CompiledGraph, *, threads: int, workers: int = 1) -> None:
+        """`graph`: compiled from `forward_spec`; threads and workers as for the trainer."""
+        self._trainer, self._graph, self._threads, self._workers = trainer, graph, threads, workers
 
     def accuracy(self, pack: Pack, batches: Iterable[Batch]) -> float:
         """The fraction of the batches' images that the pack's first answer gets right; batches may be of any size."""
-        with self._showing(pack) as session:
-            right = [_logits(session, pack, batch.images).argmax(axis=1) == batch.labels for batch in batches]
-        return float(np.concatenate(right).mean())
+        labels: list[np.ndarray] = []
+
+        def images() -> Iterator[np.ndarray]:
+            for batch in batches:
+                labels.append(batch.labels)
+                yield batch.images
+
+        answers = self.logits(pack, images()).argmax(axis=1)
+        return float((answers == np.concatenate(labels)).mean())
 
     def logits(self, pack: Pack, images: Images) -> np.ndarray:
         """What the pack says of images (n, 3, S, S), which may come in parts: (n, C)."""
-        with self._showing(pack) as session:
-            return np.concatenate([_logits(session, pack, part) for part in in_parts(images)])
+        size = self._graph.spec.micro_batch
+        few = (part[start : start + size] for part in in_parts(images) for start in range(0, len(part), size))
+        with self._showing(pack) as workers:
+            features = np.concatenate(list(workers.map(_features, few)))
+        return features @ pack.head_weight.T + pack.head_bias
 
     @contextmanager
-    def _showing(self, pack: Pack) -> Iterator[GradientSession]:
-        """A session of its own each time, a matter of milliseconds: kept, its memory would be held while learning."""
+    def _showing(self, pack: Pack) -> Iterator[Workers]:
+        """Sessions of its own each time, a matter of milliseconds: kept, their memory would be held while learning."""
         layers = self._trainer.layers
         try:
             for name, layer in layers.items():
                 layer.show(pack.layers[name])
-            yield GradientSession(self._graph, self._trainer.bound(self._graph), self._threads)
+            bound = self._trainer.bound(self._graph)
+            yield Workers(self._graph, bound, threads=self._threads, count=self._workers)
         finally:
             for layer in layers.values():
                 layer.fuse()
 
 
-def _logits(session: GradientSession, pack: Pack, images: np.ndarray) -> np.ndarray:
-    size, features = len(session.image), []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        session.image[: len(part)] = part
-        session.run()
-        features.append(session.output("features")[: len(part)].copy())
-    return np.concatenate(features) @ pack.head_weight.T + pack.head_bias
+def _features(session: GradientSession, images: np.ndarray) -> np.ndarray:
+    session.image[: len(images)] = images
+    session.run()
+    return session.output("features")[: len(images)].copy()

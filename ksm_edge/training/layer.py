@@ -97,11 +97,6 @@ class TrainedLayer:
             arrays |= {f"{name}.dgamma": self.dgamma, f"{name}.dbeta": self.dbeta}
         return arrays
 
-    def reset(self) -> None:
-        """Empty the accumulators, before the first micro-batch of a step."""
-        for array in (self.product, self.dbias, self.dgamma, self.dbeta):
-            array.fill(0)
-
     def step(self, rates: dict[str, float], count: int) -> None:
         """One optimizer step from what the accumulators hold, then the next fused weights."""
         kept = self.score == INITIAL_SCORE if self.settled else None

@@ -21,8 +21,10 @@ from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_laye
 PROCESS_BYTES = 99 * 2**20
 # Arena and heap round up, and keep what they had to split.
 ACTIVATION_SHARE, PARAMETER_SHARE = 1.2, 1.12
+# Each further worker takes its activations with less to spare, and has a thread and scratch memory of its own.
+WORKER_BYTES, WORKER_SHARE = 2 * 2**20, 1.1
 # Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
-# is being put together.
+# is being put together. Each further worker has its own in use, and the one that it was copied from.
 IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
 # The update works on one layer after the other: its weight as stored, its products, and what is made of them.
 LAYER_COPIES = 3
@@ -44,8 +46,10 @@ FORMS = (
     (False, True, False),
     (False, True, True),
 )
+# Those that several workers have: where less is kept, how the arena places it decides, up to 17 MiB a worker.
+FORMS_AT_ONCE = FORMS[:2]
 
-Candidate = tuple[Settings, CompiledGraph]
+Candidate = tuple[Settings, int, CompiledGraph]  # settings, workers, graph
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Plan:
     batch: int  # images in an optimizer step
     micro_batch: int  # images in one run of the gradient graph
     threads: int
-    activation_bytes: int
+    workers: int  # runs at once, which share the threads
+    activation_bytes: int  # of all of them
     expected_peak_bytes: int  # resident, of the whole process
     settings: Settings  # as asked for, but for what a short budget made of them
     graph: CompiledGraph
@@ -67,6 +72,7 @@ class Plan:
         spec = self.graph.spec
         return {
             "micro_batch": self.micro_batch,
+            "workers": self.workers,
             "fast": spec.fast,
             "inside": spec.inside,
             "moment_bits": self.settings.moment_bits,
@@ -99,21 +105,39 @@ def make_plan(
         return budget_bytes is None or peak(candidate) <= budget_bytes
 
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
+    counts = [before["workers"]] if before else _worker_counts(threads, settings.batch // smallest)
     candidates = [
-        (replace(settings, moment_bits=bits), form)
-        for bits, form in product(_moment_bits(bundle, settings), _forms(bundle, settings))
-        if before is None or (*form[:2], bits) == tuple(before[name] for name in ("fast", "inside", "moment_bits"))
+        (replace(settings, moment_bits=bits), workers, form)
+        for bits, workers, form in product(_moment_bits(bundle, settings), counts, _forms(bundle, settings))
+        if workers == 1 or form in FORMS_AT_ONCE
+        if before is None or (bits, *form[:2]) == tuple(before[name] for name in ("moment_bits", "fast", "inside"))
     ]
     if not candidates:  # nothing else can be asked for in so many words
         raise UsageError("the training was begun with moments of more bits: leave out --moment-bits")
-    kind, graph = _first(((kind, at(smallest, *form)) for kind, form in candidates), fits, peak)
+    kind, workers, graph = _first(((kind, n, at(smallest, *form)) for kind, n, form in candidates), fits, peak)
     if before is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
-        graph = _widened(graph, at, lambda graph: fits((kind, graph)), settings.batch)
-    need = peak((kind, graph))
+        graph = _widened(graph, at, lambda graph: fits((kind, workers, graph)), settings.batch // workers)
+    need = peak((kind, workers, graph))
     if budget_bytes is not None and need > budget_bytes:
-        raise BudgetError(_over_budget(bundle, settings, graph, need, budget_bytes), need)
+        over = _over_budget(bundle, settings, graph, workers, need, budget_bytes, goes_on=before is not None)
+        raise BudgetError(over, need)
     forward = compiled(bundle, forward_spec(graph.spec))
-    return Plan(settings.batch, graph.spec.micro_batch, threads, _activation_bytes(graph), need, kind, graph, forward)
+    return Plan(
+        batch=settings.batch,
+        micro_batch=graph.spec.micro_batch,
+        threads=threads,
+        workers=workers,
+        activation_bytes=_activation_bytes(graph, workers),
+        expected_peak_bytes=need,
+        settings=kind,
+        graph=graph,
+        forward=forward,
+    )
+
+
+def _worker_counts(threads: int, runs: int) -> Sequence[int]:
+    """How many of a step's runs there may be at once, from the most on."""
+    return range(min(threads, runs), 0, -1)
 
 
 def _moment_bits(bundle: Bundle, settings: Settings) -> Sequence[int]:
@@ -161,41 +185,56 @@ def _widened(
     return single
 
 
-def _over_budget(bundle: Bundle, settings: Settings, graph: CompiledGraph, need: int, budget_bytes: int) -> str:
+def _over_budget(
+    bundle: Bundle,
+    settings: Settings,
+    graph: CompiledGraph,
+    workers: int,
+    need: int,
+    budget_bytes: int,
+    *,
+    goes_on: bool,
+) -> str:
     # With frozen statistics images go through one at a time, however many a step is of.
     smaller = (
         "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "
     )
+    other = "or start anew, without --resume" if goes_on else f"{smaller}a smaller --size at export, or --method head"
     return (
         f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size} px in steps of {settings.batch} images "
-        f"needs about {_mib(need)} MiB ({_mib(_activation_bytes(graph))} of it for the activations of "
-        f"{graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
-        f"{_mib(need)}MiB or more, {smaller}a smaller --size at export, or --method head."
+        f"needs about {_mib(need)} MiB ({_mib(_activation_bytes(graph, workers))} of it for the activations of "
+        f"{workers * graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
+        f"{_mib(need)}MiB or more, {other}."
     )
 
 
-def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, graph: CompiledGraph) -> int:
+def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, workers: int, graph: CompiledGraph) -> int:
     """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch."""
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
     micro_batch = graph.spec.micro_batch
-    images = (parts_ahead(micro_batch) + PARTS_IN_HAND) * micro_batch
-    stepping = _activation_bytes(graph) + images * 3 * bundle.input.size**2 * FLOAT_BYTES
+    images = (parts_ahead(micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)) * micro_batch
+    stepping = _activation_bytes(graph, workers) + images * 3 * bundle.input.size**2 * FLOAT_BYTES
     stepping += LAYER_COPIES * FLOAT_BYTES * largest
     packing = PACKING_BYTES * _scores(bundle, settings)
     # Arrays of their own, or pages of a file: there is nothing to round up.
     whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
     parameters = int(PARAMETER_SHARE * parameter_bytes(bundle, classes, settings, graph.forms)) + FLOAT_BYTES * whole
+    parameters += (workers - 1) * (WORKER_BYTES + _accumulator_bytes(graph))
     return PROCESS_BYTES + parameters + max(stepping, packing)
 
 
-def parts_ahead(micro_batch: int) -> int:
-    """How many parts of a step's images are made before they are asked for."""
-    return max(1, IMAGES_AHEAD // micro_batch)
+def parts_ahead(micro_batch: int, workers: int) -> int:
+    """How many parts of a step's images are made before they are asked for, which workers do at the same time."""
+    return max(workers, IMAGES_AHEAD // micro_batch)
 
 
-def _activation_bytes(graph: CompiledGraph) -> int:
-    return int(graph.activation_bytes * ACTIVATION_SHARE)
+def _accumulator_bytes(graph: CompiledGraph) -> int:
+    return FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.startswith("acc:"))
+
+
+def _activation_bytes(graph: CompiledGraph, workers: int = 1) -> int:
+    return int(graph.activation_bytes * (ACTIVATION_SHARE + (workers - 1) * WORKER_SHARE))
 
 
 def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Mapping[str, str]) -> int:

@@ -39,10 +39,11 @@ class Settings:
     batch: int = 16  # images per optimizer step
     score_rate: float = 2e-4
     norm_rate: float = 5e-4
+    scaled_rates: bool = True  # these two are MobileNetV2's, others have theirs: see `suited`
     head_rate: float = 2e-3
     head_start: str = "zero"  # or random, as torch starts a Linear layer
     cut_penalty: float = 0.0  # every step pulls scores back towards keeping, by this share of the score rate
-    thin: float = 0.5  # share of the cut kernels, those that change least, put back to 1 late in training
+    thin: float | None = None  # share of the cut kernels, those that change least, put back to 1 late in training
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
     moment_bits: int = 32  # of each of Adam's two for a score, 32 or 8; a plan may choose 8 where memory is short
     warmup: float = 0.3  # share of all steps in which the rates rise to their full value
@@ -76,13 +77,15 @@ class Settings:
             "norm_rate",
             "head_rate",
             "cut_penalty",
-            "thin",
             "warmup",
             "label_smoothing",
             "validation",
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
+
+        if self.thin is not None and not 0 <= self.thin < 1:
+            raise UsageError(f"thin {self.thin}: must lie in [0, 1)")
 
     @property
     def pack_bits(self) -> dict[str, int]:

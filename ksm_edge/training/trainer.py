@@ -1,9 +1,9 @@
-"""The trainer: a gradient session and the layers that learn, one optimizer step at a time."""
+"""The trainer: sessions of the gradient graph and the layers that learn, one optimizer step at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,9 +13,11 @@ from ksm_edge.errors import UsageError
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.gradient import GradientSession
+from ksm_edge.runtimes.workers import Workers
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import Settings
+from ksm_edge.training.suited import RateScale, rate_scale, usual_thin
 from ksm_edge.training.thinning import late_step, thin
 
 Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or its parts one after the other
@@ -33,15 +35,35 @@ class StepResult:
     loss: float
     correct: int
     count: int
+    waited_ms: float = field(default=0.0, compare=False)  # for images, while nothing was computed
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Images (n, 3, S, S) and target rows (n, C) of one run; `release`: behind it activations give up their memory."""
+
+    images: np.ndarray
+    targets: np.ndarray
+    release: bool
 
 
 class Trainer:
     """Scores, batch-norm and head of one task in training, on one backbone that is never written to."""
 
     def __init__(
-        self, bundle: Bundle, graph: CompiledGraph, settings: Settings, *, steps: int, threads: int = 1
+        self,
+        bundle: Bundle,
+        graph: CompiledGraph,
+        settings: Settings,
+        *,
+        steps: int,
+        threads: int = 1,
+        workers: int = 1,
     ) -> None:
-        """`graph`: compiled from `gradient_spec`; `steps`: of the whole run, which the schedule of the rates spans."""
+        """`graph`: compiled from `gradient_spec`; `steps`: of the whole run, which the schedule of the rates spans.
+
+        `workers`: micro-batches that run at once, sharing the threads.
+        """
         micro_batch, classes = graph.spec.micro_batch, graph.spec.classes
         if settings.statistics == "batch" and micro_batch != settings.batch:
             raise UsageError(
@@ -50,6 +72,11 @@ class Trainer:
             )
         self.bundle, self.settings, self.steps, self.micro_batch = bundle, settings, steps, micro_batch
         self.count = 0  # optimizer steps done
+        scale = rate_scale(bundle) if settings.scaled_rates else RateScale()
+        norm_rate = settings.norm_rate * scale.norm
+        self._thin = usual_thin(bundle) if settings.thin is None else settings.thin
+        # Each at its full value; what `update` takes follows the schedule.
+        self.rates = {"score": settings.score_rate * scale.score, "gamma": norm_rate, "beta": norm_rate}
         _, masked = learning_layers(bundle.layers, settings)
         self.layers = {
             layer.name: TrainedLayer(
@@ -69,7 +96,7 @@ class Trainer:
         self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
         self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
         self._pixels = graph.pixels
-        self._session = GradientSession(graph, self.bound(graph), threads)
+        self._workers = Workers(graph, self.bound(graph), threads=threads, count=workers)
 
     def bound(self, graph: CompiledGraph) -> dict[str, np.ndarray]:
         """The arrays that a session of `graph` is to be bound to."""
@@ -93,49 +120,56 @@ class Trainer:
 
     def accumulate(self, images: Images, targets: np.ndarray, *, release: bool = False) -> StepResult:
         """The first half of a step: the gradients of these images."""
-        for layer in self.layers.values():
-            layer.reset()
-        for gradient in self._head_gradients.values():
-            gradient.fill(0)
-        loss, correct, done = 0.0, 0, 0
+        self._workers.empty()
+        batches = self._micro_batches(images, targets, release)
+        waited_ms = self._workers.waited_ms
+        found = list(self._workers.map(self._micro_step, batches, releases=lambda batch: batch.release))
+        self._workers.gather()
+        return StepResult(
+            loss=sum(loss for loss, _ in found),
+            correct=sum(correct for _, correct in found),
+            count=len(targets),
+            waited_ms=self._workers.waited_ms - waited_ms,
+        )
+
+    def _micro_batches(self, images: Images, targets: np.ndarray, release: bool) -> Iterator[_MicroBatch]:
+        done = 0
         for part in in_parts(images):
             for start in range(0, len(part), self.micro_batch):
                 few = part[start : start + self.micro_batch]
-                last = done + len(few) == len(targets)
-                few_loss, few_correct = self._micro_step(few, targets[done : done + len(few)], release=release and last)
-                loss, correct, done = loss + few_loss, correct + few_correct, done + len(few)
-        return StepResult(loss, correct, done)
+                rows = targets[done : done + len(few)]
+                done += len(few)
+                yield _MicroBatch(few, rows, release and done == len(targets))
 
-    def _micro_step(self, images: np.ndarray, targets: np.ndarray, *, release: bool = False) -> tuple[float, int]:
-        session, n = self._session, len(images)
-        session.image[:n], session.target[:n] = images, targets
+    def _micro_step(self, session: GradientSession, batch: _MicroBatch) -> tuple[float, int]:
+        """Loss, and how many answers are right."""
+        n = len(batch.images)
+        session.image[:n], session.target[:n] = batch.images, batch.targets
         session.image[n:], session.target[n:] = 0, 0  # rows of zeros do not count
-        session.run(release=release)
-        loss = float(session.output("loss"))
-        answers = session.output("logits")[:n].argmax(axis=1)
+        session.run(release=batch.release)
         if self.settings.statistics == "batch":
-            self._observe(n)
-        return loss, int((answers == targets.argmax(axis=1)).sum())
+            self._observe(session, n)
+        answers = session.output("logits")[:n].argmax(axis=1)
+        return float(session.output("loss")), int((answers == batch.targets.argmax(axis=1)).sum())
 
-    def _observe(self, n: int) -> None:
+    def _observe(self, session: GradientSession, n: int) -> None:
         for name, layer in self.layers.items():
             if layer.batch_norm:
-                mean, var = (self._session.output(f"{name}.batch_{which}") for which in ("mean", "var"))
+                mean, var = (session.output(f"{name}.batch_{which}") for which in ("mean", "var"))
                 layer.observe(mean, var, n * self._pixels[name])
 
     def update(self) -> None:
         """The second half: new parameters from the gradients, and the weights that they make."""
         settings, factor = self.settings, rate_factor(self.count, self.steps, self.settings.warmup)
         self.count += 1
-        rates = {"score": settings.score_rate, "gamma": settings.norm_rate, "beta": settings.norm_rate}
-        rates = {name: rate * factor for name, rate in rates.items()}
+        rates = {name: rate * factor for name, rate in self.rates.items()}
         for layer in self.layers.values():
             layer.step(rates, self.count)
         for name, adam in self.head_learning.items():
             adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
         if self.count == late_step(self.steps):
             if self._thins:
-                thin(self.layers.values(), settings.thin)
+                thin(self.layers.values(), self._thin)
             self._learn_in_pack_bits()
         self._fuse_head()
 
@@ -152,7 +186,7 @@ class Trainer:
 
     @property
     def _thins(self) -> bool:
-        return self.settings.method == "ksm" and self.settings.thin > 0
+        return self.settings.method == "ksm" and self._thin > 0
 
     @property
     def _is_late(self) -> bool:

@@ -26,8 +26,21 @@ from ksm_edge.training.packing import to_pack
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.start import start_from
 
-SETTINGS = Settings(epochs=4, batch=8, score_rate=2e-3, norm_rate=1e-2, head_rate=5e-2, warmup=0.05,
-                    label_smoothing=0.0, validation=0.2, scale_bits=8, norm_bits=8, head_bits=8)  # fmt: skip
+SETTINGS = Settings(
+    epochs=4,
+    batch=8,
+    score_rate=2e-3,
+    norm_rate=1e-2,
+    scaled_rates=False,
+    thin=0.5,
+    head_rate=5e-2,
+    warmup=0.05,
+    label_smoothing=0.0,
+    validation=0.2,
+    scale_bits=8,
+    norm_bits=8,
+    head_bits=8,
+)
 COLOURS = ("blue", "green", "red")
 
 

@@ -55,9 +55,23 @@ def test_a_recipe_keeps_to_its_budget_or_is_refused(name: str, photos: Path, tmp
     allowed = [budget for budget, message in refusals.items() if message is None]
     assert allowed == list(BUDGETS[len(BUDGETS) - len(allowed) :])  # more memory is never refused where less is not
     if allowed:
-        words = ("adapt", photos, "--bundle", bundle.path, "--out", tmp_path / "a.ksm", "--epochs", 2, "--batch", 4,
-                 "--threads", 1, "--memory-budget", f"{allowed[0]}MiB", "--json")  # fmt: skip
-        code = "from ksm_edge.cli.main import entry; entry()"
-        outcome = run_limited([sys.executable, "-c", code, *map(str, words)], allowed[0] * MIB)
-        assert (outcome.exit_status, outcome.exceeded) == (0, False)
-        assert (tmp_path / "a.ksm").exists()
+        assert_kept(bundle, photos, threads=1, budget_bytes=allowed[0] * MIB)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet20_cifar10"])
+def test_workers_take_what_is_expected_of_them(name: str, photos: Path, tmp_path: Path) -> None:
+    bundle = random_bundle(name, tmp_path / "bundle")
+    plan = make_plan(bundle, len(CLASSES), Settings(batch=4), threads=4, budget_bytes=None)
+    assert plan.workers == 4
+    assert_kept(bundle, photos, threads=4, budget_bytes=plan.expected_peak_bytes)
+
+
+def assert_kept(bundle: Bundle, photos: Path, *, threads: int, budget_bytes: int) -> None:
+    """An adaptation is told of the budget, held to it, and makes its pack."""
+    pack = bundle.path / "a.ksm"
+    words = ("adapt", photos, "--bundle", bundle.path, "--out", pack, "--epochs", 2, "--batch", 4,
+             "--threads", threads, "--memory-budget", budget_bytes, "--json")  # fmt: skip
+    code = "from ksm_edge.cli.main import entry; entry()"
+    outcome = run_limited([sys.executable, "-c", code, *map(str, words)], budget_bytes)
+    assert (outcome.exit_status, outcome.exceeded) == (0, False)
+    assert pack.exists()

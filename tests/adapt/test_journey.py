@@ -37,6 +37,7 @@ SETTINGS = {
     "batch": 8,
     "score_rate": 2e-3,
     "norm_rate": 1e-2,
+    "scaled_rates": False,
     "head_rate": 5e-2,
     "validation": 0.2,
     "label_smoothing": 0.0,
@@ -286,7 +287,19 @@ def test_that_holds_for_every_kind_of_state(
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 
-LEAST = {"micro_batch": 1, "fast": False, "inside": True, "moment_bits": 8}
+def test_that_holds_for_workers(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
+    whole, other = (adapt(bundle, images, tmp_path / f"{n}.ksm", settings(), threads=3) for n in (1, 2))
+    assert other.pack_path.read_bytes() == whole.pack_path.read_bytes()
+    with pytest.raises(Interrupted):
+        adapt(bundle, images, tmp_path / "stopped.ksm", settings(), threads=3, observer=Stopper(step=7))
+    resumed = adapt(bundle, images, tmp_path / "stopped.ksm", settings(), threads=1, resume=True)  # the former 3
+    assert resumed.threads == 3
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+    alone = adapt(bundle, images, tmp_path / "alone.ksm", settings(), threads=1)
+    assert alone.pack_path.read_bytes() != whole.pack_path.read_bytes()  # sums of another order
+
+
+LEAST = {"micro_batch": 1, "workers": 1, "fast": False, "inside": True, "moment_bits": 8}
 
 
 def test_a_training_of_slower_forms_stays_with_them(

@@ -56,14 +56,7 @@ class Case:
     def by_engine(self) -> tuple[float, Gradients]:
         """The loss and d loss / d parameter, `LAYER.score` and so on, from the micro-batches of one step."""
         trainer = self.trainer
-        for layer in trainer.layers.values():
-            layer.reset()
-        for gradient in trainer._head_gradients.values():
-            gradient.fill(0)
-        loss = 0.0
-        for start in range(0, len(self.images), self.micro_batch):
-            part = slice(start, start + self.micro_batch)
-            loss += trainer._micro_step(self.images[part], self.targets[part])[0]
+        loss = trainer.accumulate(self.images, self.targets).loss
         found = {f"head.{name}": gradient.copy() for name, gradient in trainer._head_gradients.items()}
         for name, layer in trainer.layers.items():
             gradients = {which: gradient for which, gradient in layer.gradients().items() if which in layer.learning}

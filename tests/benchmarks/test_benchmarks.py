@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -332,6 +333,24 @@ def adaptation_run(rival: str, step_ms: float, batch: int = 8) -> dict[str, Any]
     return {"recipe": "a", "size": 96, "batch": batch, "threads": 1, "rival": rival, "step_ms": [step_ms, 1.0, 1e6],
             "losses": [2.0, 1.0], "peak_rss_bytes": 100 * batch,
             "flop_rate": 1e9, "bound_flops": 1e7 * batch}  # fmt: skip
+
+
+def test_adaptation_keeps_what_it_does_not_measure_again(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation, measure, file = load("adaptation"), load("measure"), tmp_path / "adaptation.json"
+    monkeypatch.setattr(adaptation, "backbone", lambda *given, **named: nullcontext(tmp_path))
+    monkeypatch.setattr(adaptation, "_bound", lambda *given: 1e7)
+    monkeypatch.setattr(
+        adaptation, "fresh_json",
+        lambda command, threads: {"step_ms": [threads], "losses": [2, 1], "peak_rss_bytes": 1, "flop_rate": 1e9,
+                                  "cpu_share": threads},
+    )  # fmt: skip
+    for threads, words in (("1", []), ("2", []), ("2", ["--add"]), ("1", ["--add"])):
+        few = ["--recipes", "mobilenet_v2", "--rivals", adaptation.OURS, "--repeats", "1", "--out", str(file)]
+        monkeypatch.setattr("sys.argv", ["adaptation.py", *few, "--threads", threads, *words])
+        adaptation.main()
+    assert [row["threads"] for row in measure.read(file)["summary"]["cases"]] == [2, 1]
 
 
 def test_adaptation_is_held_against_torch_and_the_bound(load: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ksm_edge.profiler.profile import summary
+from ksm_edge.profiler.profile import FORMAT_VERSION, summary
 
 STATE = {"time": "now", "load_average": [0.1, 0.1, 0.1], "busy_cores": 0.0}
 INFERENCE = {
@@ -23,10 +23,11 @@ STEPS = {
     **{name: [[1.0, 2.0]] * 5 for name in ("data_ms", "forward_ms", "gradient_ms", "update_ms")},
     **{name: [1] * 5 for name in ("baseline_bytes", "peak_rss_bytes", "expected_peak_bytes", "activation_bytes")},
     "micro_batch": [1] * 5,
+    "workers": [1] * 5,
 }
 GOOD: dict[str, Any] = {
     "kind": "ksm-edge profile",
-    "version": 1,
+    "version": FORMAT_VERSION,
     "device": "raspberry-pi-5",
     "emulated": False,
     "work": {"backbone": "b", "recipe": "r", "size": 224, "threads": 4, "batch": 16, "packs": {}},

@@ -84,7 +84,7 @@ def test_a_file_gives_back_what_was_written(result: dict[str, Any], tmp_path: Pa
         ("[]", DamagedFileError, "no profile result: write one with ksm-edge profile --out"),
         ('{"kind": "ksm-edge profile", "version": 99}', UnsupportedVersionError, "version 99"),
         ('{"kind": "ksm-edge profile"}', UnsupportedVersionError, "version None"),
-        ('{"kind": "ksm-edge profile", "version": 1}', DamagedFileError, "is damaged: work: is no table"),
+        ('{"kind": "ksm-edge profile", "version": 2}', DamagedFileError, "is damaged: work: is no table"),
         (None, UsageError, "cannot be read: No such file"),
     ],
 )

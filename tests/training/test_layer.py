@@ -202,14 +202,6 @@ def test_pristine_weights_are_never_written_to() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_reset_empties_every_accumulator() -> None:
-    layer = trained("stem", statistics="batch")
-    accumulate(layer)
-    layer.dgamma[:] = layer.dbeta[:] = 1
-    layer.reset()
-    assert not any(array.any() for array in (layer.product, layer.dbias, layer.dgamma, layer.dbeta))
-
-
 def test_running_statistics_move_as_torch_moves_them() -> None:
     layer = trained("stem", statistics="batch")
     mean, var = layer.mean.copy(), layer.var.copy()

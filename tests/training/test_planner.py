@@ -27,21 +27,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return replace(bundle, input=replace(bundle.input, size=256, resize=256))
 
 
-def plan(bundle: Bundle, budget: int | None, settings: Settings = SETTINGS) -> Plan:
-    return make_plan(bundle, 4, settings, threads=2, budget_bytes=budget)
+def plan(bundle: Bundle, budget: int | None, settings: Settings = SETTINGS, threads: int = 1) -> Plan:
+    return make_plan(bundle, 4, settings, threads=threads, budget_bytes=budget)
 
 
-def ever_tighter(bundle: Bundle, settings: Settings) -> list[Plan]:
-    """All plans there are at one micro-batch, each for a byte less than the one before takes."""
-    plans = [plan(bundle, None, settings)]
+def ever_tighter(bundle: Bundle, settings: Settings, threads: int = 1) -> list[Plan]:
+    """All plans there are, each for a byte less than the one before takes."""
+    plans = [plan(bundle, None, settings, threads)]
     with suppress(BudgetError):
         while True:
-            plans.append(plan(bundle, plans[-1].expected_peak_bytes - 1, settings))
+            plans.append(plan(bundle, plans[-1].expected_peak_bytes - 1, settings, threads))
     return plans
 
 
 def test_a_plan_says_what_was_asked_for(bundle: Bundle) -> None:
-    found = plan(bundle, None)
+    found = plan(bundle, None, threads=2)
     assert (found.batch, found.threads) == (16, 2)
     assert found.micro_batch == found.graph.spec.micro_batch
     least = found.activation_bytes + PROCESS_BYTES + parameter_bytes(bundle, 4, SETTINGS, found.graph.forms)
@@ -118,6 +118,38 @@ def test_memory_that_is_short_is_made_up_for_with_time() -> None:
     forms = [(p.graph.spec.fast, p.graph.spec.recompute, p.settings.moment_bits) for p in plans]
     assert forms == [(True, False, 32), (False, False, 32), (False, True, 32), (False, False, 8), (False, True, 8)]
     assert {p.forward.path for p in plans} == {plans[0].forward.path}  # judging keeps nothing anyway
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "expected"), [(1, 16, 1), (2, 16, 2), (4, 16, 4), (6, 16, 6), (4, 3, 3), (4, 1, 1), (5, 4, 4)]
+)
+def test_each_thread_has_a_micro_batch_where_there_are_enough(
+    bundle: Bundle, threads: int, batch: int, expected: int
+) -> None:
+    found = plan(bundle, None, replace(SETTINGS, batch=batch), threads)
+    assert found.workers == expected
+    assert found.workers * found.micro_batch <= batch
+
+
+def test_batch_statistics_know_one_run_alone(bundle: Bundle) -> None:
+    assert plan(bundle, None, replace(SETTINGS, statistics="batch"), threads=4).workers == 1
+
+
+def test_a_budget_that_is_short_of_memory_for_workers_has_fewer() -> None:
+    plans = ever_tighter(load_bundle("embedded"), replace(SETTINGS, batch=4), threads=4)
+    counts = [p.workers for p in plans if p.settings.moment_bits == 32]
+    assert counts == sorted(counts, reverse=True)
+    assert set(counts) == {4, 3, 2, 1}
+    one, several = plans[-1], plans[0]
+    assert several.activation_bytes > 3 * one.activation_bytes
+
+
+def test_a_training_whose_workers_no_longer_fit_says_what_can_be_done(bundle: Bundle) -> None:
+    begun = plan(bundle, None, threads=4)
+    with pytest.raises(BudgetError, match="or start anew, without --resume") as caught:
+        make_plan(bundle, 4, SETTINGS, threads=4, budget_bytes=64 * MIB, before=begun.choices)
+    assert "--layers" not in str(caught.value)
+    assert f"for the activations of {4 * begun.micro_batch})" in str(caught.value)
 
 
 def test_a_head_alone_has_no_moments_to_keep_in_few_bits(bundle: Bundle) -> None:

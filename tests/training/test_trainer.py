@@ -19,6 +19,7 @@ from ksm_edge.mask import INITIAL_SCORE
 from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.runtimes.onnxruntime import Session
+from ksm_edge.runtimes.workers import Workers
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import finished, to_pack, unquantized
@@ -30,7 +31,9 @@ from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 CLASSES = 3
 STEPS = 30
 # Rates at which a few steps on the tiny backbone show, and scores fall below the threshold.
-SETTINGS = Settings(batch=8, score_rate=2e-3, norm_rate=1e-2, head_rate=5e-2, label_smoothing=0.0)
+SETTINGS = Settings(
+    batch=8, score_rate=2e-3, norm_rate=1e-2, scaled_rates=False, thin=0.5, head_rate=5e-2, label_smoothing=0.0
+)
 
 
 @pytest.fixture
@@ -38,22 +41,24 @@ def bundle(tmp_path: Path) -> Bundle:
     return tiny_bundle(tmp_path / "bundle")
 
 
-def trainer(bundle: Bundle, settings: Settings = SETTINGS, micro_batch: int = 4, steps: int = STEPS) -> Trainer:
+def trainer(
+    bundle: Bundle, settings: Settings = SETTINGS, micro_batch: int = 4, steps: int = STEPS, workers: int = 1
+) -> Trainer:
     folder = bundle.path / f"{abs(hash((settings, micro_batch)))}"
     folder.mkdir(exist_ok=True)
     graph = compile_graph(bundle, gradient_spec(bundle, CLASSES, settings, micro_batch), folder)
-    subject = Trainer(bundle, graph, settings, steps=steps)
+    subject = Trainer(bundle, graph, settings, steps=steps, threads=workers, workers=workers)
     # From a head at 0 nothing flows back at the first step, which would hide mistakes there.
     subject.head_weight[:] = np.random.default_rng(settings.seed).standard_normal(subject.head_weight.shape) / 4
     subject.run_head[:] = subject.head_weight
     return subject
 
 
-def judge(subject: Trainer) -> Judge:
+def judge(subject: Trainer, workers: int = 1) -> Judge:
     bundle, spec = subject.bundle, gradient_spec(subject.bundle, CLASSES, subject.settings, subject.micro_batch)
     folder = bundle.path / "forward"
     folder.mkdir(exist_ok=True)
-    return Judge(subject, compile_graph(bundle, forward_spec(spec), folder), 1)
+    return Judge(subject, compile_graph(bundle, forward_spec(spec), folder), threads=workers, workers=workers)
 
 
 def batch(step: int, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -169,6 +174,47 @@ def test_images_that_come_in_parts_are_one_batch(bundle: Bundle, part: int) -> N
     assert same_bits(cut, whole)
 
 
+@pytest.mark.parametrize("method", ["ksm", "head"])
+def test_workers_add_up_to_the_same_step_every_time(bundle: Bundle, method: str) -> None:
+    settings = replace(SETTINGS, method=method)
+    alone, together, again = (trainer(bundle, settings, micro_batch=1, workers=n) for n in (1, 3, 3))
+    images, labels = batch(0)
+    targets = target_rows(labels, CLASSES, 0.0)
+    for release in (False, True, False):  # the first run, one that gives its memory back, and one behind it
+        results = [subject.step(images, targets, release=release) for subject in (alone, together, again)]
+        assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+        assert results[1] == results[2]
+        assert same_bits(together, again)
+    moments = {name: array for name, array in alone.state().items() if name.endswith(":mean")}
+    for name, array in moments.items():
+        np.testing.assert_allclose(together.state()[name], array, rtol=1e-3, atol=1e-4 * abs(array).max(), err_msg=name)
+
+
+def test_workers_begin_a_step_anew_where_the_one_before_failed(bundle: Bundle) -> None:
+    failed, other = (trainer(bundle, micro_batch=1, workers=2) for _ in range(2))
+    images, labels = batch(0)
+    targets = target_rows(labels, CLASSES, 0.0)
+
+    def torn() -> Iterator[np.ndarray]:
+        yield images[:5]
+        raise OSError("the card is gone")
+
+    with pytest.raises(OSError, match="the card is gone"):
+        failed.step(torn(), targets)
+    assert failed.step(images, targets) == other.step(images, targets)
+    assert same_bits(failed, other)
+
+
+def test_workers_judge_as_one_does(bundle: Bundle) -> None:
+    subject = trainer(bundle)
+    train(subject, 0, 5)
+    pack, (images, labels) = to_pack(subject, "colours", ("r", "g", "b")), batch(50, 13)
+    parts = [Batch(images[p], labels[p], labels[p]) for p in (slice(0, 6), slice(6, 13))]
+    alone, together = judge(subject), judge(subject, workers=3)
+    np.testing.assert_array_equal(together.logits(pack, images), alone.logits(pack, images))
+    assert together.accuracy(pack, parts) == alone.accuracy(pack, parts)
+
+
 def test_a_smaller_last_batch_is_that_batch_alone(bundle: Bundle) -> None:
     padded, exact = trainer(bundle, micro_batch=4), trainer(bundle, micro_batch=1)
     images, labels = batch(0, 5)
@@ -229,12 +275,12 @@ def test_judging_a_pack_is_running_it_and_leaves_the_training_as_it_was(
 def test_only_while_it_judges_a_judge_has_a_session(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, alive = trainer(bundle), weakref.WeakSet[GradientSession]()
 
-    class Watched(GradientSession):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            alive.add(self)
+    class Watched(Workers):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            alive.add(self.first)
 
-    monkeypatch.setattr("ksm_edge.training.judge.GradientSession", Watched)
+    monkeypatch.setattr("ksm_edge.training.judge.Workers", Watched)
     watching, pack = judge(subject), to_pack(subject, "colours", ("r", "g", "b"))
     images, labels = batch(1, 4)
 
@@ -279,7 +325,7 @@ def test_batch_statistics_are_kept_as_running_ones(bundle: Bundle) -> None:
         subject.step(*_one_distribution(step))
     # Running statistics come to those of the data: fusing with them is normalising with the batch's own.
     layer = subject.layers["stem"]
-    z_mean = subject._session.output("stem.batch_mean")
+    z_mean = subject._workers.first.output("stem.batch_mean")
     spread = np.sqrt(layer.var)
     assert (abs(layer.mean - z_mean) < 0.3 * spread).all()
     assert not np.array_equal(layer.mean, layer.pristine.mean)
@@ -432,14 +478,14 @@ def test_huge_pages_are_asked_for_once_memory_has_settled_and_again_when_it_was_
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("ksm_edge.runtimes.gradient.use_huge_pages", lambda: asked.append(1))
+    monkeypatch.setattr("ksm_edge.runtimes.workers.use_huge_pages", lambda: asked.append(1))
     subject = trainer(bundle)
     images, labels = batch(0)
     counts = []
     for release in (False, False, True, False, False):
         subject.step(images, target_rows(labels, CLASSES, 0.0), release=release)
         counts.append(len(asked))
-    assert counts == [1, 1, 1, 2, 2]
+    assert counts == [0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(0, 60), (1, 60), (40, 60), (100, 24), (299, 9), (300, 8), (9000, 8)])

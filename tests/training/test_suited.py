@@ -1,0 +1,88 @@
+"""Learning rates that suit a backbone of another depth and other gammas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_bundle
+
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.bundle.load import load_bundle
+from ksm_edge.bundle.make import freeze_recipe, save_bundle
+from ksm_edge.bundle.recipe import load_recipe
+from ksm_edge.bundle.statedict import read_state_dict
+from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.suited import GAMMA, LAYERS, MOST, THIN, RateScale, rate_scale, usual_thin
+from ksm_edge.training.trainer import Trainer, gradient_spec
+
+
+def with_gammas(bundle: Bundle, gamma: float, layers: int) -> Bundle:
+    """The same, as if it had so many layers, all of them with gammas like these."""
+    names = [layer.name for layer in bundle.layers if layer.has_norm]
+    weights = {n: replace(w, gamma=np.full_like(w.gamma, gamma)) for n, w in bundle.weights.items() if n in names}
+    table = (bundle.layers * layers)[:layers]
+    return replace(bundle, layers=table, weights={**bundle.weights, **weights})
+
+
+@pytest.mark.parametrize(
+    ("layers", "gamma", "expected"),
+    [
+        (LAYERS, GAMMA, (1.0, 1.0)),
+        (LAYERS, -GAMMA, (1.0, 1.0)),
+        (LAYERS // 2, GAMMA, (2.0, 2.0)),
+        (LAYERS, 3 * GAMMA, (1.0, 3.0)),
+        (4 * LAYERS, GAMMA, (0.2, 0.2)),  # 0.25 to a tenth, ties to even
+        (5, 10.0, (MOST, MOST)),
+    ],
+)
+def test_rates_grow_where_layers_are_fewer_and_gammas_larger(
+    tmp_path: Path, layers: int, gamma: float, expected: tuple[float, float]
+) -> None:
+    found = rate_scale(with_gammas(tiny_bundle(tmp_path), gamma, layers))
+    assert (found.score, found.norm) == expected
+
+
+def test_a_backbone_without_batch_norm_is_scaled_by_its_depth_alone(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path)
+    plain = [replace(layer, has_norm=False) for layer in bundle.layers] * 4
+    assert rate_scale(replace(bundle, layers=tuple(plain))) == RateScale(2.6, 2.6)
+
+
+def test_mobilenet_v2_is_what_rates_are_given_for(shared_data: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("mobilenet_v2")
+    state = read_state_dict(shared_data / "mobilenet_v2_imagenet.safetensors")
+    frozen = freeze_recipe(recipe, state)
+    bundle = save_bundle(frozen, tmp_path / "bundle", recipe=recipe.name, input_contract=recipe.input)
+    assert rate_scale(bundle) == RateScale(1.0, 1.0)
+    assert usual_thin(bundle) == THIN
+
+
+def test_the_embedded_backbone_is_nearly_one_of_those() -> None:
+    assert rate_scale(load_bundle("embedded")) == RateScale(1.0, 1.3)
+
+
+def test_k_x_k_kernels_are_not_thinned(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path)
+    single = [replace(layer, weight_shape=(*layer.weight_shape[:2], 1, 1)) for layer in bundle.layers]
+    assert usual_thin(bundle) == 0
+    assert usual_thin(replace(bundle, layers=tuple(single))) == THIN
+    assert usual_thin(load_bundle("embedded")) == THIN
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_first_step_is_as_long_as_its_rate(tmp_path: Path, scaled: bool) -> None:
+    bundle = tiny_bundle(tmp_path)
+    settings = Settings(batch=2, warmup=0.0, head_start="random", scaled_rates=scaled)
+    graph = compile_graph(bundle, gradient_spec(bundle, 3, settings, 1), tmp_path)
+    trainer, scale = Trainer(bundle, graph, settings, steps=10), rate_scale(bundle) if scaled else RateScale()
+    rng = np.random.default_rng(0)
+    images, targets = rng.standard_normal((2, 3, 16, 16), np.float32), np.eye(3, dtype=np.float32)[:2] / 2
+    before = {name: (x.beta.copy(), x.score.copy()) for name, x in trainer.layers.items()}
+    trainer.step(images, targets)
+    for name, layer in trainer.layers.items():  # Adam's first step has the length of its rate
+        moved = abs(layer.beta - before[name][0]).max(), abs(layer.score - before[name][1]).max()
+        assert moved == pytest.approx((5e-4 * scale.norm, 2e-4 * scale.score), rel=1e-2)
