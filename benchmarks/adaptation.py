@@ -2,6 +2,7 @@
 
     python benchmarks/adaptation.py             # every network at 224 px, 8 images, one thread; MobileNetV2's axes
     python benchmarks/adaptation.py --recipes resnet18 --sizes 96 160 224 --batches 1 8 32 --threads 1 2 --out FILE
+    python benchmarks/adaptation.py --recipes mobilenet_v2 --threads 2 --add     # that case again, the others stay
 
 Every figure comes from a process of its own, rivals alternating, the same images at every step: a loss that does not
 fall means that something else was timed than learning. Weights are random where the data folder has none, which costs
@@ -21,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from measure import Record, add_output, backbone, fresh_json, output, print_table, share_warning
+from measure import Record, add_output, backbone, fresh_json, output, print_table, read, share_warning
 from step_rivals import ALONG_AXES, FULL, ONCE, OURS, RIVALS, applies
 from timing import falls
 
@@ -41,6 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="(default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each rival (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps in each process (default: 5)")
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other cases")
     parser.add_argument("--onnxruntime-training", metavar="PYTHON", help="that has it: see ort_training.py")
     add_output(parser)
     return parser
@@ -52,19 +54,26 @@ def main() -> int:
         options.repeats, options.steps, options.recipes = 1, 3, options.recipes[:1]
     record = Record("adaptation", __doc__.split("\n")[0], {"repeats": options.repeats, "steps": options.steps})
     wanted = cases(options)
+    out = output(options, "adaptation")
+    if options.add and out is not None and out.exists():
+        again, before = {_case(case) for case in wanted}, read(out)
+        of_before = {"commit": before["machine"].get("commit")}
+        record.runs = [{**of_before, **run} for run in before["runs"] if _case(run) not in again]
+        record.warnings += before["warnings"]
     for recipe, size in dict.fromkeys((case["recipe"], case["size"]) for case in wanted):
         with backbone(None, size, recipe=recipe) as bundle:
             for case in wanted:
                 if (case["recipe"], case["size"]) == (recipe, size):
                     for run in _runs(case, bundle, options):
-                        record.runs.append(run)
+                        record.runs.append({**run, "commit": record.machine.get("commit")})
                         print(_line(run), file=sys.stderr)
-    record.summary = {"cases": summary(record.runs), "exponents": exponents(record.runs)}
+                    record.summary = {"cases": summary(record.runs), "exponents": exponents(record.runs)}
+                    record.save(out)
     _show(record.summary)
     for name in options.rivals:
         of_rival = [run for run in record.runs if run["rival"] == name and "cpu_share" in run and run["threads"] == 1]
         record.warn(share_warning(name, [run["cpu_share"] for run in of_rival]))
-    record.finish(output(options, "adaptation"))
+    record.finish(out)
     wrong = [run for run in record.runs if "losses" in run and not falls(run["losses"])]
     for run in wrong:
         print(f"WRONG ANSWER: the loss does not fall: {_line(run)}", file=sys.stderr)

@@ -229,15 +229,25 @@ class Record:
         for sentence in sentences:
             print(f"WARNING {sentence}", file=sys.stderr)
 
+    def save(self, out: Path | None) -> None:
+        """What there is so far, beside the file that there is to be: hours are not lost with the rest."""
+        if out is not None:
+            write(_unfinished(out), {"version": FORMAT_VERSION, **vars(self)})
+
     def finish(self, out: Path | None) -> None:
         """Look at the machine once more, and write the file if there is to be one."""
         self.after = condition()
         self.warn(disturbance(self.after))
         if out is not None:
             write(out, {"version": FORMAT_VERSION, **vars(self)})
+            _unfinished(out).unlink(missing_ok=True)
             print(f"\nraw values: {out}")
         else:
             print("\nnot written: --quick is for a look; give --out FILE to keep it")
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_suffix(".unfinished.json")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,12 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("mobilenet_v2", 0, ("--layers", "features.11.conv.0.0..")),
     ("mobilenet_v2", 0, ("--granularity", "element")),
     ("mobilenet_v2", 96, ("--statistics", "batch", "--batch", "8")),
+    # Each thread with micro-batches of its own, on however many cores.
+    *((recipe, 0, ("--threads", "2")) for recipe in ("mobilenet_v2", "resnet18", "resnet20_cifar10")),
+    ("efficientnet_b0", 0, ("--threads", "2")),
+    *((recipe, 0, ("--threads", "4")) for recipe in ("mobilenet_v2", "resnet50")),
+    ("mobilenet_v2", 96, ("--threads", "4")),
+    ("mobilenet_v2", 0, ("--threads", "4", "--memory-budget", "256MiB")),
     # Budgets for which the plan keeps weights once, makes them when they are needed, computes most of the forward pass
     # twice, or has moments in 8 bits.
     ("mobilenet_v2", 0, ("--memory-budget", "170MiB")),
@@ -59,7 +65,8 @@ def main() -> int:
     cases = [case for case in CASES if case[0] in options.recipes]
     if options.quick:
         cases = [case for case in cases if case[0] in ("mobilenet_v3_small", "resnet20_cifar10")]
-    record = Record("memory", __doc__.split("\n")[0], {"classes": CLASSES, "images": CLASSES * IMAGES, "threads": 1})
+    out = output(options, "memory")
+    record = Record("memory", __doc__.split("\n")[0], {"classes": CLASSES, "images": CLASSES * IMAGES})
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         from ksm_edge.profiler.child import write_photos
 
@@ -72,13 +79,14 @@ def main() -> int:
                     if case[:2] == (recipe, size):
                         record.runs.append(_run(bundle, photos, Path(folder), case[2]))
                         print(_line(record.runs[-1]), file=sys.stderr)
-    record.summary = summary(record.runs)
+                        record.summary = summary(record.runs)
+                        record.save(out)
     print_table([("recipe", "pixels", "options", "expected, MiB", "measured, MiB", "ratio"), *map(_row, record.runs)])
     found = record.summary
     print(
         f"\nexpected / measured: {found['least']:.3f} to {found['most']:.3f}; stopped by the limit: {found['exceeded']}"
     )
-    record.finish(output(options, "memory"))
+    record.finish(out)
     return 0
 
 
@@ -134,7 +142,7 @@ def _expected(path: Path, words: list[str]) -> int:
 
     args = build_parser().parse_args(words)
     settings = settings_of(args, this_machine(), CLASSES * IMAGES)
-    plan = make_plan(load_bundle(path), CLASSES, settings, threads=1, budget_bytes=args.memory_budget)
+    plan = make_plan(load_bundle(path), CLASSES, settings, threads=args.threads, budget_bytes=args.memory_budget)
     return plan.expected_peak_bytes
 
 

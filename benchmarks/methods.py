@@ -54,7 +54,7 @@ METHODS = {
     "released": Method(
         "KSM as released, 30 epochs",
         _always("--score-rate", "2e-4", "--norm-rate", "2e-4", "--head-rate", "2e-4", "--warmup", "0", "--thin", "0",
-                "--label-smoothing", "0", "--statistics", "batch", "--head-start", "random"),
+                "--label-smoothing", "0", "--statistics", "batch", "--head-start", "random", "--absolute-rates"),
         epochs=30,
         batch=32,
     ),

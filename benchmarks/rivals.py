@@ -40,6 +40,7 @@ from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.runtimes.pytorch import Attributes, features, read_graph
 from ksm_edge.training.adam import rate_factor
 from ksm_edge.training.settings import Settings
+from ksm_edge.training.suited import rate_scale
 from ksm_edge.training.targets import target_rows
 
 # Each method's better one of two on the validation split of pacs_sketch7, seed 0, at 96 px, with --no-test: 3e-4 and
@@ -207,7 +208,10 @@ def learn(
         train, held_out = stratified_split([item.label for item in items], settings.validation, settings.seed)
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         steps = settings.epochs * math.ceil(len(learned_from) / settings.batch)
-        rates = {"head": settings.head_rate, "norms": settings.norm_rate if _is_masked(network) else rate}
+        rates = {"head": settings.head_rate, "norms": rate}
+        if _is_masked(network):
+            scale = rate_scale(bundle)
+            rate, rates["norms"] = rate * scale.score, settings.norm_rate * scale.norm
         groups: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:

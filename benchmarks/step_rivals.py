@@ -71,7 +71,8 @@ def _ours(given: Given, *, smallest: bool = False, stem: bool = True) -> Found:
         except BudgetError as error:
             budget = error.needed_bytes
     plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget)
-    trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, threads=given["threads"])  # thinned once, later
+    at_once = {"threads": plan.threads, "workers": plan.workers}
+    trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, **at_once)  # thinned once, later
     side, part = bundle.input.size, plan.micro_batch
     # Images as an adaptation has them: a part at a time, however large the batch.
     targets = target_rows(np.arange(given["batch"]) % CLASSES, CLASSES, 0.0)
