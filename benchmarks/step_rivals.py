@@ -2,8 +2,9 @@
 
 In torch: full fine-tuning as torchvision and eager torch have it; the same in the channels-last layout; KSM written as
 the paper has it, every conv masked, with the batch's statistics; and KSM with frozen statistics in the channels-last
-layout, compiled where a compiler is found. Then full fine-tuning by onnxruntime-training, and by ExecuTorch's training
-extension, which has batch-norm frozen, plain SGD and portable kernels: nothing else can be had.
+layout, compiled where a compiler is found. This project's trainer with its gradients by torch, on the processor and on
+a GPU. Then full fine-tuning by onnxruntime-training, and by ExecuTorch's training extension, which has batch-norm
+frozen, plain SGD and portable kernels: nothing else can be had.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from timing import timed, traced
 CLASSES, RATE = 10, 1e-4
 OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
 NO_STEM = "ksm_edge, all but the stem"  # 7 x 7 over RGB in ResNets, with a max pool behind it
+OURS_IN_TORCH, OURS_ON_GPU = "ksm_edge, by torch", "ksm_edge, by torch on a GPU"
 CHANNELS_LAST = "torch, full fine-tuning, channels-last"
 COMPILED = "torch, KSM, frozen statistics, channels-last, compiled"
 ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch training, full fine-tuning"
@@ -49,11 +51,11 @@ def _seen(step: Callable[[], float], given: Given) -> Found:
     return {"trace": traced(step)} if given.get("trace") else timed(step, given["steps"])
 
 
-def _ours(given: Given, *, smallest: bool = False, stem: bool = True) -> Found:
+def _ours(given: Given, *, smallest: bool = False, stem: bool = True, runtime: str = "onnxruntime") -> Found:
     import numpy as np
 
     from ksm_edge.bundle.load import load_bundle
-    from ksm_edge.errors import BudgetError
+    from ksm_edge.errors import BudgetError, UnsupportedError
     from ksm_edge.resident import use_compact_heap
     from ksm_edge.training.planner import make_plan
     from ksm_edge.training.settings import Settings
@@ -70,9 +72,11 @@ def _ours(given: Given, *, smallest: bool = False, stem: bool = True) -> Found:
             make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
         except BudgetError as error:
             budget = error.needed_bytes
-    plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget)
-    at_once = {"threads": plan.threads, "workers": plan.workers}
-    trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, **at_once)  # thinned once, later
+    try:
+        plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget, runtime=runtime)
+    except UnsupportedError as error:
+        return {"absent": str(error)}
+    trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned once, later
     side, part = bundle.input.size, plan.micro_batch
     # Images as an adaptation has them: a part at a time, however large the batch.
     targets = target_rows(np.arange(given["batch"]) % CLASSES, CLASSES, 0.0)
@@ -225,6 +229,8 @@ RIVALS: dict[str, Callable[[Given], Found]] = {
     OURS: _ours,
     SMALLEST: lambda given: _ours(given, smallest=True),
     NO_STEM: lambda given: _ours(given, stem=False),
+    OURS_IN_TORCH: lambda given: _ours(given, runtime="pytorch"),
+    OURS_ON_GPU: lambda given: _ours(given, runtime="cuda"),
     FULL: _in_torch(_full, channels_last=False),
     CHANNELS_LAST: _in_torch(_full, channels_last=True),
     "torch, KSM as the paper writes it": _in_torch(_masked, channels_last=False),
@@ -238,6 +244,8 @@ ALONG_AXES = (OURS, FULL, CHANNELS_LAST)
 
 def applies(rival: str, recipe: str) -> bool:
     """Whether it says something else of this network than the others do."""
+    if rival in (OURS_IN_TORCH, OURS_ON_GPU):
+        return recipe == "mobilenet_v2"
     return rival != NO_STEM or recipe.startswith("resnet")
 
 

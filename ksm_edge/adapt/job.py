@@ -73,9 +73,8 @@ class Job:
         self._losses: list[float] = []
         self.per_epoch = self._steps_of_an_epoch()
         steps = self.per_epoch * self.settings.epochs
-        at_once = {"threads": plan.threads, "workers": plan.workers}
-        self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, **at_once)
-        self.judge = Judge(self.trainer, plan.forward, **at_once)
+        self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, engine=plan.engine)
+        self.judge = Judge(self.trainer, plan.forward, plan.engine)
         self._labels = np.array([item.label for item in train])
         self._class_weights = balanced_weights(self._labels, len(images.classes)) if self.settings.balanced else None
 
@@ -91,7 +90,7 @@ class Job:
             "data": self.images.digest(),
             "settings": asdict(self.settings),
             "plan": self.plan.choices,
-            "threads": self.plan.threads,
+            "threads": self.plan.engine.threads,
             "parent": None if self.descent is None else self.descent.sha256,
         }
 
@@ -116,7 +115,7 @@ class Job:
         progress, batch = self.progress, self.plan.batch
         order = training_order(len(self.train), self.settings.seed, progress.epoch)
         # Learning from images mostly takes longer than making them, and every one that waits is memory.
-        parts = prefetch(self._parts(), depth=parts_ahead(self.plan.micro_batch, self.plan.workers))
+        parts = prefetch(self._parts(), depth=parts_ahead(self.plan.micro_batch, self.plan.engine.workers))
         try:
             while progress.step < self.per_epoch:
                 first = progress.step * batch
@@ -198,4 +197,4 @@ class Job:
 
     def _held_out_batches(self) -> Generator[Batch, None, None]:
         batches = evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=self.plan.micro_batch)
-        return prefetch(batches, depth=parts_ahead(self.plan.micro_batch, self.plan.workers))
+        return prefetch(batches, depth=parts_ahead(self.plan.micro_batch, self.plan.engine.workers))

@@ -68,6 +68,7 @@ def adapt(
     *,
     threads: int = 1,
     budget_bytes: int | None = None,
+    runtime: str = "onnxruntime",
     resume: bool = False,
     observer: Observer | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -75,7 +76,8 @@ def adapt(
 ) -> Adapted:
     """Learn the task that `images` shows and write its pack to `out`.
 
-    `budget_bytes` bounds the expected resident memory of the process. `provenance` goes into the pack's record.
+    `budget_bytes` bounds the expected resident memory of the process. `runtime` is one of `ENGINES`: onnxruntime, or
+    pytorch or cuda, which know no budget. `provenance` goes into the pack's record.
     `parent` is a pack to go on from: with more images of its classes, or of others as well.
     Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit.
     Raises DataError, BudgetError, UnsupportedError.
@@ -90,6 +92,7 @@ def adapt(
         settings or Settings(epochs=usual_epochs(len(images.train))),
         threads=threads,
         budget_bytes=budget_bytes,
+        runtime=runtime,
         resume=resume,
         observer=observer,
         parent=parent,
@@ -114,6 +117,7 @@ def prepared(
     *,
     threads: int = 1,
     budget_bytes: int | None = None,
+    runtime: str = "onnxruntime",
     resume: bool = False,
     observer: Observer | None = None,
     parent: Path | None = None,
@@ -138,6 +142,7 @@ def prepared(
             threads=before.get("threads", threads),
             budget_bytes=budget_bytes,
             before=before.get("plan"),
+            runtime=runtime,
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         job = Job(bundle, images, cache, learned_from, judged_on, skipped, plan, checkpoint, observer, descent)
@@ -176,7 +181,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         best_epoch=progress.best_epoch,
         steps=progress.steps_done,
         epochs=job.settings.epochs,
-        threads=job.plan.threads,
+        threads=job.plan.engine.threads,
         timing=job.timing,
         skipped=job.skipped,
         history=progress.history,

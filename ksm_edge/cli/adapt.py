@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HELP = "learn a task from a folder or zip of images, on this device, and write its task pack"
 INTERRUPTED = 130
+# As in `ksm_edge.runtimes.engine`, whose imports are not needed for --help.
+ENGINES = ("onnxruntime", "pytorch", "cuda")
 DEMO_EPOCHS = 6
 # Settings that may be given, with what they mean; defaults are those of `ksm_edge.training.settings`.
 NUMBERS = {
@@ -53,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
     parser.add_argument(
         "--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)"
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what computes gradients (default: onnxruntime); cuda, and pytorch on the processor, need torch and take "
+        "what memory they want",
     )
     parser.add_argument(
         "--epochs", type=positive, metavar="N", help="passes over the images (default: 8, more for few images)"
@@ -112,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
     device = this_machine() if args.device == HOST else Device.load(args.device)
     bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
-    budget = memory_budget(device) if args.memory_budget is None else args.memory_budget
+    budget = args.memory_budget
+    if budget is None and args.runtime == ENGINES[0]:
+        budget = memory_budget(device)
     images = _images(args.data)
     settings = settings_of(args, device, len(images.train))
     out = args.out or Path(f"{images.name}.ksm")
@@ -132,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
                 settings,
                 threads=threads,
                 budget_bytes=budget,
+                runtime=args.runtime,
                 resume=args.resume,
                 observer=observer,
                 provenance={"device": device.name, "emulated": device.is_emulated},
@@ -186,7 +198,7 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
 
 
 def _say_defaults(
-    args: argparse.Namespace, device: Device, bundle: Bundle, images: ImageSet, threads: int, budget: int
+    args: argparse.Namespace, device: Device, bundle: Bundle, images: ImageSet, threads: int, budget: int | None
 ) -> None:
     """The first lines: what runs, and which of it nobody asked for."""
     from ksm_edge.limits import enforced_by
@@ -197,8 +209,9 @@ def _say_defaults(
         what += [f"backbone {bundle.recipe!r}"] if args.bundle == "embedded" else []
         say(f"Embedded default: {' and '.join(what)}, as none was given.")
     where = " (EMULATED on this machine: its threads and memory, not its speed)" if device.is_emulated else ""
+    promised = "no memory budget" if budget is None else f"memory budget {budget >> 20} MiB"
     held = f", held by a {enforced_by()}" if enforced_by() else ""
-    say(f"Device    {device.title}{where}; threads {threads}, memory budget {budget >> 20} MiB{held}")
+    say(f"Device    {device.title}{where}; threads {threads}, {promised}{held}")
     say(f"Backbone  {bundle.recipe}, {len(bundle.layers)} layers, input {bundle.input.size}x{bundle.input.size}")
 
 

@@ -130,8 +130,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _mib(count: float) -> str:
-    return f"{count / MIB:.0f}"
+def _mib(count: float | None) -> str:
+    return "unknown" if count is None else f"{count / MIB:.0f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

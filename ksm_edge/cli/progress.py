@@ -54,17 +54,9 @@ class ProgressBar(Observer):
                 say(f"  {source}: {reason}")
             if len(skipped) > SHOWN_SKIPS:
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
-        spec = plan.graph.spec
-        short = "" if spec.fast else ", in forms that take less memory"  # what a short budget made of the plan
-        short += ", weights of k x k layers made when they are needed" if spec.inside else ""
-        short += ", most of the forward pass computed twice" if spec.recompute else ""
-        short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
-        at_once = f"{plan.workers} x {plan.micro_batch}" if plan.workers > 1 else plan.micro_batch
-        say(f"Images    {train} to learn from, {held_out} held out for choosing, {spec.classes} classes")
-        say(
-            f"Plan      {steps} steps of {plan.batch} images, {at_once} at a time{short}; "
-            f"expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
-        )
+        at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
+        say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
+        say(f"Plan      {steps} steps of {plan.batch} images, {at_once} at a time{_memory(plan)}")
         self._batch = plan.batch
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)
 
@@ -93,6 +85,18 @@ def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.update()
+
+
+def _memory(plan: Plan) -> str:
+    """What a short budget made of the plan, and what it takes."""
+    if plan.expected_peak_bytes is None:
+        return f", by {plan.engine}, which takes what memory it wants"
+    spec = plan.graph.spec
+    short = "" if spec.fast else ", in forms that take less memory"
+    short += ", weights of k x k layers made when they are needed" if spec.inside else ""
+    short += ", most of the forward pass computed twice" if spec.recompute else ""
+    short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
+    return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
 
 
 def _bar(total: int, what: str, *, done: int = 0, leave: bool = True) -> tqdm[Any]:

@@ -118,7 +118,7 @@ def measure_adaptation(
     baseline, settings = rss_bytes(), Settings(batch=batch)
     opened = load_bundle(Path(bundle))
     plan = make_plan(opened, classes, settings, threads=threads, budget_bytes=budget_bytes)
-    trainer = Trainer(opened, plan.graph, plan.settings, steps=1000, threads=threads, workers=plan.workers)
+    trainer = Trainer(opened, plan.graph, plan.settings, steps=1000, engine=plan.engine)
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         write_photos(Path(folder), classes, -(-batch // classes))
         learned = _optimizer_steps(trainer, Path(folder), plan, steps)
@@ -170,7 +170,7 @@ def _optimizer_steps(trainer: Trainer, photos: Path, plan: Plan, steps: int) -> 
                 part=plan.micro_batch,
             )
             making = _Clock()
-            ahead = prefetch(_timed(made, making), depth=parts_ahead(plan.micro_batch, plan.workers))
+            ahead = prefetch(_timed(made, making), depth=parts_ahead(plan.micro_batch, plan.engine.workers))
             clock.skip()
             result = trainer.accumulate((part.images for part in ahead), targets)
             found["losses"].append(result.loss)
@@ -185,10 +185,8 @@ def _optimizer_steps(trainer: Trainer, photos: Path, plan: Plan, steps: int) -> 
 
 def _forward_passes(trainer: Trainer, plan: Plan, steps: int) -> list[float]:
     """Milliseconds of a step's forward passes alone, behind the warm-up."""
-    from ksm_edge.runtimes.workers import Workers
-
-    bound, clock, found = trainer.bound(plan.forward), _Clock(), []
-    workers = Workers(plan.forward, bound, threads=plan.threads, count=plan.workers)
+    workers = plan.engine.open(trainer.bundle, plan.forward, trainer.bound(plan.forward))
+    clock, found = _Clock(), list[float]()
     runs = -(-plan.batch // plan.micro_batch)
     for _ in range(WARM_UP + steps):
         clock.skip()

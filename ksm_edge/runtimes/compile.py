@@ -32,6 +32,11 @@ class CompiledGraph:
     pixels: dict[str, int]  # h w of each layer's output
     activation_bytes: int  # tensors alive at the worst moment of a run, by the model's own order
 
+    @property
+    def accumulators(self) -> list[str]:
+        """Names of the outputs that are added to."""
+        return [name.removeprefix("acc:") for name in self.inputs if name.startswith("acc:")]
+
 
 def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
     """The gradient graph from the cache, made there first if need be. UnsupportedError names what has no rule."""

@@ -56,19 +56,9 @@ class GradientSession:
         return other
 
     @property
-    def _accumulators(self) -> dict[str, np.ndarray]:
-        names = (name.removeprefix("acc:") for name in self._graph.inputs if name.startswith("acc:"))
-        return {name: self._arrays[name] for name in names}
-
-    def empty(self) -> None:
-        """Set the accumulators to 0."""
-        for array in self._accumulators.values():
-            array.fill(0)
-
-    def add(self, other: GradientSession) -> None:
-        """Add what one `beside` this one has accumulated."""
-        for name, array in self._accumulators.items():
-            array += other._arrays[name]
+    def accumulators(self) -> dict[str, np.ndarray]:
+        """The arrays that runs add to, by name."""
+        return {name: self._arrays[name] for name in self._graph.accumulators}
 
     def output(self, name: str) -> np.ndarray:
         """The array that holds the output `name` after a run, to be read before the next."""

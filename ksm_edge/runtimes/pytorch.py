@@ -121,16 +121,20 @@ def with_weights(weights: Mapping[str, torch.Tensor]) -> Callable[[str, torch.Te
     """The plain conv for `features`: with the tensors `NAME.weight` and `NAME.bias`."""
 
     def conv(name: str, x: torch.Tensor, attributes: Attributes) -> torch.Tensor:
-        from torch.nn import functional
-
-        left, right, top, bottom = _padding(attributes)
-        if (top, left) != (bottom, right):
-            x, top, left = functional.pad(x, (left, right, top, bottom)), 0, 0
-        strides, dilations = attributes.get("strides", 1), attributes.get("dilations", 1)
-        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return functional.conv2d(x, weight, bias, strides, (top, left), dilations, attributes.get("group", 1))
+        return conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], attributes)
 
     return conv
+
+
+def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, attributes: Attributes) -> torch.Tensor:
+    """One conv with a node's attributes: ONNX also knows pads that differ on two sides."""
+    from torch.nn import functional
+
+    left, right, top, bottom = _padding(attributes)
+    if (top, left) != (bottom, right):
+        x, top, left = functional.pad(x, (left, right, top, bottom)), 0, 0
+    strides, dilations = attributes.get("strides", 1), attributes.get("dilations", 1)
+    return functional.conv2d(x, weight, bias, strides, (top, left), dilations, attributes.get("group", 1))
 
 
 def _padding(attributes: Attributes) -> tuple[int, int, int, int]:

@@ -8,36 +8,56 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from ksm_edge.resident import use_huge_pages
-from ksm_edge.runtimes.compile import CompiledGraph
-from ksm_edge.runtimes.gradient import GradientSession
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Workers:
-    """So many sessions of one gradient graph, which share all the threads there are."""
+class Session(Protocol):
+    """One gradient graph, or its forward part alone, bound to parameters and to accumulators."""
 
-    def __init__(self, graph: CompiledGraph, bound: Mapping[str, np.ndarray], *, threads: int, count: int) -> None:
-        """`bound` as for a `GradientSession`; threads that are no worker's own help all of them with operators."""
-        # ONNX Runtime counts the thread that calls it, and the sessions share those beside it.
-        self.first = GradientSession(graph, bound, max(1, threads - count + 1))
-        self._sessions = (self.first, *(self.first.beside() for _ in range(count - 1)))
-        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+    image: np.ndarray  # (n, 3, S, S) float32
+    target: np.ndarray  # (n, C)
+    has_run: bool
+
+    def run(self, *, release: bool = False) -> None:
+        """One micro-batch from `image` and `target`: accumulators are added to.
+
+        `release` gives the activations' memory back behind it.
+        """
+        ...
+
+    def output(self, name: str) -> np.ndarray:
+        """The output `name` of the last run, to be read before the next."""
+        ...
+
+    @property
+    def accumulators(self) -> Mapping[str, np.ndarray]:
+        """The arrays that runs add to, by name."""
+        ...
+
+
+class Workers:
+    """Sessions of one gradient graph, each for a thread of its own, which share what other threads there are."""
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        """`sessions`: the first one's accumulators are those that the sums go to."""
+        self.first, self._sessions = sessions[0], tuple(sessions)
+        self._pool = ThreadPoolExecutor(len(sessions)) if len(sessions) > 1 else None
         self.waited_ms = 0.0  # in all, for items, while nothing ran
         self._ended = 0.0  # when the last run did
         self._memory_settled = False
 
     def map(
         self,
-        work: Callable[[GradientSession, T], R],
+        work: Callable[[Session, T], R],
         items: Iterable[T],
         *,
         releases: Callable[[T], bool] = lambda item: False,
@@ -77,7 +97,7 @@ class Workers:
                 self.waited_ms += 1e3 * (time.perf_counter() - max(asked, self._ended))
             yield item
 
-    def _start(self, work: Callable[[GradientSession, T], R], session: GradientSession, item: T) -> Future[R]:
+    def _start(self, work: Callable[[Session, T], R], session: Session, item: T) -> Future[R]:
         def run() -> R:
             try:
                 return work(session, item)
@@ -93,12 +113,14 @@ class Workers:
     def empty(self) -> None:
         """Set all accumulators to 0."""
         for session in self._sessions:
-            session.empty()
+            for array in session.accumulators.values():
+                array.fill(0)
 
     def gather(self) -> None:
         """Leave the sums over all sessions in the arrays that the first one is bound to."""
         for session in self._sessions[1:]:
-            self.first.add(session)
+            for name, array in session.accumulators.items():
+                self.first.accumulators[name][...] += array
 
 
 def _finished(running: deque[Future[R]], *, down_to: int) -> Iterator[R]:

@@ -14,17 +14,17 @@ import numpy as np
 from ksm_edge.data.batches import Batch
 from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes.compile import CompiledGraph
-from ksm_edge.runtimes.gradient import GradientSession
-from ksm_edge.runtimes.workers import Workers
-from ksm_edge.training.trainer import Images, Trainer, in_parts
+from ksm_edge.runtimes.engine import Engine
+from ksm_edge.runtimes.workers import Session, Workers
+from ksm_edge.training.trainer import ONE_THREAD, Images, Trainer, in_parts
 
 
 class Judge:
     """Runs packs on the trainer's buffers; between its calls training can go on."""
 
-    def __init__(self, trainer: Trainer, graph: CompiledGraph, *, threads: int, workers: int = 1) -> None:
-        """`graph`: compiled from `forward_spec`; threads and workers as for the trainer."""
-        self._trainer, self._graph, self._threads, self._workers = trainer, graph, threads, workers
+    def __init__(self, trainer: Trainer, graph: CompiledGraph, engine: Engine = ONE_THREAD) -> None:
+        """`graph`: compiled from `forward_spec`."""
+        self._trainer, self._graph, self._engine = trainer, graph, engine
 
     def accuracy(self, pack: Pack, batches: Iterable[Batch]) -> float:
         """The fraction of the batches' images that the pack's first answer gets right; batches may be of any size."""
@@ -53,14 +53,13 @@ class Judge:
         try:
             for name, layer in layers.items():
                 layer.show(pack.layers[name])
-            bound = self._trainer.bound(self._graph)
-            yield Workers(self._graph, bound, threads=self._threads, count=self._workers)
+            yield self._engine.open(self._trainer.bundle, self._graph, self._trainer.bound(self._graph))
         finally:
             for layer in layers.values():
                 layer.fuse()
 
 
-def _features(session: GradientSession, images: np.ndarray) -> np.ndarray:
+def _features(session: Session, images: np.ndarray) -> np.ndarray:
     session.image[: len(images)] = images
     session.run()
     return session.output("features")[: len(images)].copy()

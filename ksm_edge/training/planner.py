@@ -12,6 +12,7 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
+from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import MOMENT_BITS, Settings
 from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_layers
 
@@ -33,6 +34,8 @@ LAYER_COPIES = 3
 PACKING_BYTES = 5  # a score
 # Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
 COMFORTABLE_BYTES = 16 * 2**20
+# Of a step's images: more gain nothing on the GPU of a Jetson, and take gigabytes.
+IMAGES_ON_A_GPU = 32
 FLOAT_BYTES = 4
 RGB = 3  # in-channels of a stem, whose weight is small
 
@@ -58,10 +61,9 @@ class Plan:
 
     batch: int  # images in an optimizer step
     micro_batch: int  # images in one run of the gradient graph
-    threads: int
-    workers: int  # runs at once, which share the threads
-    activation_bytes: int  # of all of them
-    expected_peak_bytes: int  # resident, of the whole process
+    engine: Engine
+    activation_bytes: int | None  # of all runs at once; None where nobody knows before
+    expected_peak_bytes: int | None  # resident, of the whole process; likewise
     settings: Settings  # as asked for, but for what a short budget made of them
     graph: CompiledGraph
     forward: CompiledGraph  # its forward pass, for validation
@@ -72,7 +74,8 @@ class Plan:
         spec = self.graph.spec
         return {
             "micro_batch": self.micro_batch,
-            "workers": self.workers,
+            "runtime": self.engine.runtime,
+            "workers": self.engine.workers,
             "fast": spec.fast,
             "inside": spec.inside,
             "moment_bits": self.settings.moment_bits,
@@ -87,12 +90,18 @@ def make_plan(
     threads: int,
     budget_bytes: int | None,
     before: Mapping[str, Any] | None = None,
+    runtime: str = "onnxruntime",
 ) -> Plan:
     """The plan for these settings, within the budget if there is one: the fastest that fits.
 
     `before`: the `choices` of a training to be gone on with, as others would change what it learns. Raises BudgetError,
-    naming the smallest budget that would do, before anything is started.
+    naming the smallest budget that would do, before anything is started; UsageError for a budget where `runtime` cannot
+    promise one, and UnsupportedError where it cannot run here.
     """
+    engine = Engine(before["runtime"] if before else runtime, threads)
+    engine.check()
+    if not engine.plans_memory:
+        return _unmeasured_plan(bundle, classes, settings, engine, budget_bytes)
 
     def at(images: int, fast: bool = True, inside: bool = False, recompute: bool = False) -> CompiledGraph:
         spec = gradient_spec(bundle, classes, settings, images)
@@ -125,13 +134,34 @@ def make_plan(
     return Plan(
         batch=settings.batch,
         micro_batch=graph.spec.micro_batch,
-        threads=threads,
-        workers=workers,
+        engine=replace(engine, workers=workers),
         activation_bytes=_activation_bytes(graph, workers),
         expected_peak_bytes=need,
         settings=kind,
         graph=graph,
         forward=forward,
+    )
+
+
+def _unmeasured_plan(
+    bundle: Bundle, classes: int, settings: Settings, engine: Engine, budget_bytes: int | None
+) -> Plan:
+    """That of an engine which takes what memory it wants: as many images at a time as keep a GPU busy."""
+    if budget_bytes is not None:
+        raise UsageError(
+            f"a memory budget is kept by ONNX Runtime alone: leave it out, or the runtime {engine.runtime}"
+        )
+    images = settings.batch if settings.statistics == "batch" else min(settings.batch, IMAGES_ON_A_GPU)
+    spec = replace(gradient_spec(bundle, classes, settings, images), fast=False)  # autograd reads weights as they are
+    return Plan(
+        batch=settings.batch,
+        micro_batch=images,
+        engine=engine,
+        activation_bytes=None,
+        expected_peak_bytes=None,
+        settings=settings,
+        graph=compiled(bundle, spec),
+        forward=compiled(bundle, forward_spec(spec)),
     )
 
 

@@ -12,13 +12,15 @@ from ksm_edge.bundle.layers import Bundle, Layer, select
 from ksm_edge.errors import UsageError
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
-from ksm_edge.runtimes.gradient import GradientSession
-from ksm_edge.runtimes.workers import Workers
+from ksm_edge.runtimes.engine import Engine
+from ksm_edge.runtimes.workers import Session
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.suited import RateScale, rate_scale, usual_thin
 from ksm_edge.training.thinning import late_step, thin
+
+ONE_THREAD = Engine()
 
 Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or its parts one after the other
 
@@ -57,13 +59,9 @@ class Trainer:
         settings: Settings,
         *,
         steps: int,
-        threads: int = 1,
-        workers: int = 1,
+        engine: Engine = ONE_THREAD,
     ) -> None:
-        """`graph`: compiled from `gradient_spec`; `steps`: of the whole run, which the schedule of the rates spans.
-
-        `workers`: micro-batches that run at once, sharing the threads.
-        """
+        """`graph`: compiled from `gradient_spec`; `steps`: of the whole run, which the schedule of the rates spans."""
         micro_batch, classes = graph.spec.micro_batch, graph.spec.classes
         if settings.statistics == "batch" and micro_batch != settings.batch:
             raise UsageError(
@@ -96,7 +94,7 @@ class Trainer:
         self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
         self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
         self._pixels = graph.pixels
-        self._workers = Workers(graph, self.bound(graph), threads=threads, count=workers)
+        self._workers = engine.open(bundle, graph, self.bound(graph))
 
     def bound(self, graph: CompiledGraph) -> dict[str, np.ndarray]:
         """The arrays that a session of `graph` is to be bound to."""
@@ -141,7 +139,7 @@ class Trainer:
                 done += len(few)
                 yield _MicroBatch(few, rows, release and done == len(targets))
 
-    def _micro_step(self, session: GradientSession, batch: _MicroBatch) -> tuple[float, int]:
+    def _micro_step(self, session: Session, batch: _MicroBatch) -> tuple[float, int]:
         """Loss, and how many answers are right."""
         n = len(batch.images)
         session.image[:n], session.target[:n] = batch.images, batch.targets
@@ -152,7 +150,7 @@ class Trainer:
         answers = session.output("logits")[:n].argmax(axis=1)
         return float(session.output("loss")), int((answers == batch.targets.argmax(axis=1)).sum())
 
-    def _observe(self, session: GradientSession, n: int) -> None:
+    def _observe(self, session: Session, n: int) -> None:
         for name, layer in self.layers.items():
             if layer.batch_norm:
                 mean, var = (session.output(f"{name}.batch_{which}") for which in ("mean", "var"))

@@ -62,7 +62,7 @@ def test_a_recipe_keeps_to_its_budget_or_is_refused(name: str, photos: Path, tmp
 def test_workers_take_what_is_expected_of_them(name: str, photos: Path, tmp_path: Path) -> None:
     bundle = random_bundle(name, tmp_path / "bundle")
     plan = make_plan(bundle, len(CLASSES), Settings(batch=4), threads=4, budget_bytes=None)
-    assert plan.workers == 4
+    assert plan.engine.workers == 4
     assert_kept(bundle, photos, threads=4, budget_bytes=plan.expected_peak_bytes)
 
 

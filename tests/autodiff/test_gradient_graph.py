@@ -19,6 +19,8 @@ from ksm_edge.autodiff.liveness import peak_bytes
 from ksm_edge.autodiff.spec import GradientSpec, product_shape
 from ksm_edge.bundle.make import read_onnx
 from ksm_edge.bundle.recipe import load_recipe, recipe_names
+from ksm_edge.errors import UnsupportedError
+from ksm_edge.runtimes.engine import ENGINES, Engine
 from ksm_edge.runtimes.optimise import in_order
 from ksm_edge.runtimes.reference import evaluate
 from ksm_edge.training.targets import target_rows
@@ -331,11 +333,21 @@ LIMIT = 1e-3
 FLOOR_OF_BATCH_STATISTICS = 1e-2
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize(("name", "size"), [(name, 35 if name == "resnet50" else 43) for name in recipe_names()])
-def test_gradients_of_every_recipe_are_those_of_autograd(tmp_path: Path, name: str, size: int) -> None:
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
     pytest.importorskip("torch")
-    case = Case(random_bundle(name, size, tmp_path), small_settings(), tmp_path)
+    engine = Engine(request.param)
+    try:
+        engine.check()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    return engine
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("name", "size"), [(name, 45 if name == "resnet50" else 43) for name in recipe_names()])
+def test_gradients_of_every_recipe_are_those_of_autograd(tmp_path: Path, name: str, size: int, engine: Engine) -> None:
+    case = Case(random_bundle(name, size, tmp_path), small_settings(), tmp_path, engine=engine)
     masks = [layer.mask().values for layer in case.trainer.layers.values()]
     assert all((mask == 0).any() for mask in masks)  # kernels that are gone have their exact gradient too
     assert any(((mask > 0) & (mask < 0.5)).any() for mask in masks)
@@ -358,12 +370,11 @@ VARIANTS = {
 @pytest.mark.torch
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_every_method_granularity_and_statistics_has_the_gradients_of_autograd(
-    tmp_path: Path, changes: dict[str, object]
+    tmp_path: Path, changes: dict[str, object], engine: Engine
 ) -> None:
-    pytest.importorskip("torch")
     settings = small_settings(batch=3, **changes)
     micro_batch = 3 if settings.statistics == "batch" else 2
-    case = Case(tiny_bundle(tmp_path), settings, tmp_path, micro_batch=micro_batch)
+    case = Case(tiny_bundle(tmp_path), settings, tmp_path, micro_batch=micro_batch, engine=engine)
     (loss, found), (expected_loss, expected) = case.by_engine(), case.by_autograd()
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     floor = FLOOR_OF_BATCH_STATISTICS if settings.statistics == "batch" else 1e-4
@@ -373,11 +384,12 @@ def test_every_method_granularity_and_statistics_has_the_gradients_of_autograd(
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["resnet20_cifar10", "mobilenet_v3_small", "squeezenet1_1"])
 @pytest.mark.parametrize("changes", [{"granularity": "element"}, {"statistics": "batch"}], ids=["element", "batch"])
-def test_the_larger_variants_hold_for_whole_networks_too(tmp_path: Path, name: str, changes: dict[str, object]) -> None:
-    pytest.importorskip("torch")
+def test_the_larger_variants_hold_for_whole_networks_too(
+    tmp_path: Path, name: str, changes: dict[str, object], engine: Engine
+) -> None:
     # Statistics over few pixels make a network's gradient ill-conditioned: 64 pixels, four images.
     settings = small_settings(batch=4, **changes)
-    case = Case(random_bundle(name, 64, tmp_path), settings, tmp_path, micro_batch=4)
+    case = Case(random_bundle(name, 64, tmp_path), settings, tmp_path, micro_batch=4, engine=engine)
     (loss, found), (expected_loss, expected) = case.by_engine(), case.by_autograd()
     assert loss == pytest.approx(expected_loss, rel=1e-4)
     errors = relative_errors(found, expected, FLOOR_OF_BATCH_STATISTICS if settings.statistics == "batch" else 1e-4)

@@ -14,8 +14,9 @@ from ksm_edge.bundle.make import freeze_recipe
 from ksm_edge.bundle.recipe import at_size, load_recipe
 from ksm_edge.mask import keep_gradient
 from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.trainer import Trainer, gradient_spec
+from ksm_edge.training.trainer import ONE_THREAD, Trainer, gradient_spec
 
 CLASSES = 5
 
@@ -35,11 +36,18 @@ class Case:
     """One optimizer step's worth of random images, targets and scores for a bundle, and its trainer."""
 
     def __init__(
-        self, bundle: Bundle, settings: Settings, folder: Path, *, micro_batch: int = 1, seed: int = 1
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        folder: Path,
+        *,
+        micro_batch: int = 1,
+        seed: int = 1,
+        engine: Engine = ONE_THREAD,
     ) -> None:
         self.bundle, self.settings, self.micro_batch = bundle, settings, micro_batch
         graph = compile_graph(bundle, gradient_spec(bundle, CLASSES, settings, micro_batch), folder)
-        self.trainer = Trainer(bundle, graph, settings, steps=10)
+        self.trainer = Trainer(bundle, graph, settings, steps=10, engine=engine)
         rng = np.random.default_rng(seed)
         for layer in self.trainer.layers.values():
             # About a sixth is cut, and where scores are below 0 the soft mask is exactly 0.

@@ -16,25 +16,21 @@ from ksm_edge.runtimes.workers import Workers
 class FakeSession:
     made: ClassVar[list[FakeSession]] = []
 
-    def __init__(self, graph: object, bound: object, threads: int) -> None:
-        self.threads, self.has_run, self.busy = threads, False, False
+    def __init__(self) -> None:
+        self.has_run, self.busy = False, False
         FakeSession.made.append(self)
-
-    def beside(self) -> FakeSession:
-        return FakeSession(None, None, self.threads)
 
 
 @pytest.fixture(autouse=True)
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sessions that only say what they do; an item for every call for huge pages."""
     FakeSession.made, pages = [], []
-    monkeypatch.setattr(module, "GradientSession", FakeSession)
     monkeypatch.setattr(module, "use_huge_pages", lambda: pages.append(running()))
     return pages
 
 
-def workers(count: int, threads: int = 4) -> Workers:
-    return Workers(None, {}, threads=threads, count=count)  # type: ignore[arg-type]
+def workers(count: int) -> Workers:
+    return Workers([FakeSession() for _ in range(count)])  # type: ignore[misc]
 
 
 def running() -> int:
@@ -89,14 +85,6 @@ def test_a_run_that_gives_memory_back_is_alone() -> None:
     list(team.map(counted, range(9), releases=lambda item: item == 4))  # type: ignore[arg-type]
     assert at_once[4] == 1
     assert at_once[0] >= 2 <= at_once[1]
-
-
-@pytest.mark.parametrize(("threads", "count", "each"), [(1, 1, 1), (4, 1, 4), (4, 2, 3), (4, 3, 2), (4, 4, 1)])
-def test_threads_that_are_no_workers_own_help_all(threads: int, count: int, each: int) -> None:
-    """ONNX Runtime counts the thread that calls: `count` of them, and each - 1 that the sessions share."""
-    workers(count, threads)
-    assert {session.threads for session in FakeSession.made} == {each}
-    assert count + each - 1 == threads
 
 
 def test_only_the_time_when_nothing_runs_is_waiting() -> None:

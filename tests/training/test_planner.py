@@ -42,7 +42,7 @@ def ever_tighter(bundle: Bundle, settings: Settings, threads: int = 1) -> list[P
 
 def test_a_plan_says_what_was_asked_for(bundle: Bundle) -> None:
     found = plan(bundle, None, threads=2)
-    assert (found.batch, found.threads) == (16, 2)
+    assert (found.batch, found.engine.threads) == (16, 2)
     assert found.micro_batch == found.graph.spec.micro_batch
     least = found.activation_bytes + PROCESS_BYTES + parameter_bytes(bundle, 4, SETTINGS, found.graph.forms)
     assert found.expected_peak_bytes > least
@@ -127,17 +127,17 @@ def test_each_thread_has_a_micro_batch_where_there_are_enough(
     bundle: Bundle, threads: int, batch: int, expected: int
 ) -> None:
     found = plan(bundle, None, replace(SETTINGS, batch=batch), threads)
-    assert found.workers == expected
-    assert found.workers * found.micro_batch <= batch
+    assert found.engine.workers == expected
+    assert found.engine.workers * found.micro_batch <= batch
 
 
 def test_batch_statistics_know_one_run_alone(bundle: Bundle) -> None:
-    assert plan(bundle, None, replace(SETTINGS, statistics="batch"), threads=4).workers == 1
+    assert plan(bundle, None, replace(SETTINGS, statistics="batch"), threads=4).engine.workers == 1
 
 
 def test_a_budget_that_is_short_of_memory_for_workers_has_fewer() -> None:
     plans = ever_tighter(load_bundle("embedded"), replace(SETTINGS, batch=4), threads=4)
-    counts = [p.workers for p in plans if p.settings.moment_bits == 32]
+    counts = [p.engine.workers for p in plans if p.settings.moment_bits == 32]
     assert counts == sorted(counts, reverse=True)
     assert set(counts) == {4, 3, 2, 1}
     one, several = plans[-1], plans[0]

@@ -17,6 +17,7 @@ from ksm_edge.errors import UsageError
 from ksm_edge.fuse import fuse, fused_digest
 from ksm_edge.mask import INITIAL_SCORE
 from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.runtimes.engine import Engine
 from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.runtimes.onnxruntime import Session
 from ksm_edge.runtimes.workers import Workers
@@ -47,7 +48,7 @@ def trainer(
     folder = bundle.path / f"{abs(hash((settings, micro_batch)))}"
     folder.mkdir(exist_ok=True)
     graph = compile_graph(bundle, gradient_spec(bundle, CLASSES, settings, micro_batch), folder)
-    subject = Trainer(bundle, graph, settings, steps=steps, threads=workers, workers=workers)
+    subject = Trainer(bundle, graph, settings, steps=steps, engine=Engine(threads=workers, workers=workers))
     # From a head at 0 nothing flows back at the first step, which would hide mistakes there.
     subject.head_weight[:] = np.random.default_rng(settings.seed).standard_normal(subject.head_weight.shape) / 4
     subject.run_head[:] = subject.head_weight
@@ -58,7 +59,7 @@ def judge(subject: Trainer, workers: int = 1) -> Judge:
     bundle, spec = subject.bundle, gradient_spec(subject.bundle, CLASSES, subject.settings, subject.micro_batch)
     folder = bundle.path / "forward"
     folder.mkdir(exist_ok=True)
-    return Judge(subject, compile_graph(bundle, forward_spec(spec), folder), threads=workers, workers=workers)
+    return Judge(subject, compile_graph(bundle, forward_spec(spec), folder), Engine(threads=workers, workers=workers))
 
 
 def batch(step: int, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +281,7 @@ def test_only_while_it_judges_a_judge_has_a_session(bundle: Bundle, monkeypatch:
             super().__init__(*given, **named)
             alive.add(self.first)
 
-    monkeypatch.setattr("ksm_edge.training.judge.Workers", Watched)
+    monkeypatch.setattr("ksm_edge.runtimes.engine.Workers", Watched)
     watching, pack = judge(subject), to_pack(subject, "colours", ("r", "g", "b"))
     images, labels = batch(1, 4)
 
