@@ -14,7 +14,7 @@ from typing import Any
 from measure import FORMAT_VERSION, read, write
 
 # Settings that did something else than their default now does, before there was a choice.
-BEFORE = {"head_start": "random", "scaled_rates": False}
+BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3}
 Run = dict[str, Any]  # its `identity` is what makes two runs the same
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -26,9 +27,14 @@ def shared_bytes() -> dict[str, int]:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can; glibc would keep it for later."""
+    """Return to the system what is not needed now: freed memory, which glibc would keep, and code that has run.
+
+    To be called where one kind of work ends. Most of the code was for importing, and for ONNX Runtime to read and
+    optimise graphs; what is used again is there again at its next use, from the system's cache of the file.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _let_go_of_code()
 
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's mallopt
@@ -47,10 +53,46 @@ def use_compact_heap() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
+MADV_DONTNEED = 4
 MADV_COLLAPSE = 25  # Linux 6.1; an older kernel refuses it, which does no harm
 HUGE_PAGE = 2 << 20
-# START-END rw-p ... INODE, 0 for memory that no file stands behind, then the fields of the mapping
-MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 .*\n((?:[A-Z]\w+:.*\n)+)", re.MULTILINE)
+# START-END rw-p OFFSET DEVICE INODE NAME, the inode 0 where no file stands behind; then the fields of the mapping
+MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+).*\n((?:[A-Z]\w+:.*\n)+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    """Addresses that the kernel keeps together, as /proc/self/smaps tells of them."""
+
+    start: int
+    size: int  # bytes
+    rights: str
+    has_file: bool
+    fields: str
+
+    def bytes_of(self, field: str) -> int:
+        found = re.search(rf"^{field}: +(\d+) kB", self.fields, re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+
+
+def _mappings() -> Iterator[_Mapping]:
+    for start, end, rights, inode, fields in MAPPING.findall(Path("/proc/self/smaps").read_text()):
+        yield _Mapping(int(start, 16), int(end, 16) - int(start, 16), rights, inode != "0", fields)
+
+
+def _advise(mappings: Iterable[_Mapping], advice: int) -> None:
+    madvise = ctypes.CDLL(None).madvise
+    for mapping in mappings:
+        madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size), advice)
+
+
+def _let_go_of_code() -> None:
+    with suppress(OSError, AttributeError):
+        # A page that was written to, such as by a debugger, would come back as it is in the file.
+        code = (
+            m for m in _mappings() if m.rights in ("r-xp", "r--p") and m.has_file and not m.bytes_of("Private_Dirty")
+        )
+        _advise(code, MADV_DONTNEED)
 
 
 def use_huge_pages() -> None:
@@ -60,18 +102,15 @@ def use_huge_pages() -> None:
     all that will be used for long has been used once, and nothing is being computed.
     """
     with suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None).madvise
-        for start, size in _large_blocks():
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_COLLAPSE)
+        _advise(_large_blocks(), MADV_COLLAPSE)
 
 
-def _large_blocks() -> Iterator[tuple[int, int]]:
-    """Start and size in bytes of private anonymous mappings of at least one huge page, nine tenths resident."""
-    for start, end, fields in MAPPING.findall(Path("/proc/self/smaps").read_text()):
-        first, size = int(start, 16), int(end, 16) - int(start, 16)
-        resident = re.search(r"^Rss: +(\d+) kB", fields, re.MULTILINE)
-        if size >= HUGE_PAGE and resident and int(resident[1]) * 1024 >= 0.9 * size:
-            yield first, size
+def _large_blocks() -> Iterator[_Mapping]:
+    """Private anonymous mappings of at least one huge page, nine tenths resident."""
+    for mapping in _mappings():
+        is_memory = mapping.rights == "rw-p" and not mapping.has_file
+        if is_memory and mapping.size >= HUGE_PAGE and mapping.bytes_of("Rss") >= 0.9 * mapping.size:
+            yield mapping
 
 
 def _field(name: str) -> int:

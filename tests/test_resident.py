@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import mmap
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from ksm_edge.resident import HUGE_PAGE, peak_rss_bytes, rss_bytes, use_huge_pages
+from ksm_edge.resident import HUGE_PAGE, give_back, peak_rss_bytes, rss_bytes, use_huge_pages
 
 BLOCK = 8 * HUGE_PAGE
 
@@ -47,6 +50,31 @@ def test_block_that_is_hardly_used_does_not_become_resident():
     use_huge_pages()
     assert rss_bytes() < before + BLOCK // 2
     block.close()
+
+
+def test_code_that_has_run_leaves_and_comes_back():
+    hashlib.sha256(bytes(100)).digest()
+    before = rss_bytes()
+    give_back()
+    resident = rss_bytes()
+    assert resident < before - (1 << 20)
+    assert hashlib.sha256(b"").hexdigest().startswith("e3b0c442")  # what is called again is there again
+    assert rss_bytes() < before
+
+
+def test_code_that_was_written_to_stays():
+    """As by a debugger: in the file is something else."""
+    page = mmap.PAGESIZE
+    with tempfile.TemporaryFile() as file:
+        file.write(b"as stored" + bytes(page))
+        file.flush()
+        code = mmap.mmap(file.fileno(), page, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        code[:9] = b"otherwise"
+        protect = ctypes.CDLL(None).mprotect
+        address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+        assert protect(ctypes.c_void_p(address), ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_EXEC) == 0
+        give_back()
+        assert ctypes.string_at(address, 9) == b"otherwise"
 
 
 def _setting() -> str:

@@ -32,7 +32,8 @@ NUMBERS = {
     "label_smoothing": "label smoothing",
     "validation": "share of the training images held out for choosing",
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",
-    "thin": "share of the cut kernels, those that matter least, put back late in training (default: half of 1x1 ones)",
+    "thin": "share of the cut kernels, those that matter least, put back in mid training (default: half of 1x1 ones)",
+    "thin_at": "when, as a share of all steps; --learn-in-bits begins there too",
 }
 BITS = {
     "scale_bits": "bits of each mask scale in the pack, 1 to 8",

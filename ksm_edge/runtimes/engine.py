@@ -9,6 +9,7 @@ import numpy as np
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import UsageError
+from ksm_edge.resident import give_back
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.runtimes.workers import Workers
@@ -51,9 +52,12 @@ class Engine:
     def open(self, bundle: Bundle, graph: CompiledGraph, bound: Mapping[str, np.ndarray]) -> Workers:
         """Sessions of the graph, all bound to these arrays (see `GradientSession`)."""
         if self.plans_memory:
+            give_back()  # what was for importing, in front of what is for opening
             # ONNX Runtime counts the thread that calls it, and the sessions share those beside it.
             first = GradientSession(graph, bound, max(1, self.threads - self.workers + 1))
-            return Workers([first, *(first.beside() for _ in range(self.workers - 1))])
+            sessions = [first, *(first.beside() for _ in range(self.workers - 1))]
+            give_back()
+            return Workers(sessions)
         from ksm_edge.runtimes.torch_gradient import TorchGradientSession, has_half
 
         half = has_half(self._device)

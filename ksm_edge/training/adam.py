@@ -57,6 +57,11 @@ class Adam:
             p -= scratch
             self._keep(number, m, v, count)
 
+    def squares(self) -> np.ndarray:
+        """The running mean of the gradient's square, flat, and smaller at first: it began at 0."""
+        count = -(-self.parameter.size // BLOCK)
+        return np.concatenate([self._moments(number)[1] for number in range(count)] or [np.zeros(0, np.float32)])
+
     def _moments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Of one block, to be changed in place."""
         m, v = (block(moment, number) for moment in (self.mean, self.square))

@@ -19,7 +19,7 @@ from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_laye
 # The numbers below were chosen so that no adaptation of eight backbones in steps of 1, 8 and 32 images took more than
 # was expected, and what was expected was least over that: benchmarks/memory.py measures them again.
 # Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
-PROCESS_BYTES = 99 * 2**20
+PROCESS_BYTES = 77 * 2**20
 # Arena and heap round up, and keep what they had to split.
 ACTIVATION_SHARE, PARAMETER_SHARE = 1.2, 1.12
 # Each further worker takes its activations with less to spare, and has a thread and scratch memory of its own.

@@ -43,7 +43,8 @@ class Settings:
     head_rate: float = 2e-3
     head_start: str = "zero"  # or random, as torch starts a Linear layer
     cut_penalty: float = 0.0  # every step pulls scores back towards keeping, by this share of the score rate
-    thin: float | None = None  # share of the cut kernels, those that change least, put back to 1 late in training
+    thin: float | None = None  # share of the cut kernels, those that the loss feels least, put back to 1
+    thin_at: float = 0.5  # when, as a share of all steps: the masks have formed, and what is left can still learn
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
     moment_bits: int = 32  # of each of Adam's two for a score, 32 or 8; a plan may choose 8 where memory is short
     warmup: float = 0.3  # share of all steps in which the rates rise to their full value
@@ -77,6 +78,7 @@ class Settings:
             "norm_rate",
             "head_rate",
             "cut_penalty",
+            "thin_at",
             "warmup",
             "label_smoothing",
             "validation",

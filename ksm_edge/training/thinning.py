@@ -1,7 +1,9 @@
-"""Thinning: cut kernels that hardly change the weights go back to 1, and what is left learns to do without them.
+"""Thinning: cut kernels that the loss hardly feels go back to 1, and what is left learns to do without them.
 
 Adam moves every score whose gradient keeps its sign, however small, so many of the cut kernels are weights next to
-nothing. They cost as many bytes in a pack as the others.
+nothing. They cost as many bytes in a pack as the others. What a kernel is worth is told by the squares of its gradient,
+which Adam has anyway: their mean stands for the Hessian's diagonal (LeCun, Denker, Solla 1990, "Optimal Brain Damage";
+Theis et al. 2018, arXiv 1801.05787, with the Fisher information as here).
 """
 
 from __future__ import annotations
@@ -11,16 +13,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ksm_edge.bundle.tensorfile import let_go
-from ksm_edge.mask import reduce
+from ksm_edge.mask import keep_gradient
 from ksm_edge.training.layer import TrainedLayer
 
-AT = 2 / 3  # of all steps: the masks have formed, and batch-norm and head still have time to settle
 
-
-def late_step(steps: int) -> int:
+def late_step(steps: int, at: float) -> int:
     """The step, counted from 1, behind which a training of `steps` is thinned and turns to what a pack can hold."""
-    return math.ceil(AT * steps)
+    return max(1, math.ceil(at * steps))
 
 
 def thin(layers: Iterable[TrainedLayer], share: float) -> None:
@@ -33,14 +32,12 @@ def thin(layers: Iterable[TrainedLayer], share: float) -> None:
 
 
 def salience(layer: TrainedLayer) -> np.ndarray:
-    """How much each cut kernel changes its filter, in the order of the scores: (1 - M)^2 |W_k|^2 over their mean."""
+    """What it would cost to put each cut kernel back, in the order of the scores: (1 - M)^2 (dL/dM)^2."""
     mask = layer.mask()
-    energy = reduce(np.square(layer.pristine.weight), layer.settings.granularity)
-    energy = energy.reshape(len(energy), -1)
-    change = np.square(1 - mask.cut_scale) * energy.reshape(-1)[mask.cut]
-    let_go(layer.pristine.weight)
-    mean = energy.mean(axis=1)[mask.cut // energy.shape[1]]
-    return change / np.maximum(mean, np.finfo(np.float32).tiny)
+    chain = keep_gradient(layer.score.reshape(-1)[mask.cut])
+    # Far from the threshold scores feel next to nothing of the mask's gradient.
+    squares = layer.learning["score"].squares()[mask.cut] / np.maximum(np.square(chain), np.finfo(np.float32).tiny)
+    return np.square(1 - mask.cut_scale) * squares
 
 
 def _least(values: np.ndarray, share: float) -> float:

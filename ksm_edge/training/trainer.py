@@ -165,7 +165,7 @@ class Trainer:
             layer.step(rates, self.count)
         for name, adam in self.head_learning.items():
             adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
-        if self.count == late_step(self.steps):
+        if self.count == self._late_step:
             if self._thins:
                 thin(self.layers.values(), self._thin)
             self._learn_in_pack_bits()
@@ -188,7 +188,11 @@ class Trainer:
 
     @property
     def _is_late(self) -> bool:
-        return self.count >= late_step(self.steps)
+        return self.count >= self._late_step
+
+    @property
+    def _late_step(self) -> int:
+        return late_step(self.steps, self.settings.thin_at)
 
     @property
     def is_thinned(self) -> bool:

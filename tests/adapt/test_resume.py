@@ -139,7 +139,7 @@ def test_only_an_epoch_that_ended_thinned_can_be_the_best(
     falling = iter([0.9, 0.6, 0.3])
     monkeypatch.setattr("ksm_edge.adapt.job.Job._accuracy", lambda job, pack: next(falling))
     found = adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=3, thin=0.5))
-    assert (found.best_epoch, found.validation_accuracy) == (2, 0.6)  # thinned at two thirds of all steps
+    assert (found.best_epoch, found.validation_accuracy) == (2, 0.6)  # thinned in the second epoch
 
 
 def test_ctrl_c_behind_the_last_epoch_costs_nothing(

@@ -364,7 +364,7 @@ def cut_of(subject: Trainer) -> list[np.ndarray]:
 
 
 def test_masks_are_thinned_once_and_none_is_cut_from_then_on(bundle: Bundle) -> None:
-    at = late_step(STEPS)
+    at = late_step(STEPS, SETTINGS.thin_at)
     thinned, whole = (trainer(bundle, replace(SETTINGS, thin=share)) for share in (0.5, 0.0))
     for subject in (thinned, whole):
         train(subject, 0, at - 1)
@@ -385,7 +385,7 @@ def test_masks_are_thinned_once_and_none_is_cut_from_then_on(bundle: Bundle) -> 
 
 @pytest.mark.parametrize("learn_in_bits", [False, True])
 def test_a_training_resumed_behind_the_thinning_goes_on_alike(bundle: Bundle, learn_in_bits: bool) -> None:
-    done, changed = late_step(STEPS) + 2, replace(SETTINGS, learn_in_bits=learn_in_bits)
+    done, changed = late_step(STEPS, SETTINGS.thin_at) + 2, replace(SETTINGS, learn_in_bits=learn_in_bits)
     straight, again = trainer(bundle, changed), trainer(bundle, changed)
     train(straight, 0, done)
     again.restore({name: array.copy() for name, array in straight.state().items()}, done)
@@ -397,7 +397,7 @@ def test_a_training_resumed_behind_the_thinning_goes_on_alike(bundle: Bundle, le
 
 def test_learning_in_bits_runs_what_the_pack_will_hold(bundle: Bundle) -> None:
     changes = {"learn_in_bits": True, "scale_bits": 1, "norm_bits": 3, "head_bits": 4}
-    subject, at = trainer(bundle, *with_changes(changes)), late_step(STEPS)
+    subject, at = trainer(bundle, *with_changes(changes)), late_step(STEPS, SETTINGS.thin_at)
 
     def differing() -> set[str]:
         """What the gradient graph reads and a pack made now would not give."""
@@ -424,7 +424,7 @@ def test_learning_in_bits_runs_what_the_pack_will_hold(bundle: Bundle) -> None:
 def test_with_batch_statistics_a_layer_without_batch_norm_runs_as_its_pack_too(bundle: Bundle) -> None:
     settings, micro_batch = with_changes({"learn_in_bits": True, "statistics": "batch", "norm_bits": 3})
     subject = trainer(bundle, settings, micro_batch)
-    train(subject, 0, late_step(STEPS) + 1)
+    train(subject, 0, late_step(STEPS, SETTINGS.thin_at) + 1)
     layer, state = subject.layers["plain"], to_pack(subject, "t", ("a", "b", "c")).layers["plain"]
     before = layer.weight.copy(), layer.bias.copy()
     layer.show(state)
