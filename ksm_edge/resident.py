@@ -88,10 +88,10 @@ def _advise(mappings: Iterable[_Mapping], advice: int) -> None:
 
 def _let_go_of_code() -> None:
     with suppress(OSError, AttributeError):
-        # A page that was written to, such as by a debugger, would come back as it is in the file.
-        code = (
-            m for m in _mappings() if m.rights in ("r-xp", "r--p") and m.has_file and not m.bytes_of("Private_Dirty")
-        )
+        # A page that was written to, by the linker or a debugger, would come back as it is in the file. Such pages are
+        # anonymous, dirty or not, or out in the swap.
+        files = (m for m in _mappings() if m.rights in ("r-xp", "r--p") and m.has_file)
+        code = (m for m in files if not m.bytes_of("Anonymous") and not m.bytes_of("Swap"))
         _advise(code, MADV_DONTNEED)
 
 
