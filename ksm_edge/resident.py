@@ -30,7 +30,8 @@ def give_back() -> None:
     """Return to the system what is not needed now: freed memory, which glibc would keep, and code that has run.
 
     To be called where one kind of work ends. Most of the code was for importing, and for ONNX Runtime to read and
-    optimise graphs; what is used again is there again at its next use, from the system's cache of the file.
+    optimise graphs; what is used again is there again at its next use, from the system's cache of the file. Not while
+    another thread loads a library, whose pages the linker may be about to write to.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -16,7 +16,7 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.split import stratified_split
-from ksm_edge.errors import DataError
+from ksm_edge.errors import BudgetError, DataError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.reader import decode
 from ksm_edge.resident import use_compact_heap
@@ -103,7 +103,7 @@ def adapt(
         except KeyboardInterrupt:
             job.save()
             raise Interrupted(checkpoint) from None
-        except (OSError, DataError):  # a disk that is full, an image that is gone: nothing learned is lost
+        except (OSError, DataError, BudgetError):  # a full disk, a lost image, a GPU's memory: nothing learned is lost
             job.save_if_possible()
             raise
 

@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, meaning in BITS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=meaning)
     parser.add_argument(
-        "--learn-in-bits", action="store_true", help="late in training learn with the values that the pack will hold"
+        "--learn-in-bits", action="store_true", help="in the second half learn with the values that the pack will hold"
     )
     parser.add_argument(
         "--from",
@@ -117,9 +117,12 @@ def run(args: argparse.Namespace) -> int:
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.progress import ProgressBar
     from ksm_edge.device import HOST, Device, this_machine
+    from ksm_edge.errors import UsageError
 
     began = time.perf_counter()
     device = this_machine() if args.device == HOST else Device.load(args.device)
+    if device.is_emulated and args.runtime != ENGINES[0]:
+        raise UsageError(f"{device.title} is emulated by holding its memory, which {args.runtime} knows nothing of")
     bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
     budget = args.memory_budget

@@ -60,7 +60,8 @@ class Engine:
             return Workers(sessions)
         from ksm_edge.runtimes.torch_gradient import TorchGradientSession, has_half
 
-        half = has_half(self._device)
+        # What judges computes as an app will.
+        half = graph.spec.backward and has_half(self._device)
         return Workers(
             [TorchGradientSession(bundle, graph, bound, threads=self.threads, device=self._device, half=half)]
         )

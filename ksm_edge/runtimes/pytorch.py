@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,14 @@ def decoded(graph: onnx.GraphProto) -> Graph:
         {t.name: _constant(onnx.numpy_helper.to_array(t)) for t in inline},
         {t.name: tuple(t.dims) for t in graph.initializer if t.external_data},
     )
+
+
+def on_device(graph: Graph, device: str) -> Graph:
+    """The same with its constants there."""
+    import torch
+
+    tensors = {name: value for name, value in graph.constants.items() if isinstance(value, torch.Tensor)}
+    return replace(graph, constants={**graph.constants, **{name: t.to(device) for name, t in tensors.items()}})
 
 
 def _constant(array: np.ndarray) -> Any:

@@ -17,13 +17,13 @@ from ksm_edge.bundle.layers import Bundle, Layer
 from ksm_edge.errors import BudgetError, UnsupportedError
 from ksm_edge.fuse import fuse_layer
 from ksm_edge.runtimes.compile import CompiledGraph
-from ksm_edge.runtimes.pytorch import Attributes, available, conv2d, features, read_graph
+from ksm_edge.runtimes.pytorch import Attributes, available, conv2d, features, on_device, read_graph
 
 if TYPE_CHECKING:
     import torch
 
 WARM_UP = 3  # runs in front of the one that a CUDA graph records: libraries choose their kernels there
-ANOTHER_WAY = (".matrix", ".turned")  # in which ONNX Runtime reads a weight that it has already
+HEAD = "head:"  # begins the names of its parameters; a layer of that name has a point behind it
 
 
 class TorchGradientSession:
@@ -50,7 +50,7 @@ class TorchGradientSession:
         torch.set_num_threads(threads)
         self._graph, self._bound = graph, bound
         self._device, self._half = torch.device(device), half
-        self._backbone = read_graph(bundle.graph_path)
+        self._backbone = on_device(read_graph(bundle.graph_path), device)
         self._layers = {layer.name: layer for layer in bundle.layers}
         self._shapes = {name: graph.inputs[name] for name in bound if _is_parameter(name)}
         self._constants = {name: self._tensor(array) for name, array in _constants(bundle, graph).items()}
@@ -90,7 +90,9 @@ class TorchGradientSession:
         self._send()
         with self._deterministic():
             try:
-                found = self._replayed() if self._device.type == "cuda" else self._computed()
+                # What runs a few times, such as a forward pass behind an epoch, is not worth recording.
+                recorded = self._device.type == "cuda" and self._graph.spec.backward
+                found = self._replayed() if recorded else self._computed()
             except torch.cuda.OutOfMemoryError as error:
                 images = self._graph.spec.micro_batch
                 raise BudgetError(
@@ -132,10 +134,10 @@ class TorchGradientSession:
             seen = features(self._backbone, self._image, lambda *given: self._conv(values, found, *given)).float()
             if not spec.backward:
                 return {"features": seen}
-            with torch.autocast(self._device.type, enabled=False):
+            with torch.autocast(self._device.type, enabled=False):  # each backward operator as its forward one was
                 logits = torch.nn.functional.linear(seen, values["head:weight"], values["head:bias"])
                 loss = -(self._target * torch.log_softmax(logits, 1)).sum()
-            (gradient,) = torch.autograd.grad(loss, self._parameters)
+                (gradient,) = torch.autograd.grad(loss, self._parameters)
         return {**found, "loss": loss.detach(), "logits": logits.detach(), "gradient": gradient}
 
     def _conv(
@@ -184,10 +186,11 @@ class TorchGradientSession:
         """Add each parameter's part to the accumulator that it belongs to."""
         pieces = np.split(gradient, np.cumsum([_size(shape) for shape in self._shapes.values()])[:-1])
         for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True):
-            owner, _, kind = name.replace(":", ".").rpartition(".")
-            if owner == "head":
-                self._bound[f"head:d{kind}"] += piece.reshape(shape)
-            elif kind == "weight":
+            if name.startswith(HEAD):
+                self._bound[f"{HEAD}d{name.removeprefix(HEAD)}"] += piece.reshape(shape)
+                continue
+            owner, _, kind = name.rpartition(".")
+            if kind == "weight":
                 self._add_product(self._layers[owner], piece.reshape(shape))
             else:
                 self._bound[f"{owner}.product" if kind == "scale" else f"{owner}.d{kind}"] += piece
@@ -206,15 +209,18 @@ class TorchGradientSession:
 
 def require(device: str) -> None:
     """UnsupportedError where torch is not there or has no such device."""
-    if (reason := available()) is not None:
-        raise UnsupportedError(f"learning with torch is not possible here: {reason}")
-    import torch
+    reason = available()
+    if device == "cuda":
+        if reason is None:
+            import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(
-            f"torch {torch.__version__} finds no CUDA GPU here: install NVIDIA's build of torch for this JetPack, or "
-            "leave out --runtime"
-        )
+            reason = None if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA GPU"
+        else:
+            reason = "torch is not installed"
+        advice = "NVIDIA's build of torch for this JetPack, or leave out --runtime"
+        reason = reason and f"{reason} here: install {advice}"
+    if reason is not None:
+        raise UnsupportedError(f"learning with torch is not possible: {reason}")
 
 
 def has_half(device: str) -> bool:

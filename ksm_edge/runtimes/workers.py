@@ -118,9 +118,10 @@ class Workers:
 
     def gather(self) -> None:
         """Leave the sums over all sessions in the arrays that the first one is bound to."""
+        sums = self.first.accumulators
         for session in self._sessions[1:]:
             for name, array in session.accumulators.items():
-                self.first.accumulators[name][...] += array
+                sums[name] += array
 
 
 def _finished(running: deque[Future[R]], *, down_to: int) -> Iterator[R]:

@@ -29,6 +29,8 @@ WORKER_BYTES, WORKER_SHARE = 2 * 2**20, 1.1
 IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
 # The update works on one layer after the other: its weight as stored, its products, and what is made of them.
 LAYER_COPIES = 3
+# Moments in few bits save less than they are smaller by: of the rest's share there is less to spare.
+COMPACT_BYTES = 1  # a score
 # Packing looks at all masks at once: places and scales of what is cut, and the coder's bits. Measured where one score
 # in eight is cut, which is several times what tasks need.
 PACKING_BYTES = 5  # a score
@@ -98,10 +100,14 @@ def make_plan(
     naming the smallest budget that would do, before anything is started; UsageError for a budget where `runtime` cannot
     promise one, and UnsupportedError where it cannot run here.
     """
-    engine = Engine(before["runtime"] if before else runtime, threads)
+    if before and before["runtime"] != runtime:
+        raise UsageError(f"the training was begun with --runtime {before['runtime']}: go on with that")
+    engine = Engine(runtime, threads)
     engine.check()
     if not engine.plans_memory:
-        return _unmeasured_plan(bundle, classes, settings, engine, budget_bytes)
+        if budget_bytes is not None:
+            raise UsageError(f"the runtime {runtime} keeps no memory budget: leave it out")
+        return _unmeasured_plan(bundle, classes, settings, engine)
 
     def at(images: int, fast: bool = True, inside: bool = False, recompute: bool = False) -> CompiledGraph:
         spec = gradient_spec(bundle, classes, settings, images)
@@ -143,14 +149,8 @@ def make_plan(
     )
 
 
-def _unmeasured_plan(
-    bundle: Bundle, classes: int, settings: Settings, engine: Engine, budget_bytes: int | None
-) -> Plan:
+def _unmeasured_plan(bundle: Bundle, classes: int, settings: Settings, engine: Engine) -> Plan:
     """That of an engine which takes what memory it wants: as many images at a time as keep a GPU busy."""
-    if budget_bytes is not None:
-        raise UsageError(
-            f"a memory budget is kept by ONNX Runtime alone: leave it out, or the runtime {engine.runtime}"
-        )
     images = settings.batch if settings.statistics == "batch" else min(settings.batch, IMAGES_ON_A_GPU)
     spec = replace(gradient_spec(bundle, classes, settings, images), fast=False)  # autograd reads weights as they are
     return Plan(
@@ -281,7 +281,8 @@ def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Map
         floats += _size(fused_shape(form, layer)) + _size(beside)
         floats += _size(layer.weight_shape) if form == "channel" else 0  # a constant of the graph
     scores = _scores(bundle, settings)
-    return FLOAT_BYTES * (floats + scores) + 2 * scores * settings.moment_bits // 8
+    spare = COMPACT_BYTES if settings.moment_bits < 32 else 0
+    return FLOAT_BYTES * (floats + scores) + scores * (2 * settings.moment_bits // 8 + spare)
 
 
 def _scores(bundle: Bundle, settings: Settings) -> int:

@@ -78,7 +78,6 @@ class Settings:
             "norm_rate",
             "head_rate",
             "cut_penalty",
-            "thin_at",
             "warmup",
             "label_smoothing",
             "validation",
@@ -86,6 +85,8 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
 
+        if not 0 < self.thin_at < 1:
+            raise UsageError(f"thin_at {self.thin_at}: must lie in (0, 1)")
         if self.thin is not None and not 0 <= self.thin < 1:
             raise UsageError(f"thin {self.thin}: must lie in [0, 1)")
 

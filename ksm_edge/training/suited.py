@@ -20,7 +20,7 @@ from ksm_edge.bundle.layers import Bundle, LayerWeights
 
 LAYERS, GAMMA = 52, 0.21
 LEAST, MOST = 0.2, 10.0
-# Share of the cut kernels that is put back late in training, from so many kernels a weight on.
+# Share of the cut kernels that is put back half-way, from so many kernels a weight on.
 THIN, SINGLE_WEIGHTS = 0.5, 0.5
 
 

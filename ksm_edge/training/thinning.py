@@ -19,7 +19,7 @@ from ksm_edge.training.layer import TrainedLayer
 
 def late_step(steps: int, at: float) -> int:
     """The step, counted from 1, behind which a training of `steps` is thinned and turns to what a pack can hold."""
-    return max(1, math.ceil(at * steps))
+    return math.ceil(at * steps)
 
 
 def thin(layers: Iterable[TrainedLayer], share: float) -> None:

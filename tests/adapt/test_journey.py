@@ -218,7 +218,7 @@ def test_torch_learns_the_same_task(
 @pytest.mark.torch
 def test_torch_promises_no_memory(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    with pytest.raises(UsageError, match="a memory budget is kept by ONNX Runtime alone"):
+    with pytest.raises(UsageError, match="the runtime pytorch keeps no memory budget: leave it out"):
         adapt(bundle, images, tmp_path / "a.ksm", settings(), runtime="pytorch", budget_bytes=2**30)
     plan = make_plan(bundle, 3, settings(batch=100), threads=1, budget_bytes=None, runtime="pytorch")
     assert (plan.expected_peak_bytes, plan.micro_batch, plan.engine.workers) == (None, 32, 1)

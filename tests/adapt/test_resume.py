@@ -74,7 +74,9 @@ def test_that_holds_for_torch(bundle: Bundle, images: ImageSet, tmp_path: Path, 
     whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen, runtime="pytorch")
     with pytest.raises(Interrupted):
         adapt(bundle, images, tmp_path / "stopped.ksm", chosen, runtime="pytorch", observer=Stopper(step=7))
-    resumed = adapt(bundle, images, tmp_path / "stopped.ksm", chosen, resume=True)  # in the former torch
+    with pytest.raises(UsageError, match="begun with --runtime pytorch: go on with that"):
+        adapt(bundle, images, tmp_path / "stopped.ksm", chosen, resume=True)
+    resumed = adapt(bundle, images, tmp_path / "stopped.ksm", chosen, resume=True, runtime="pytorch")
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 
