@@ -33,6 +33,7 @@ SETTINGS = Settings(
     norm_rate=1e-2,
     scaled_rates=False,
     thin=0.5,
+    thin_at=2 / 3,  # of eight steps: masks that are cut by then
     head_rate=5e-2,
     warmup=0.05,
     label_smoothing=0.0,
