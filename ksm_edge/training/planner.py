@@ -249,7 +249,9 @@ def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, worker
     packing = PACKING_BYTES * _scores(bundle, settings)
     # Arrays of their own, or pages of a file: there is nothing to round up.
     whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
-    parameters = int(PARAMETER_SHARE * parameter_bytes(bundle, classes, settings, graph.forms)) + FLOAT_BYTES * whole
+    spare = COMPACT_BYTES * _scores(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
+    parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
+    parameters += FLOAT_BYTES * whole
     parameters += (workers - 1) * (WORKER_BYTES + _accumulator_bytes(graph))
     return PROCESS_BYTES + parameters + max(stepping, packing)
 
@@ -281,8 +283,7 @@ def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Map
         floats += _size(fused_shape(form, layer)) + _size(beside)
         floats += _size(layer.weight_shape) if form == "channel" else 0  # a constant of the graph
     scores = _scores(bundle, settings)
-    spare = COMPACT_BYTES if settings.moment_bits < 32 else 0
-    return FLOAT_BYTES * (floats + scores) + scores * (2 * settings.moment_bits // 8 + spare)
+    return FLOAT_BYTES * (floats + scores) + 2 * scores * settings.moment_bits // 8
 
 
 def _scores(bundle: Bundle, settings: Settings) -> int:
