@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -106,13 +104,3 @@ def test_switching_the_flip_leaves_the_crop():
         plain = augment(image, CONTRACT, Augmentation(), rng(seed))
         other = augment(image, CONTRACT, Augmentation(flip=True), rng(seed))
         assert np.allclose(plain, other, atol=1e-4) or np.allclose(plain, other[:, :, ::-1], atol=1e-4)
-
-
-def test_a_view_of_a_200_pixel_image_takes_about_a_millisecond():
-    image, contract = photo(270, 200), InputContract(160, 160, CONTRACT.mean, CONTRACT.std)
-    times = []
-    for seed in range(20):
-        start = time.perf_counter()
-        augment(image, contract, Augmentation(), rng(seed))
-        times.append(time.perf_counter() - start)
-    assert min(times) < 4e-3  # measured 0.7 ms; the best of 20, as other programs may run

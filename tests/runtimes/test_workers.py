@@ -87,22 +87,31 @@ def test_a_run_that_gives_memory_back_is_alone() -> None:
     assert at_once[0] >= 2 <= at_once[1]
 
 
-def test_only_the_time_when_nothing_runs_is_waiting() -> None:
-    def slow(session: FakeSession, item: int) -> None:
-        time.sleep(0.2)
-        session.has_run = True
+def test_only_the_time_when_nothing_runs_is_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("ksm_edge.runtimes.workers.time.perf_counter", lambda: clock[0])
 
-    def items(pause: float) -> Iterator[int]:
-        for item in range(4):
-            time.sleep(pause)
-            yield item
+    def waited_ms(count: int) -> float:
+        """Of four items that take 50 ms each to come by, where a run lasts until the item behind it is there."""
+        team, there = workers(count), [threading.Event() for _ in range(5)]
+        list(team.map(work, range(count)))  # type: ignore[arg-type]
 
-    alone, together = workers(1), workers(2)
-    list(together.map(slow, range(2)))  # type: ignore[arg-type]
-    list(alone.map(slow, items(0.05)))  # type: ignore[arg-type]
-    list(together.map(slow, items(0.05)))  # type: ignore[arg-type]
-    assert alone.waited_ms >= 4 * 50
-    assert together.waited_ms < alone.waited_ms - 50
+        def items() -> Iterator[int]:
+            for item in range(4):
+                clock[0] += 0.05
+                there[item].set()
+                yield item
+            there[4].set()
+
+        def lasting(session: FakeSession, item: int) -> None:
+            assert count == 1 or there[item + 1].wait(timeout=60)
+
+        before = team.waited_ms
+        list(team.map(lasting, items()))  # type: ignore[arg-type]
+        return team.waited_ms - before
+
+    assert waited_ms(1) == pytest.approx(200)
+    assert waited_ms(2) == pytest.approx(50)
 
 
 def test_an_item_is_asked_for_when_there_is_a_session_for_it() -> None:
