@@ -13,9 +13,16 @@ import numpy as np
 from ksm_edge.adapt.descent import Descent
 from ksm_edge.adapt.interrupt import interrupt_held_back
 from ksm_edge.adapt.observer import Observer
+from ksm_edge.adapt.views import Views
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.augment import Augmentation
-from ksm_edge.data.batches import Batch, evaluation_batches, training_batches, training_order
+from ksm_edge.data.batches import (
+    Batch,
+    evaluation_batches,
+    parts_of_batches,
+    training_order,
+    training_views,
+)
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.prefetch import prefetch
@@ -42,6 +49,7 @@ class Timing:
     step_ms: list[float] = field(default_factory=list)
     wait_ms: list[float] = field(default_factory=list)
     images: int = 0
+    views_ms: float = 0.0  # of putting views through the front, all together
 
 
 class Job:
@@ -75,6 +83,9 @@ class Job:
         steps = self.per_epoch * self.settings.epochs
         self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, engine=plan.engine)
         self.judge = Judge(self.trainer, plan.forward, plan.engine)
+        self.views = None
+        if plan.front is not None:
+            self.views = Views(bundle, plan.front, plan.engine, len(train), self._views)
         self._labels = np.array([item.label for item in train])
         self._class_weights = balanced_weights(self._labels, len(images.classes)) if self.settings.balanced else None
 
@@ -99,6 +110,11 @@ class Job:
         state, self.progress, self.best = load_checkpoint(self.checkpoint, self.identity())
         self.trainer.restore(state, self.progress.steps_done)
 
+    def close(self) -> None:
+        """Give back what it holds on disk."""
+        if self.views is not None:
+            self.views.close()
+
     def save(self) -> None:
         """Write the checkpoint."""
         with interrupt_held_back():
@@ -114,8 +130,9 @@ class Job:
     def _learn_epoch(self) -> None:
         progress, batch = self.progress, self.plan.batch
         order = training_order(len(self.train), self.settings.seed, progress.epoch)
-        # Learning from images mostly takes longer than making them, and every one that waits is memory.
-        parts = prefetch(self._parts(), depth=parts_ahead(self.plan.micro_batch, self.plan.engine.workers))
+        if self.views is not None and not self.views.has(self._view):
+            self._see(self.views)
+        parts = prefetch(self._parts(), depth=self._ahead)
         try:
             while progress.step < self.per_epoch:
                 first = progress.step * batch
@@ -126,17 +143,52 @@ class Job:
             parts.close()
 
     def _parts(self) -> Generator[Batch, None, None]:
-        yield from training_batches(
+        epoch, step = self.progress.epoch, self.progress.step
+        order = training_order(len(self.train), self.settings.seed, epoch)
+        for indices in parts_of_batches(order, self.plan.batch, first_step=step, part=self.plan.micro_batch):
+            if self.views is None:
+                yield self._seen(indices, epoch)
+            else:
+                yield Batch(self.views.features(self._view, indices), self._labels[indices], indices)
+
+    def _seen(self, indices: np.ndarray, view: int) -> Batch:
+        augmentation = Augmentation(flip=self.settings.flip)
+        return training_views(
             self.cache,
             self.train,
             self.bundle.input,
-            batch=self.plan.batch,
+            indices,
             seed=self.settings.seed,
-            epoch=self.progress.epoch,
-            augmentation=Augmentation(flip=self.settings.flip),
-            first_step=self.progress.step,
-            part=self.plan.micro_batch,
+            view=view,
+            augmentation=augmentation,
         )
+
+    @property
+    def _views(self) -> int:
+        """More than epochs would never be looked at."""
+        return min(self.settings.views, self.settings.epochs)
+
+    @property
+    def _view(self) -> int:
+        """That of this epoch; they take turns."""
+        return self.progress.epoch % self._views
+
+    def _see(self, views: Views) -> None:
+        """Put this epoch's view of every image through the front."""
+        began, count = time.perf_counter(), self.plan.micro_batch
+        everything = parts_of_batches(np.arange(len(self.train)), count)
+        seen = prefetch((self._seen(indices, self._view) for indices in everything), depth=self._ahead)
+        try:
+            views.fill(self._view, seen, self._observer.seeing)
+        finally:
+            seen.close()
+        give_back()
+        self.timing.views_ms += (time.perf_counter() - began) * 1e3
+
+    @property
+    def _ahead(self) -> int:
+        """Learning from images mostly takes longer than making them, and every one that waits is memory."""
+        return parts_ahead(self.plan.micro_batch, self.plan.engine.workers)
 
     def _step(self, labels: np.ndarray, parts: Iterator[Batch]) -> None:
         """On as many images as there are labels, the next ones of `parts`."""
@@ -197,4 +249,4 @@ class Job:
 
     def _held_out_batches(self) -> Generator[Batch, None, None]:
         batches = evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=self.plan.micro_batch)
-        return prefetch(batches, depth=parts_ahead(self.plan.micro_batch, self.plan.engine.workers))
+        return prefetch(batches, depth=self._ahead)

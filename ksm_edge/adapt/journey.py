@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,13 @@ def prepared(
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         job = Job(bundle, images, cache, learned_from, judged_on, skipped, plan, checkpoint, observer, descent)
-        if resume:
-            job.restore()
-        elif descent is not None:
-            start_from(job.trainer, descent.pack, images.classes)
-        observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)
-        yield job
+        with closing(job):
+            if resume:
+                job.restore()
+            elif descent is not None:
+                start_from(job.trainer, descent.pack, images.classes)
+            observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)
+            yield job
 
 
 def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:

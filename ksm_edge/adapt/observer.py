@@ -19,6 +19,9 @@ class Observer:
     ) -> None:
         """What is about to happen: `steps` in all, of which a resumed training has `done` some."""
 
+    def seeing(self, done: int, total: int) -> None:
+        """Images put through the layers in front of those that learn so far, for a view that is kept."""
+
     def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
         """After an optimizer step: the mean loss of the last 50 and the epoch's accuracy so far."""
 

@@ -6,7 +6,7 @@ It takes fused weights and accumulates what the gradients of any mask are made f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -15,10 +15,12 @@ from ksm_edge.autodiff import conv, loss, norm
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
 from ksm_edge.autodiff.recompute import with_least_kept
 from ksm_edge.autodiff.rules import RULES
-from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.spec import FRONT, WHOLE, GradientSpec
 from ksm_edge.autodiff.tape import Tape, gradient_wanted
 from ksm_edge.bundle.layers import Layer
 from ksm_edge.errors import UnsupportedError
+
+IMAGE, FEATURES = "image", "features"  # of every backbone, the names of its input and its output
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def build(
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
     the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
 
-    With `spec.backward` off the graph ends at its one output, the backbone's `features` (n, F).
+    With `spec.backward` off the graph ends at its one output, the backbone's `features` (n, F). Where `spec.part` is
+    one of two, what lies between them is called `features` in the front, and `image` in the rest.
     Raises UnsupportedError for an operator without a rule.
     """
     table = {layer.name: layer for layer in layers}
@@ -57,14 +60,16 @@ def build(
     shapes = static_shapes(backbone, spec.micro_batch, spec.size)
     emit = Emitter(dtype)
     emit.constants.update(_constants(backbone, dtype))
-    emit.input("image", shapes["image"])
+    if spec.part != WHOLE:
+        nodes = _part(nodes, spec, shapes)
+    emit.input(IMAGE, shapes[IMAGE])
     builder = _Builder(emit, spec, table, nodes, shapes)
     builder.forward()
     forward = len(emit.nodes)
     if spec.backward:
-        _learn(builder, nodes[-1].output)
+        _learn(builder, nodes[-1].output if nodes else IMAGE)
     else:
-        emit.output(nodes[-1].output, shapes[nodes[-1].output])
+        emit.output(FEATURES, shapes[FEATURES])
     model = emit.model()
     if spec.recompute:
         model = with_least_kept(model, forward)
@@ -162,6 +167,38 @@ class _Builder:
                 dz = norm.backward(tape, layer, f"~{layer.name}.before_norm", dz)
             trained, turned = layer.name in self.spec.trained, self.spec.fast
             conv.backward(tape, node, layer, self.forms[node.name], dz, trained=trained, turned=turned)
+
+
+def _part(nodes: list[Node], spec: GradientSpec, shapes: dict[str, Shape]) -> list[Node]:
+    """The nodes in front or behind, and the shape of what lies between under its name there."""
+    count = front_nodes(nodes, spec.trained)
+    between = nodes[count - 1].output
+    name, part = (FEATURES, nodes[:count]) if spec.part == FRONT else (IMAGE, nodes[count:])
+    shapes[name] = shapes[between]
+    called = {between: name}
+
+    def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(called.get(name, name) for name in names)
+
+    return [replace(node, inputs=renamed(node.inputs), outputs=renamed(node.outputs)) for node in part]
+
+
+def front_nodes(nodes: Sequence[Node], trained: frozenset[str]) -> int:
+    """How many there are up to the last place that all of the image goes through, and no layer of `trained` before it.
+
+    UnsupportedError where there is none.
+    """
+    last_use = {name: number for number, node in enumerate(nodes) for name in node.inputs}
+    alive, found = {IMAGE}, 0
+    for number, node in enumerate(nodes):
+        if node.name in trained:
+            break
+        alive = {name for name in (*alive, node.output) if last_use.get(name, len(nodes)) > number}
+        if alive == {node.output}:
+            found = number + 1
+    if found == 0:
+        raise UnsupportedError("no layer lies in front of all those that learn: nothing could be kept of an image")
+    return found
 
 
 def read_nodes(backbone: onnx.ModelProto) -> list[Node]:

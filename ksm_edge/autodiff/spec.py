@@ -8,6 +8,9 @@ from ksm_edge.bundle.layers import Layer
 
 Shape = tuple[int, ...]
 
+# The front of a backbone is all that no layer that learns lies in: what it makes of an image stays the same.
+WHOLE, FRONT, REST = "whole", "front", "rest"
+
 
 @dataclass(frozen=True)
 class GradientSpec:
@@ -22,6 +25,7 @@ class GradientSpec:
     backward: bool = True  # False: image -> features, with the same parameter inputs
     fast: bool = True  # for some memory: weights a second time, as transposed convs read them, and whole stems at once
     inside: bool = False  # fused weights of k x k layers are made in the graph when they are needed, and not kept
+    part: str = WHOLE  # or FRONT: image -> what the rest begins with, forward alone; REST: from there on
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ksm_edge.errors import UsageError
+
+_SHARE = re.compile(r"(\d{1,2})%\.\.")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def select(patterns: str, layers: Sequence[Layer]) -> frozenset[str]:
     """Names of the layers that a list of patterns, with commas between them, selects.
 
     A pattern is a name, may hold the wildcards *, ? and [...], and with .. behind it means its first layer and all that
-    come after that. Raises UsageError where one selects nothing.
+    come after that; 35%.. means all behind the first 35 % of the layers. Raises UsageError where one selects nothing.
 
     >>> stem, body = (Layer(name, (8, 8, 3, 3), 1, 0.0, False) for name in ("stem", "body.0"))
     >>> sorted(select("body.*", [stem, body])), sorted(select("stem..", [stem, body]))
@@ -87,7 +90,9 @@ def select(patterns: str, layers: Sequence[Layer]) -> frozenset[str]:
     """
     names, found = [layer.name for layer in layers], set[str]()
     for pattern in patterns.split(","):
-        matches = [name for name in names if fnmatchcase(name, pattern.strip().removesuffix(".."))]
+        share = _SHARE.fullmatch(pattern.strip())
+        first = names[int(share[1]) * len(names) // 100 :][:1] if share else []
+        matches = first or [name for name in names if fnmatchcase(name, pattern.strip().removesuffix(".."))]
         if not matches:
             raise UsageError(
                 f"no layer is called {pattern.strip()!r}; the backbone's {len(names)} are {', '.join(names[:3])}, ... "

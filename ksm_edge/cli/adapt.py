@@ -72,7 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)"
     )
     parser.add_argument(
-        "--layers", metavar="NAMES", help="layers that may change: names, patterns, or NAME.. for all from there on"
+        "--layers",
+        metavar="NAMES",
+        help="layers that may change: names, patterns, NAME.. for all from there on, or such as 35%%.. for all but the "
+        "first 35 %% of them",
+    )
+    parser.add_argument(
+        "--views",
+        type=positive,
+        metavar="N",
+        help="see each image in N ways only, and keep on disk what the layers in front of --layers make of them",
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="about half the time for some accuracy, by fewer --layers and few --views"
     )
     parser.add_argument("--masked", metavar="NAMES", help="of those the ones that get a mask (default: all)")
     parser.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
@@ -190,13 +202,14 @@ def _images(data: str | None) -> ImageSet:
 
 def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settings:
     """What the options, the device and the defaults for that many training images come to."""
-    from ksm_edge.training.settings import SMALL, Settings, usual_epochs
+    from ksm_edge.training.settings import FAST, SMALL, Settings, usual_epochs
 
-    names = ("epochs", "batch", "method", "layers", "masked", "granularity", "statistics", "head_start", "seed",
-             *NUMBERS, *BITS)  # fmt: skip
+    names = ("epochs", "batch", "method", "layers", "views", "masked", "granularity", "statistics", "head_start",
+             "seed", *NUMBERS, *BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
-    defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs, **(SMALL if args.small else {})}
+    defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs}
+    defaults |= {**(SMALL if args.small else {}), **(FAST if args.fast else {})}
     switches = {name: True for name in ("flip", "balanced", "learn_in_bits") if getattr(args, name)}
     return Settings(**{**defaults, **given, **switches}, soft=not args.binary, scaled_rates=not args.absolute_rates)
 
@@ -241,6 +254,7 @@ def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, w
         "peak_rss_bytes": peak_rss_bytes(),
         "step_ms_p50": ordered[len(ordered) // 2] if ordered else None,
         "data_wait_ms_p50": waits[len(waits) // 2] if waits else None,
+        "views_seconds": timing.views_ms / 1e3,
         "images_per_second": timing.images / (sum(ordered) / 1e3) if ordered else None,
         "wall_seconds": wall_seconds,
         "skipped": [{"image": source, "reason": reason} for source, reason in result.skipped],

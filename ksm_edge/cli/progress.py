@@ -60,6 +60,10 @@ class ProgressBar(Observer):
         self._batch = plan.batch
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)
 
+    def seeing(self, done: int, total: int) -> None:
+        assert self._bar is not None
+        self._bar.set_postfix_str(f"keeping features of {done} of {total} images")
+
     def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
         assert self._bar is not None
         rss = peak_rss_bytes() / 2**20

@@ -53,16 +53,37 @@ def training_batches(
     DataError for an image that can no longer be read.
     """
     order = training_order(len(items), seed, epoch)
+    for indices in parts_of_batches(order, batch, first_step=first_step, part=part):
+        yield training_views(cache, items, contract, indices, seed=seed, view=epoch, augmentation=augmentation)
 
-    def view(index: int) -> np.ndarray:
-        rng = np.random.default_rng([_AUGMENT, seed, epoch, index])
-        return augment(cache.image(items[index]), contract, augmentation, rng)
 
-    for start in range(first_step * batch, len(items), batch):
+def parts_of_batches(
+    order: np.ndarray, batch: int, *, first_step: int = 0, part: int | None = None
+) -> Iterator[np.ndarray]:
+    """The order cut into batches, and these into parts, from step `first_step` on."""
+    for start in range(first_step * batch, len(order), batch):
         whole = order[start : start + batch]
         for first in range(0, len(whole), part or batch):
-            indices = whole[first : first + (part or batch)]
-            yield _batch(items, indices, [view(int(index)) for index in indices])
+            yield whole[first : first + (part or batch)]
+
+
+def training_views(
+    cache: ImageCache,
+    items: Sequence[Item],
+    contract: InputContract,
+    indices: np.ndarray,
+    *,
+    seed: int,
+    view: int,
+    augmentation: Augmentation,
+) -> Batch:
+    """These images as they are seen in epoch `view` (from 0). Raises DataError for one that can no longer be read."""
+
+    def seen(index: int) -> np.ndarray:
+        rng = np.random.default_rng([_AUGMENT, seed, view, index])
+        return augment(cache.image(items[index]), contract, augmentation, rng)
+
+    return _batch(items, indices, [seen(int(index)) for index in indices])
 
 
 def evaluation_batches(

@@ -113,7 +113,7 @@ class ImageCache:
                 return
             try:
                 if self._spill < 0:
-                    self._spill = _nameless_file(self._folder)
+                    self._spill = nameless_file(self._folder)
                 written = os.pwrite(self._spill, data, self.spilled_bytes)
             except OSError:
                 written = 0
@@ -142,7 +142,7 @@ def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def _nameless_file(folder: str | Path | None) -> int:
+def nameless_file(folder: str | Path | None = None) -> int:
     """Descriptor of a new file that ends with it.
 
     By default in /var/tmp: /tmp lies in memory on newer Debian systems, so spilling there would free nothing.

@@ -35,7 +35,7 @@ class GradientSession:
         import onnxruntime as ort
 
         graph, spec = self._graph, self._graph.spec
-        self.image = np.zeros((spec.micro_batch, 3, spec.size, spec.size), np.float32)
+        self.image = np.zeros(graph.inputs["image"], np.float32)
         self.target = np.zeros((spec.micro_batch, spec.classes), np.float32)
         arrays = {**bound, "image": self.image, "target": self.target}
         arrays |= {name: np.zeros(shape, np.float32) for name, shape in graph.outputs.items() if name not in arrays}

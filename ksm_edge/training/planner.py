@@ -14,7 +14,7 @@ from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import MOMENT_BITS, Settings
-from ksm_edge.training.trainer import forward_spec, gradient_spec, learning_layers
+from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers
 
 # The numbers below were chosen so that no adaptation of eight backbones in steps of 1, 8 and 32 images took more than
 # was expected, and what was expected was least over that: benchmarks/memory.py measures them again.
@@ -69,6 +69,7 @@ class Plan:
     settings: Settings  # as asked for, but for what a short budget made of them
     graph: CompiledGraph
     forward: CompiledGraph  # its forward pass, for validation
+    front: CompiledGraph | None = None  # with kept views, what lies in front of `graph`
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -104,6 +105,8 @@ def make_plan(
         raise UsageError(f"the training was begun with --runtime {before['runtime']}: go on with that")
     engine = Engine(runtime, threads)
     engine.check()
+    if settings.views:
+        _require_front(bundle, settings, engine)
     if not engine.plans_memory:
         if budget_bytes is not None:
             raise UsageError(f"the runtime {runtime} keeps no memory budget: leave it out")
@@ -113,8 +116,13 @@ def make_plan(
         spec = gradient_spec(bundle, classes, settings, images)
         return compiled(bundle, replace(spec, fast=fast, inside=inside, recompute=recompute))
 
+    def beside(graph: CompiledGraph) -> list[CompiledGraph]:
+        """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
+        specs = [forward_spec(graph.spec), front_spec(graph.spec)] if settings.views else []
+        return [compiled(bundle, spec) for spec in specs]
+
     def peak(candidate: Candidate) -> int:
-        return expected_peak_bytes(bundle, classes, *candidate)
+        return expected_peak_bytes(bundle, classes, *candidate, beside(candidate[-1]))
 
     def fits(candidate: Candidate) -> bool:
         return budget_bytes is None or peak(candidate) <= budget_bytes
@@ -131,12 +139,12 @@ def make_plan(
         raise UsageError("the training was begun with moments of more bits: leave out --moment-bits")
     kind, workers, graph = _first(((kind, n, at(smallest, *form)) for kind, n, form in candidates), fits, peak)
     if before is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
-        graph = _widened(graph, at, lambda graph: fits((kind, workers, graph)), settings.batch // workers)
+        one = max(_activation_bytes(each) for each in (graph, *beside(graph)))
+        graph = _widened(graph, at, lambda graph: fits((kind, workers, graph)), settings.batch // workers, one)
     need = peak((kind, workers, graph))
     if budget_bytes is not None and need > budget_bytes:
         over = _over_budget(bundle, settings, graph, workers, need, budget_bytes, goes_on=before is not None)
         raise BudgetError(over, need)
-    forward = compiled(bundle, forward_spec(graph.spec))
     return Plan(
         batch=settings.batch,
         micro_batch=graph.spec.micro_batch,
@@ -145,8 +153,20 @@ def make_plan(
         expected_peak_bytes=need,
         settings=kind,
         graph=graph,
-        forward=forward,
+        forward=compiled(bundle, forward_spec(graph.spec)),
+        front=compiled(bundle, front_spec(graph.spec)) if settings.views else None,
     )
+
+
+def _require_front(bundle: Bundle, settings: Settings, engine: Engine) -> None:
+    """UsageError where there is nothing that views could be kept of."""
+    if not engine.plans_memory:
+        raise UsageError(f"{engine} sees every image anew: leave out --views, or --runtime")
+    if bundle.layers[0].name in learning_layers(bundle.layers, settings)[0]:
+        raise UsageError(
+            "--views keeps what the layers in front of those that learn make of an image, and here the first one "
+            "learns: give --layers NAME.. to leave some out"
+        )
 
 
 def _unmeasured_plan(bundle: Bundle, classes: int, settings: Settings, engine: Engine) -> Plan:
@@ -201,9 +221,13 @@ def _widened(
     at: Callable[[int], CompiledGraph],
     fits: Callable[[CompiledGraph], bool],
     batch: int,
+    one: int,
 ) -> CompiledGraph:
-    """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget."""
-    one, count = _activation_bytes(single), 1
+    """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget.
+
+    `one`: bytes of activations for one image, at the worst.
+    """
+    count = 1
     while count * 2 <= batch and one * count * 2 <= COMFORTABLE_BYTES:
         count *= 2
     while count > 1:
@@ -238,13 +262,24 @@ def _over_budget(
     )
 
 
-def expected_peak_bytes(bundle: Bundle, classes: int, settings: Settings, workers: int, graph: CompiledGraph) -> int:
-    """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch."""
+def expected_peak_bytes(
+    bundle: Bundle,
+    classes: int,
+    settings: Settings,
+    workers: int,
+    graph: CompiledGraph,
+    beside: Sequence[CompiledGraph] = (),
+) -> int:
+    """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch.
+
+    `beside`: graphs that run in between.
+    """
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
     micro_batch = graph.spec.micro_batch
     images = (parts_ahead(micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)) * micro_batch
-    stepping = _activation_bytes(graph, workers) + images * 3 * bundle.input.size**2 * FLOAT_BYTES
+    activations = max(_activation_bytes(each, workers) for each in (graph, *beside))
+    stepping = activations + images * 3 * bundle.input.size**2 * FLOAT_BYTES
     stepping += LAYER_COPIES * FLOAT_BYTES * largest
     packing = PACKING_BYTES * _scores(bundle, settings)
     # Arrays of their own, or pages of a file: there is nothing to round up.
@@ -272,12 +307,13 @@ def _activation_bytes(graph: CompiledGraph, workers: int = 1) -> int:
 def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Mapping[str, str]) -> int:
     """Weights as fused, the products of those that learn; scores with Adam's two moments; the head.
 
-    `forms`: of each layer, see `CompiledGraph`. Weights as stored are looked at layer by layer and leave memory again.
+    `forms`: of each layer, see `CompiledGraph`; without those of a front. Weights as stored are looked at layer by
+    layer and leave memory again.
     """
     trained, _ = learning_layers(bundle.layers, settings)
     floats = 4 * classes * (bundle.features + 1)  # the head: parameter, gradient and two moments
     for layer in bundle.layers:
-        form = forms[layer.name]
+        form = forms.get(layer.name, "")
         # Of a layer that does not learn the weight is a constant of two graphs: training's, and the judge's.
         beside = product_shape(form, layer) if layer.name in trained else layer.weight_shape
         floats += _size(fused_shape(form, layer)) + _size(beside)

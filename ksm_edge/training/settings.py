@@ -19,6 +19,8 @@ SHOWN, MOST_EPOCHS = 2400, 60
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
 # A smaller pack for some accuracy: docs/pack-size.md has both.
 SMALL: Mapping[str, Any] = {"thin": 0.7, "scale_bits": 1, "norm_bits": 3, "head_bits": 3, "learn_in_bits": True}
+# Half the time for some accuracy: docs/engine.md has both.
+FAST: Mapping[str, Any] = {"layers": "35%..", "views": 2}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Settings:
     warmup: float = 0.3  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
+    views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
     seed: int = 0
@@ -65,8 +68,9 @@ class Settings:
             group_size(self.granularity)
         if self.moment_bits not in MOMENT_BITS:
             raise UsageError(f"moment_bits {self.moment_bits}: must be one of {', '.join(map(str, MOMENT_BITS))}")
-        if self.seed < 0:
-            raise UsageError(f"seed {self.seed}: must not be negative")
+        for name in ("seed", "views"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} {getattr(self, name)}: must not be negative")
         for name, fewest in FEWEST_BITS.items():
             if not fewest <= getattr(self, name) <= 8:
                 raise UsageError(f"{name} {getattr(self, name)}: must be {fewest} to 8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.spec import FRONT, REST, WHOLE, GradientSpec
 from ksm_edge.bundle.layers import Bundle, Layer, select
 from ksm_edge.errors import UsageError
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
@@ -22,7 +22,7 @@ from ksm_edge.training.thinning import late_step, thin
 
 ONE_THREAD = Engine()
 
-Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or its parts one after the other
+Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or what the front made of them; or parts, one by one
 
 
 def in_parts(images: Images) -> Iterable[np.ndarray]:
@@ -42,7 +42,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Images (n, 3, S, S) and target rows (n, C) of one run; `release`: behind it activations give up their memory."""
+    """Images, or what the front made of them, and target rows (n, C) of one run.
+
+    `release`: behind it activations give up their memory.
+    """
 
     images: np.ndarray
     targets: np.ndarray
@@ -247,11 +250,17 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
     """The gradient graph that these settings need."""
     trained, _ = learning_layers(bundle.layers, settings)
     per_weight = settings.method == "ksm" and settings.granularity == "element"
-    return GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight)
+    part = REST if settings.views else WHOLE
+    return GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight, part=part)
 
 
 def forward_spec(spec: GradientSpec) -> GradientSpec:
     """Its forward pass with the statistics that a pack brings along, reading the same parameters."""
     # Forward there is nothing in `fast`, so one graph serves both; but weights that are made inside are stems' too.
     fast = spec.fast or not spec.inside
-    return replace(spec, backward=False, statistics="frozen", classes=0, fast=fast, recompute=False)
+    return replace(spec, backward=False, statistics="frozen", classes=0, fast=fast, recompute=False, part=WHOLE)
+
+
+def front_spec(spec: GradientSpec) -> GradientSpec:
+    """What makes the images of the rest: forward, and without parameters."""
+    return replace(forward_spec(spec), part=FRONT)

@@ -43,7 +43,15 @@ def test_a_resumed_training_ends_in_the_very_bytes_of_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"statistics": "batch"}, {"method": "head"}, {"granularity": "element"}, {"moment_bits": 8}], ids=str
+    "changes",
+    [
+        {"statistics": "batch"},
+        {"method": "head"},
+        {"granularity": "element"},
+        {"moment_bits": 8},
+        {"views": 1, "layers": "dw.."},
+    ],
+    ids=str,
 )
 def test_that_holds_for_every_kind_of_state(
     bundle: Bundle, images: ImageSet, tmp_path: Path, changes: dict[str, object]

@@ -1,0 +1,100 @@
+"""Features in front of the layers that learn, kept for every training image in a few views.
+
+What lies in front of those layers makes the same of the same view every time. So a few views of each image are put
+through it once, and the epochs take turns with them: that is the time of the front, saved in all other epochs. Each
+value takes two bytes on disk, and none in memory; half precision changes it by up to one part in 2048.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.data.batches import Batch
+from ksm_edge.data.cache import nameless_file
+from ksm_edge.errors import DataError
+from ksm_edge.runtimes.compile import CompiledGraph
+from ksm_edge.runtimes.engine import Engine
+from ksm_edge.runtimes.workers import Session
+
+STORED = np.dtype(np.float16)
+LARGEST = float(np.finfo(STORED).max)
+
+
+class Views:
+    """The features of `images` training images in `count` views, in a file without a name."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: CompiledGraph,
+        engine: Engine,
+        images: int,
+        count: int,
+        folder: str | Path | None = None,
+    ) -> None:
+        """`graph`: compiled from `front_spec`. Raises DataError where the disk has no room for so much."""
+        self._bundle, self._graph, self._engine, self._images = bundle, graph, engine, images
+        self._shape = graph.outputs["features"][1:]
+        self._there: set[int] = set()  # views that have been put through
+        self.bytes = images * count * self._image_bytes
+        self._file = nameless_file(folder)
+        try:
+            os.posix_fallocate(self._file, 0, self.bytes)
+        except OSError as error:
+            os.close(self._file)
+            raise DataError(
+                f"{count} views of {images} images take {-(-self.bytes // 2**20)} MiB on disk in front of the layers "
+                f"that learn: {error.strerror}. Make room, or give fewer --views"
+            ) from error
+
+    @property
+    def _image_bytes(self) -> int:
+        return int(np.prod(self._shape)) * STORED.itemsize
+
+    def has(self, view: int) -> bool:
+        """Whether it has been put through the front."""
+        return view in self._there
+
+    def fill(self, view: int, batches: Iterable[Batch], progress: Callable[[int, int], None] | None = None) -> None:
+        """Put a view of every image through the front; batches of at most a micro-batch.
+
+        Sessions of its own, gone behind it: kept, their memory would be held while learning.
+        """
+        workers, done = self._engine.open(self._bundle, self._graph, {}), 0
+        for indices, features in workers.map(_run, batches):
+            for index, values in zip(indices, features, strict=True):
+                self._write(view, int(index), values)
+            done += len(indices)
+            if progress is not None:
+                progress(done, self._images)
+        self._there.add(view)
+
+    def features(self, view: int, indices: np.ndarray) -> np.ndarray:
+        """Those of some images, float32 (n, ...), as the rest of the graph wants them."""
+        parts = [os.pread(self._file, self._image_bytes, self._place(view, int(index))) for index in indices]
+        return np.frombuffer(b"".join(parts), STORED).reshape(len(indices), *self._shape).astype(np.float32)
+
+    def _write(self, view: int, index: int, values: np.ndarray) -> None:
+        data = np.clip(values, -LARGEST, LARGEST).astype(STORED).tobytes()
+        if os.pwrite(self._file, data, self._place(view, index)) < len(data):
+            raise DataError("the disk is full: make room, or give fewer --views")
+
+    def _place(self, view: int, index: int) -> int:
+        return (view * self._images + index) * self._image_bytes
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def _run(session: Session, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    session.image[: len(batch.images)] = batch.images
+    session.run()
+    return batch.indices, session.output("features")[: len(batch.images)].copy()

@@ -1,0 +1,177 @@
+"""Features in front of the layers that learn, kept for a few views of each image."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from journeys import Watcher, settings
+from tiny import LAYERS
+
+from ksm_edge.adapt.journey import adapt
+from ksm_edge.adapt.views import Views
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.data.batches import Batch
+from ksm_edge.data.image_set import ImageSet
+from ksm_edge.errors import DataError, UsageError
+from ksm_edge.fuse import fuse_layer
+from ksm_edge.runtimes.compile import CompiledGraph, compiled
+from ksm_edge.runtimes.engine import Engine
+from ksm_edge.training.planner import make_plan
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.trainer import ONE_THREAD, Trainer, front_spec, gradient_spec
+
+IMAGES, CLASSES = 5, 3
+LATE = {"layers": "project..", "views": 1}
+
+
+def front(bundle: Bundle, micro_batch: int = 2) -> CompiledGraph:
+    return compiled(bundle, front_spec(gradient_spec(bundle, CLASSES, Settings(**LATE), micro_batch)))
+
+
+def some_images(bundle: Bundle, seed: int = 0) -> np.ndarray:
+    side = bundle.input.size
+    return np.random.default_rng(seed).standard_normal((IMAGES, 3, side, side)).astype(np.float32)
+
+
+def batches(images: np.ndarray) -> list[Batch]:
+    labels = np.zeros(len(images), np.int64)
+    parts = [np.arange(first, min(first + 2, len(images))) for first in range(0, len(images), 2)]
+    return [Batch(images[part], labels[part], part) for part in parts]
+
+
+def first_layer(bundle: Bundle, images: np.ndarray) -> np.ndarray:
+    """What the stem makes of images, in float64."""
+    layer = LAYERS[0]
+    weight, bias = (array.astype(np.float64) for array in fuse_layer(layer, bundle.weights[layer.name], None))
+    padded = np.pad(images.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
+    return np.maximum(np.einsum("nihwkl,oikl->nohw", windows, weight) + bias[:, None, None], 0)
+
+
+@pytest.mark.parametrize("engine", [ONE_THREAD, Engine(threads=2, workers=2)])
+def test_each_view_has_the_features_of_its_own_images(bundle: Bundle, tmp_path: Path, engine: Engine) -> None:
+    """Only the stem lies in front of `project`: what it gives goes around `project` too."""
+    views, seen = Views(bundle, front(bundle), engine, IMAGES, 2, tmp_path), []
+    assert not any(tmp_path.iterdir())  # no name, so nothing is left behind
+    for view in (0, 1):
+        assert not views.has(view)
+        views.fill(view, batches(some_images(bundle, seed=view)), lambda *so_far: seen.append(so_far))
+        assert views.has(view)
+    assert seen == [(2, 5), (4, 5), (5, 5)] * 2
+    for view in (0, 1):
+        found = views.features(view, np.array([4, 0, 2]))
+        assert found.dtype == np.float32
+        expected = first_layer(bundle, some_images(bundle, seed=view))[[4, 0, 2]]
+        np.testing.assert_allclose(found, expected, rtol=2**-11, atol=1e-5)
+    assert views.bytes == 2 * 2 * IMAGES * found[0].size
+    views.close()
+
+
+def test_values_that_half_precision_cannot_hold_end_at_its_largest(bundle: Bundle) -> None:
+    views = Views(bundle, front(bundle), ONE_THREAD, IMAGES, 1)
+    views.fill(0, batches(1e7 * some_images(bundle)))
+    found = views.features(0, np.arange(IMAGES))
+    assert found.max() == np.finfo(np.float16).max
+    views.close()
+
+
+def test_a_disk_without_room_is_told_of_before_anything_is_learned(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"3 views of 5 images take 1 MiB on disk.*No space left.*fewer --views"):
+        Views(bundle, front(bundle), ONE_THREAD, IMAGES, 3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"statistics": "batch"}, {"granularity": "element"}, {"method": "norm"}], ids=str
+)
+@pytest.mark.parametrize("layers", ["dw..", "grouped..", "plain"])
+def test_the_rest_accumulates_what_the_whole_graph_does(
+    bundle: Bundle, changes: dict[str, object], layers: str
+) -> None:
+    chosen = settings(layers=layers, batch=4, **changes)
+    images, rng = some_images(bundle)[:4], np.random.default_rng(1)
+    targets = (rng.dirichlet(np.ones(CLASSES), 4) / 4).astype(np.float32)
+    found = []
+    for views in (0, 1):
+        spec = gradient_spec(bundle, CLASSES, replace(chosen, views=views), micro_batch=4)
+        trainer = Trainer(bundle, compiled(bundle, spec), chosen, steps=10)
+        trainer.run_head[:] = np.random.default_rng(2).standard_normal(trainer.run_head.shape)
+        seen = images
+        if views:
+            (session,) = ONE_THREAD.open(bundle, compiled(bundle, front_spec(spec)), {})._sessions
+            session.image[:] = images
+            session.run()
+            seen = session.output("features")
+        loss = trainer.accumulate(seen, targets).loss
+        arrays = {name: array.copy() for name, array in trainer._workers.first.accumulators.items()}
+        found.append((loss, arrays))
+    (loss, arrays), (expected_loss, expected) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("changes", [{"layers": "project.."}, {"method": "head"}], ids=str)
+def test_as_many_views_as_epochs_are_what_is_learned_from_otherwise(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    chosen = settings(**changes)
+    plain = adapt(bundle, images, tmp_path / "plain.ksm", chosen)
+    for views in (3, 9):
+        kept = adapt(bundle, images, tmp_path / "kept.ksm", replace(chosen, views=views))
+        for record, expected in zip(kept.history, plain.history, strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3)  # they come in half precision
+        assert kept.timing.views_ms > 0
+    assert plain.timing.views_ms == 0
+
+
+def test_fewer_views_take_turns(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
+    class Counting(Watcher):
+        def seeing(self, done: int, total: int) -> None:
+            if done == total:
+                filled.append(total)
+
+    filled: list[int] = []
+    chosen = settings(layers="project..", views=2, epochs=5)
+    found = adapt(bundle, images, tmp_path / "kept.ksm", chosen, observer=Counting())
+    assert filled == [33, 33]
+    assert len(found.history) == 5
+
+
+def test_views_without_a_front_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"here the first one learns: give --layers NAME\.\."):
+        make_plan(bundle, CLASSES, settings(views=2), threads=1, budget_bytes=None)
+
+
+@pytest.mark.torch
+def test_torch_sees_every_image_anew(bundle: Bundle) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(UsageError, match="torch on the processor sees every image anew: leave out --views"):
+        make_plan(bundle, CLASSES, settings(**LATE), threads=1, budget_bytes=None, runtime="pytorch")
+
+
+def test_what_runs_beside_the_rest_is_in_the_plan(bundle: Bundle) -> None:
+    """Validation runs the whole forward pass, whose activations are more than the rest's."""
+    large = replace(bundle, input=replace(bundle.input, size=256, resize=256))
+    kept, plain = (
+        make_plan(large, CLASSES, settings(method="head", views=views), threads=1, budget_bytes=None)
+        for views in (1, 0)
+    )
+    assert kept.front is not None
+    assert plain.front is None
+    assert kept.graph.activation_bytes < kept.forward.activation_bytes
+    assert kept.expected_peak_bytes is not None
+    assert plain.expected_peak_bytes is not None
+    assert kept.micro_batch == plain.micro_batch  # as many as the front can take, not as many as a head
+    assert kept.expected_peak_bytes == pytest.approx(plain.expected_peak_bytes, rel=0.02)
