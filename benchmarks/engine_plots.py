@@ -18,10 +18,10 @@ from typing import Any
 
 from drawing import pyplot
 from measure import RESULTS, ROOT, Record, backbone, fresh_json, read
-from step_rivals import CHANNELS_LAST, FULL, ORT_TRAINING, OURS, SMALLEST
+from step_rivals import CHANNELS_LAST, FASTEST, FULL, ORT_TRAINING, OURS, SMALLEST
 
 TRACED = (OURS, SMALLEST, FULL)
-MARKERS = {OURS: "o", SMALLEST: "v", FULL: "s", CHANNELS_LAST: "D", ORT_TRAINING: "^"}
+MARKERS = {OURS: "o", SMALLEST: "v", FASTEST: "<", FULL: "s", CHANNELS_LAST: "D", ORT_TRAINING: "^"}
 CASE = {"recipe": "mobilenet_v2", "size": 224, "batch": 8, "threads": 1}
 MIB = 1 << 20
 

@@ -3,9 +3,10 @@
     python benchmarks/layers.py            # learns: hours; goes on where it stopped
     python benchmarks/layers.py --time     # measures steps instead, beside full fine-tuning in torch
 
-MobileNetV2 with only its layers from one on adapted, the others plain: validation accuracy over three tasks and three
-seeds at 96 px, each against the run of the same task and seed in which all layers change; and, with --time, what an
-optimizer step of 8 images takes at 224 px, in processes of one thread that alternate. The test sets are not read.
+MobileNetV2 with only its layers from one on adapted, the others plain, and with their output kept in a few views:
+validation accuracy over three tasks and three seeds at 96 px, 30 % of the images held out, each against the run of the
+same task and seed in which all layers change; and, with --time, what an optimizer step of 8 images takes at 224 px, the
+views' share of it included, in processes of one thread that alternate. The test sets are not read.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from timing import falls
 
 SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
 TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
-ALL = "*"
-FIRST = (ALL, "features.11.conv.0.0..", "features.14.conv.0.0..", "features.7.conv.0.0..", "features.4.conv.0.0..")
+HELD_OUT = 0.3
+ALL = ""
+WAYS = (ALL, "--fast", "--layers 35%..", "--layers 52%.. --views 2")  # options of `adapt`
 QUESTION = __doc__.split("\n")[0]
 
 
@@ -46,7 +48,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
-    parser.add_argument("--layers", nargs="+", default=list(FIRST), help="as `adapt --layers` takes them")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
+                        help="each some of `adapt --layers NAMES --views N --fast` (default: a few)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")
@@ -59,10 +62,10 @@ def main() -> int:
     if options.time:
         return _time(options)
     with backbone(options.bundle, SIZE, random=False) as bundle:
-        for layers in options.layers:
-            for seed in options.seeds:
+        for seed in options.seeds:
+            for way in options.ways:
                 for task in options.tasks:
-                    _learn(options, bundle, task, seed, layers)
+                    _learn(options, bundle, task, seed, way)
     _show(summary(grid.runs(options.out)))
     print(f"\nraw values: {options.out}")
     return 0
@@ -71,17 +74,18 @@ def main() -> int:
 # Accuracy
 
 
-def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, layers: str) -> None:
+def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, way: str) -> None:
     """One training, kept in the file; none where that is there."""
     digest = json.loads((bundle / "manifest.json").read_text())["backbone_digest"]
-    identity = {"task": task, "seed": seed, "layers": layers, "size": SIZE, "backbone_digest": digest}
+    identity = {"task": task, "seed": seed, "way": way, "size": SIZE, "backbone_digest": digest}
     if grid.has(options.out, identity):
         return
-    print(f"{task}, seed {seed}, {layers} ...", file=sys.stderr)
+    print(f"{task}, seed {seed}, {way or 'all layers'} ...", file=sys.stderr)
     before = condition()
     with tempfile.TemporaryDirectory(prefix="ksm-edge-layers-") as folder:
         words = ("adapt", str(task_data(task)), "--bundle", str(bundle), "--out", str(Path(folder, "task.ksm")),
-                 "--layers", layers, "--seed", str(seed), "--threads", "1", "--json")  # fmt: skip
+                 *way.split(), "--validation", str(HELD_OUT), "--seed", str(seed), "--threads", "1",
+                 "--json")  # fmt: skip
         report = fresh_json([*KSM_EDGE, *words], quiet=False)
     kept = ("validation_accuracy", "pack_bytes", "peak_rss_bytes", "step_ms_p50", "wall_seconds", "steps")
     found = {name: report[name] for name in kept}
@@ -91,16 +95,16 @@ def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, laye
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each choice of layers: mean accuracy, and the mean change with its standard error over pairs of runs."""
-    by_layers: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    """Of each way: mean accuracy, and the mean change with its standard error over pairs of runs."""
+    by_way: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for run in runs:
         identity = run["identity"]
-        by_layers.setdefault(identity["layers"], {})[identity["task"], identity["seed"]] = run
+        by_way.setdefault(identity["way"], {})[identity["task"], identity["seed"]] = run
     rows = {}
-    for layers, found in by_layers.items():
-        paired = sorted(found.keys() & by_layers.get(ALL, {}).keys())
-        changes = [_accuracy(found[key]) - _accuracy(by_layers[ALL][key]) for key in paired]
-        rows[layers] = {
+    for way, found in by_way.items():
+        paired = sorted(found.keys() & by_way.get(ALL, {}).keys())
+        changes = [_accuracy(found[key]) - _accuracy(by_way[ALL][key]) for key in paired]
+        rows[way] = {
             "runs": len(found),
             "accuracy": statistics.fmean(map(_accuracy, found.values())),
             "accuracy_change": statistics.fmean(changes) if changes else None,
@@ -115,12 +119,12 @@ def _accuracy(run: dict[str, Any]) -> float:
 
 
 def _show(rows: dict[str, Any]) -> None:
-    table = [("layers that change", "runs", "validation accuracy", "change, points", "pack, kB")]
-    for layers, row in rows.items():
+    table = [("options", "runs", "validation accuracy", "change, points", "pack, kB")]
+    for way, row in rows.items():
         error = row["accuracy_change_error"]
         change = "" if error is None else f"{100 * row['accuracy_change']:+.2f} +- {100 * error:.2f}"
         accuracy = f"{100 * row['accuracy']:.2f} %"
-        table.append((layers, str(row["runs"]), accuracy, change, f"{row['pack_bytes'] / 1e3:.1f}"))
+        table.append((way, str(row["runs"]), accuracy, change, f"{row['pack_bytes'] / 1e3:.1f}"))
     print_table(table)
 
 
@@ -133,7 +137,7 @@ def _time(options: argparse.Namespace) -> int:
     with backbone(options.bundle, STEP_SIZE) as bundle:
         usual = {"recipe": "mobilenet_v2", "size": STEP_SIZE, "batch": STEP_BATCH, "threads": 1, "steps": 12}
         usual["bundle"] = str(bundle)
-        rivals = {layers: (OURS, {**usual, "layers": layers}) for layers in options.layers} | {FULL: (FULL, usual)}
+        rivals = {way: (OURS, usual | _settings(way)) for way in options.ways} | {FULL: (FULL, usual)}
         for repeat in range(options.repeats):
             for name in rivals if repeat % 2 == 0 else reversed(rivals):
                 rival, given = rivals[name]
@@ -142,9 +146,9 @@ def _time(options: argparse.Namespace) -> int:
                     continue
                 if not falls(run["losses"]):
                     raise SystemExit(f"WRONG ANSWER: the loss of {name} does not fall: {run['losses']}")
-                record.runs.append({"layers": name, "repeat": repeat, **run})
+                record.runs.append({"way": name, "repeat": repeat, **run})
     for name in rivals:
-        of_rival = [run for run in record.runs if run["layers"] == name]
+        of_rival = [run for run in record.runs if run["way"] == name]
         if of_rival:
             record.summary[name] = {
                 "step_ms": statistics.median(statistics.median(run["step_ms"]) for run in of_rival),
@@ -160,6 +164,18 @@ def _time(options: argparse.Namespace) -> int:
     print_table(table)
     record.finish(options.out.with_name("layer-steps.json"))
     return 0
+
+
+def _settings(way: str) -> dict[str, Any]:
+    """Those that change a step."""
+    from ksm_edge.training.settings import FAST
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", default=None)
+    parser.add_argument("--views", type=int, default=None)
+    parser.add_argument("--fast", action="store_true")
+    given = vars(parser.parse_args(way.split()))
+    return (dict(FAST) if given.pop("fast") else {}) | {k: value for k, value in given.items() if value is not None}
 
 
 if __name__ == "__main__":

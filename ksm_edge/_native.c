@@ -1,12 +1,13 @@
-/* Loops that numpy takes several passes over memory for: decoding keep bits, and fusing.
+/* Loops that numpy takes several passes over memory for: decoding keep bits, fusing, and Adam.
 
    Each has a form in numpy beside its caller, which runs where this was not compiled, says what is wrong where this
-   refuses, and is what the tests hold it to, bit for bit. Buffers come checked for type, contiguity and alignment; what
+   refuses, and is what the tests hold it to, bit for bit (scores' Adam: to a millionth). Buffers come checked for type, contiguity and alignment; what
    is read from a pack is not believed before it is checked. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -363,6 +364,51 @@ static int fuse(const float *restrict weight, const float *restrict factor, int6
     return next == cuts ? 0 : REFUSED;
 }
 
+/* ---- Adam, as ksm_edge/training/adam.py says ---- */
+
+typedef struct {
+    float momentum, gain, decay, square_gain; /* pairs that add up to 1 */
+    float size, floor;
+    float slope, shift; /* of what tanh is taken of a score, see `keep_gradient` in ksm_edge/mask.py; slope 0: no score */
+} Rates;
+
+/* slope / 2 (1 - tanh^2 x) for x = slope score - shift, as slope / 2 / cosh^2 x: from h = cosh(x / 4) - 1 by its power
+   series, whose terms are all positive, and cosh(2 x) - 1 = 2 h (h + 2). Beyond 12 there is less than float32 resolves
+   beside 1. */
+static inline float keep_gradient(float score, float slope, float shift)
+{
+    float x = slope * score - shift;
+    x = x > 12.0f ? 12.0f : x < -12.0f ? -12.0f : x;
+    float u = x * x * (1.0f / 16);
+    float h = 1 + u * (1.0f / 182) * (1 + u * (1.0f / 240));
+    h = 1 + u * (1.0f / 30) * (1 + u * (1.0f / 56) * (1 + u * (1.0f / 90) * (1 + u * (1.0f / 132) * h)));
+    h = u * 0.5f * (1 + u * (1.0f / 12) * h);
+    h = 2 * h * (h + 2);
+    h = 2 * h * (h + 2);
+    return 0.5f * slope / ((1 + h) * (1 + h));
+}
+
+static inline void descend(float *restrict parameter, const float *restrict gradient, float *restrict mean,
+                           float *restrict square, int64_t count, Rates rates, int of_score)
+{
+    for (int64_t i = 0; i < count; i++) {
+        float g = gradient[i];
+        if (of_score)
+            g = g * keep_gradient(parameter[i], rates.slope, rates.shift);
+        mean[i] = mean[i] * rates.momentum + rates.gain * g;
+        square[i] = square[i] * rates.decay + g * g * rates.square_gain;
+        parameter[i] -= mean[i] / (sqrtf(square[i]) + rates.floor) * rates.size;
+    }
+}
+
+static void adam(float *parameter, const float *gradient, float *mean, float *square, int64_t count, Rates rates)
+{
+    if (rates.slope != 0)
+        descend(parameter, gradient, mean, square, count, rates, 1);
+    else
+        descend(parameter, gradient, mean, square, count, rates, 0);
+}
+
 /* ---- What Python calls ---- */
 
 typedef struct {
@@ -501,7 +547,42 @@ static PyObject *py_fuse(PyObject *module, PyObject *const *args, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(adam_doc, "adam(parameter, gradient, mean, square, momentum, decay, size, floor, slope, shift)\n--\n\n"
+                       "One step in place on float32 arrays of one size, of which the gradient is only read.");
+
+static PyObject *py_adam(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 10)
+        return PyErr_Format(PyExc_TypeError, "10 arguments are needed");
+    double given[6];
+    for (int i = 0; i < 6; i++)
+        given[i] = PyFloat_AsDouble(args[4 + i]);
+    if (PyErr_Occurred())
+        return NULL;
+    Rates rates = {(float)given[0], (float)(1 - given[0]), (float)given[1], (float)(1 - given[1]),
+                   (float)given[2], (float)given[3],       (float)given[4], (float)given[5]};
+    Array a[] = {{args[0], "f", 4, 1, {0}},
+                 {args[1], "f", 4, 0, {0}},
+                 {args[2], "f", 4, 1, {0}},
+                 {args[3], "f", 4, 1, {0}}};
+    if (borrow(a, 4) < 0)
+        return NULL;
+    int64_t size = items(&a[0]);
+    int fit = items(&a[1]) == size && items(&a[2]) == size && items(&a[3]) == size;
+    if (fit) {
+        Py_BEGIN_ALLOW_THREADS
+        adam(a[0].view.buf, a[1].view.buf, a[2].view.buf, a[3].view.buf, size, rates);
+        Py_END_ALLOW_THREADS
+    }
+    give_back(a, 4);
+    if (!fit)
+        return PyErr_Format(PyExc_ValueError, "the arrays do not fit");
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef METHODS[] = {
+    {"adam", (PyCFunction)(void (*)(void))py_adam, METH_FASTCALL, adam_doc},
     {"decode_keep", (PyCFunction)(void (*)(void))py_decode_keep, METH_FASTCALL, decode_keep_doc},
     {"fuse", (PyCFunction)(void (*)(void))py_fuse, METH_FASTCALL, fuse_doc},
     {NULL, NULL, 0, NULL},

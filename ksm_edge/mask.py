@@ -26,6 +26,7 @@ SCALE_LIMIT = 0.5
 SMALLEST_RANGE = 1e-30  # of scores; below it float32 cannot hold 0.5 / range, and the range counts as none
 # The authors' beta 1200 over their temperature 100: softmax over (log p, log(1 - p)) / T is sigmoid(x / T).
 SHARPNESS = 12.0
+SLOPE = SHARPNESS / 2
 
 Shape = tuple[int, ...]
 
@@ -141,8 +142,8 @@ def keep_gradient(score: np.ndarray) -> np.ndarray:
     """d keep / d score, score-shaped, soft where keep is hard: 12 g (1 - g), g = sigmoid(12 (score - threshold))."""
     # 4 g (1 - g) = 1 - tanh^2(x / 2) for g = sigmoid(x): fewer passes than the exponential, and nothing can overflow.
     number = score.dtype.type
-    t = np.tanh(number(SHARPNESS / 2) * score - number(SHARPNESS / 2 * THRESHOLD))
-    return number(SHARPNESS / 4) * (1 - t * t)
+    t = np.tanh(number(SLOPE) * score - number(SLOPE * THRESHOLD))
+    return number(SLOPE / 2) * (1 - t * t)
 
 
 def score_gradient(score: np.ndarray, product: np.ndarray, granularity: str = "kernel") -> np.ndarray:

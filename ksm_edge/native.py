@@ -1,6 +1,7 @@
 """The loops in C of _native.c, or None where the package was installed without a C compiler.
 
-Each has a form in numpy beside its caller, which then runs in its place and gives the same bits.
+Each has a form in numpy beside its caller, which then runs in its place and gives the same bits; of scores' Adam it
+gives the same to a millionth.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import pytest
 from ksm_edge import native
 from ksm_edge.coding import keep
 from ksm_edge.errors import DamagedFileError
+from ksm_edge.mask import SLOPE, THRESHOLD, keep_gradient
+from ksm_edge.training.adam import MOMENTUM, SQUARE_DECAY, Adam
 
 SHAPES = [(16, 40), (8, 1), (24, 30), (3, 3)]
 BYTES = (0x00, 0x01, 0x7F, 0x80, 0xFF)
@@ -120,3 +122,67 @@ def test_only_aligned_arrays_of_the_right_type_in_one_piece_are_taken(loops: Mod
 def test_arrays_that_do_not_fit_each_other_are_refused(loops: ModuleType, wrong: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="do not fit, or cut kernels are not ascending"):
         loops.fuse(*(fuse_arguments() | wrong).values())
+
+
+def adam_arguments(count: int = 1003) -> dict[str, np.ndarray]:
+    """Of all magnitudes, as a training in its middle has them."""
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** rng.uniform(-6, 1, count)
+    arrays = {
+        "parameter": rng.standard_normal(count),
+        "gradient": rng.standard_normal(count) * sizes,
+        "mean": rng.standard_normal(count) * sizes,
+        "square": rng.random(count) * sizes**2,
+    }
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def after_adam(monkeypatch: pytest.MonkeyPatch, loops: ModuleType | None, *, scores: bool) -> list[np.ndarray]:
+    monkeypatch.setattr(native, "loops", loops)
+    given = adam_arguments()
+    if scores:
+        given["parameter"] *= 0.5  # from where nothing passes any more to the threshold
+    adam = Adam(given["parameter"], scores=scores)
+    adam.mean[:], adam.square[:] = given["mean"], given["square"]
+    adam.step(given["gradient"], 1e-3, count=7)
+    return [adam.parameter, adam.mean, adam.square]
+
+
+def test_adam_gives_the_bits_of_numpy(loops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = zip(*(after_adam(monkeypatch, form, scores=False) for form in (loops, None)), strict=True)
+    assert all(np.array_equal(found, expected) for found, expected in pairs)
+
+
+def test_adam_of_scores_agrees_to_a_millionth(loops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = zip(*(after_adam(monkeypatch, form, scores=True) for form in (loops, None)), strict=True)
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_keeping_is_as_exact_as_float32_is(loops: ModuleType) -> None:
+    """Read from the first step of plain descent: momentum 0, and a floor of 1 beside which no square is seen."""
+    score = np.concatenate([np.linspace(-3, 3, 4001), [-1e30, 1e30, -0.0, THRESHOLD]]).astype(np.float32)
+    mean, square = np.zeros_like(score), np.zeros_like(score)
+    loops.adam(score.copy(), np.ones_like(score), mean, square, 0.0, SQUARE_DECAY, 0.0, 1.0, SLOPE, SLOPE * THRESHOLD)
+    exact = keep_gradient(score.astype(np.float64))
+    np.testing.assert_allclose(mean, exact, rtol=2e-6, atol=1e-9)
+
+
+def test_adam_takes_only_arrays_that_fit(loops: ModuleType) -> None:
+    numbers = (MOMENTUM, SQUARE_DECAY, 1e-3, 1e-8, 0.0, 0.0)
+    given = adam_arguments()
+    loops.adam(*given.values(), *numbers)
+    for name, right in given.items():
+        with pytest.raises(TypeError):
+            loops.adam(*(given | {name: right.astype(np.float64)}).values(), *numbers)
+        with pytest.raises(ValueError, match="do not fit"):
+            loops.adam(*(given | {name: right[1:]}).values(), *numbers)
+        if name != "gradient":
+            fixed = right.copy()
+            fixed.flags.writeable = False
+            with pytest.raises((BufferError, ValueError), match=r"(?i)read-only|writable"):
+                loops.adam(*(given | {name: fixed}).values(), *numbers)
+    with pytest.raises(TypeError):
+        loops.adam(*given.values(), *numbers[1:])
+    with pytest.raises(TypeError):
+        loops.adam(*given.values(), *numbers[1:], "0")

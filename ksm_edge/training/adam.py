@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from ksm_edge import native
+from ksm_edge.mask import SLOPE, THRESHOLD, keep_gradient
 from ksm_edge.training.eightbit import pack_positive, pack_signed, unpack_positive, unpack_signed
 
 MOMENTUM, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
@@ -17,8 +20,9 @@ BLOCK = 16_384  # elements: seven float32 blocks fit the 512 KiB of a small core
 class Adam:
     """A parameter, changed in place, with its two moments."""
 
-    def __init__(self, parameter: np.ndarray) -> None:
-        self.parameter = parameter
+    def __init__(self, parameter: np.ndarray, *, scores: bool = False) -> None:
+        """`scores`: that is what the parameter is, and gradients are those of the soft mask."""
+        self.parameter, self.scores = parameter, scores
         self.mean, self.square = self._zeros(), self._zeros()
 
     def _zeros(self) -> np.ndarray:
@@ -28,33 +32,18 @@ class Adam:
         """Everything that changes, under names that begin with the given one; the arrays themselves, not copies."""
         return {name: self.parameter, f"{name}:mean": self.mean, f"{name}:square": self.square}
 
-    def step(
-        self,
-        gradient: np.ndarray,
-        rate: float,
-        count: int,
-        chain: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> None:
-        """One update; `count` is 1 for the first. `chain` gives d y / d parameter where `gradient` is that of y."""
+    def step(self, gradient: np.ndarray, rate: float, count: int) -> None:
+        """One update; `count` is 1 for the first."""
         # rate m' / (sqrt(v') + epsilon), m' and v' without their start at zero, as size m / (sqrt(v) + floor).
         unbias = math.sqrt(1 - SQUARE_DECAY**count)
-        size = np.float32(rate * unbias / (1 - MOMENTUM**count))
-        floor = np.float32(EPSILON * unbias)
+        size, floor = rate * unbias / (1 - MOMENTUM**count), EPSILON * unbias
         for number, (p, g) in enumerate(blocks(self.parameter, gradient)):
-            if chain is not None:
-                g = g * chain(p)
             m, v = self._moments(number)
-            m *= np.float32(MOMENTUM)
-            m += (scratch := np.float32(1 - MOMENTUM) * g)
-            np.multiply(g, g, out=scratch)
-            scratch *= np.float32(1 - SQUARE_DECAY)
-            v *= np.float32(SQUARE_DECAY)
-            v += scratch
-            np.sqrt(v, out=scratch)
-            scratch += floor
-            np.divide(m, scratch, out=scratch)
-            scratch *= size
-            p -= scratch
+            if native.loops is not None and p.dtype == g.dtype == np.float32:
+                slope, shift = (SLOPE, SLOPE * THRESHOLD) if self.scores else (0.0, 0.0)
+                native.loops.adam(p, g, m, v, MOMENTUM, SQUARE_DECAY, size, floor, slope, shift)
+            else:
+                _step(p, g * keep_gradient(p) if self.scores else g, m, v, np.float32(size), np.float32(floor))
             self._keep(number, m, v, count)
 
     def squares(self) -> np.ndarray:
@@ -71,6 +60,23 @@ class Adam:
         """Put back what `_moments` gave, if that was a copy."""
 
 
+def _step(
+    p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, size: np.floating[Any], floor: np.floating[Any]
+) -> None:
+    """p -= size m / (sqrt(v) + floor), with m and v moved by g in front of it."""
+    m *= np.float32(MOMENTUM)
+    m += (scratch := np.float32(1 - MOMENTUM) * g)
+    np.multiply(g, g, out=scratch)
+    scratch *= np.float32(1 - SQUARE_DECAY)
+    v *= np.float32(SQUARE_DECAY)
+    v += scratch
+    np.sqrt(v, out=scratch)
+    scratch += floor
+    np.divide(m, scratch, out=scratch)
+    scratch *= size
+    p -= scratch
+
+
 class CompactAdam(Adam):
     """Adam with moments of a byte each, a quarter of the memory.
 
@@ -79,8 +85,8 @@ class CompactAdam(Adam):
     beside it in its row, these move less.
     """
 
-    def __init__(self, parameter: np.ndarray) -> None:
-        super().__init__(parameter)
+    def __init__(self, parameter: np.ndarray, *, scores: bool = False) -> None:
+        super().__init__(parameter, scores=scores)
         self.tops = np.zeros((-(-parameter.size // BLOCK), 2, ROWS), np.float32)  # of each row's two, see `eightbit`
 
     def _zeros(self) -> np.ndarray:

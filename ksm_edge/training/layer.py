@@ -26,7 +26,6 @@ from ksm_edge.mask import (
     THRESHOLD,
     SoftMask,
     expand,
-    keep_gradient,
     reduce_kernels,
     score_shape,
     soft_mask,
@@ -68,7 +67,7 @@ class TrainedLayer:
         if layer.has_norm:
             self.learning["gamma"] = Adam(self.gamma)
         if masked:
-            self.learning["score"] = (CompactAdam if settings.moment_bits == 8 else Adam)(self.score)
+            self.learning["score"] = (CompactAdam if settings.moment_bits == 8 else Adam)(self.score, scores=True)
         self.settled = False  # True: kept kernels stay kept, see `settle`
         self.in_pack_bits = False  # True: the graph reads what a pack would hold
         self.product = np.zeros(product_shape(form, layer), np.float32)
@@ -102,8 +101,7 @@ class TrainedLayer:
         kept = self.score == INITIAL_SCORE if self.settled else None
         for name, gradient in self.gradients().items():
             if name in self.learning:
-                chain = keep_gradient if name == "score" else None
-                self.learning[name].step(gradient, rates[name], count, chain)
+                self.learning[name].step(gradient, rates[name], count)
         if "score" in self.learning and self.settings.cut_penalty:
             pull_to_keeping(self.score, self.settings.cut_penalty * rates["score"])
         if kept is not None:

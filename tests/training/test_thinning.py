@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny import LAYERS, tiny_weights
 
-from ksm_edge.mask import INITIAL_SCORE, THRESHOLD, keep_gradient
+from ksm_edge.mask import INITIAL_SCORE, THRESHOLD
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.thinning import late_step, salience, thin
@@ -21,7 +21,7 @@ def layer(
     result.score[...] = rng.normal(8e-3, 5e-3, result.score.shape)
     for count in range(1, 4):
         gradient = rng.standard_normal(result.score.shape).astype(np.float32)
-        result.learning["score"].step(gradient, 0.0, count, keep_gradient)
+        result.learning["score"].step(gradient, 0.0, count)
     result.fuse()
     return result
 
