@@ -39,6 +39,7 @@ def _always(*words: str) -> Callable[[Bundle], tuple[str, ...]]:
 METHODS = {
     "ksm": Method("KSM, default", _always(), ours=True),
     "small": Method("KSM, --small", _always("--small"), ours=True),
+    "fast": Method("KSM, --fast", _always("--fast"), ours=True),
     "whole": Method("KSM, --thin 0", _always("--thin", "0"), ours=True),
     "penalty": Method("KSM, --cut-penalty 0.05 --thin 0", _always("--cut-penalty", "0.05", "--thin", "0"), ours=True),
     "group4": Method("KSM, group:4", _always("--granularity", "group:4"), ours=True),
