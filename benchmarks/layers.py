@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
 TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 HELD_OUT = 0.3
 ALL = ""
-WAYS = (ALL, "--fast", "--layers 35%..", "--layers 52%.. --views 2")  # options of `adapt`
+WAYS = (ALL, "fast", "layers=35%..", "layers=52%.. views=2")  # options of `adapt`
 QUESTION = __doc__.split("\n")[0]
 
 
@@ -49,7 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
-                        help="each some of `adapt --layers NAMES --views N --fast` (default: a few)")  # fmt: skip
+                        help="each some of layers=NAMES views=N fast, as options of adapt (default: a few)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")
@@ -84,7 +85,7 @@ def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, way:
     before = condition()
     with tempfile.TemporaryDirectory(prefix="ksm-edge-layers-") as folder:
         words = ("adapt", str(task_data(task)), "--bundle", str(bundle), "--out", str(Path(folder, "task.ksm")),
-                 *way.split(), "--validation", str(HELD_OUT), "--seed", str(seed), "--threads", "1",
+                 *_words(way), "--validation", str(HELD_OUT), "--seed", str(seed), "--threads", "1",
                  "--json")  # fmt: skip
         report = fresh_json([*KSM_EDGE, *words], quiet=False)
     kept = ("validation_accuracy", "pack_bytes", "peak_rss_bytes", "step_ms_p50", "wall_seconds", "steps")
@@ -166,16 +167,21 @@ def _time(options: argparse.Namespace) -> int:
     return 0
 
 
+def _words(way: str) -> Iterator[str]:
+    """As `adapt` takes them."""
+    for part in way.split():
+        name, _, value = part.partition("=")
+        yield from (f"--{name}", value) if value else (f"--{name}",)
+
+
 def _settings(way: str) -> dict[str, Any]:
     """Those that change a step."""
     from ksm_edge.training.settings import FAST
 
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", default=None)
-    parser.add_argument("--views", type=int, default=None)
-    parser.add_argument("--fast", action="store_true")
-    given = vars(parser.parse_args(way.split()))
-    return (dict(FAST) if given.pop("fast") else {}) | {k: value for k, value in given.items() if value is not None}
+    given: dict[str, Any] = dict(part.partition("=")[::2] for part in way.split())
+    if "views" in given:
+        given["views"] = int(given["views"])
+    return {**given, **FAST} if "fast" in given else given
 
 
 if __name__ == "__main__":
