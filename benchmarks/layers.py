@@ -50,7 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
-                        help="each some of layers=NAMES views=N fast, as options of adapt (default: a few)")  # fmt: skip
+                        help="each some of layers=NAMES views=N fast, as of adapt (default: a few)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")

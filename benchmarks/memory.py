@@ -31,6 +31,11 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("mobilenet_v2", 0, ("--method", "norm")),
     ("mobilenet_v2", 0, ("--method", "head")),
     ("mobilenet_v2", 0, ("--layers", "features.11.conv.0.0..")),
+    # Layers in front that run apart from the rest, in micro-batches of the same images.
+    ("mobilenet_v2", 0, ("--fast",)),
+    ("mobilenet_v2", 0, ("--fast", "--threads", "4")),
+    ("mobilenet_v2", 0, ("--method", "head", "--views", "1")),
+    ("resnet18", 0, ("--fast",)),
     ("mobilenet_v2", 0, ("--granularity", "element")),
     ("mobilenet_v2", 96, ("--statistics", "batch", "--batch", "8")),
     # Each thread with micro-batches of its own, on however many cores.

@@ -85,7 +85,7 @@ class Job:
         self.judge = Judge(self.trainer, plan.forward, plan.engine)
         self.views = None
         if plan.front is not None:
-            self.views = Views(bundle, plan.front, plan.engine, len(train), self._views)
+            self.views = Views(bundle, plan.front, plan.engine, len(train), self.settings.kept_views)
         self._labels = np.array([item.label for item in train])
         self._class_weights = balanced_weights(self._labels, len(images.classes)) if self.settings.balanced else None
 
@@ -164,14 +164,9 @@ class Job:
         )
 
     @property
-    def _views(self) -> int:
-        """More than epochs would never be looked at."""
-        return min(self.settings.views, self.settings.epochs)
-
-    @property
     def _view(self) -> int:
         """That of this epoch; they take turns."""
-        return self.progress.epoch % self._views
+        return self.progress.epoch % self.settings.kept_views
 
     def _see(self, views: Views) -> None:
         """Put this epoch's view of every image through the front."""

@@ -25,6 +25,11 @@ STORED = np.dtype(np.float16)
 LARGEST = float(np.finfo(STORED).max)
 
 
+def stored_bytes(graph: CompiledGraph, images: int, views: int) -> int:
+    """On disk, of so many views of so many images; `graph`: compiled from `front_spec`."""
+    return images * views * int(np.prod(graph.outputs["features"][1:])) * STORED.itemsize
+
+
 class Views:
     """The features of `images` training images in `count` views, in a file without a name."""
 
@@ -40,8 +45,9 @@ class Views:
         """`graph`: compiled from `front_spec`. Raises DataError where the disk has no room for so much."""
         self._bundle, self._graph, self._engine, self._images = bundle, graph, engine, images
         self._shape = graph.outputs["features"][1:]
+        self._image_bytes = stored_bytes(graph, 1, 1)
         self._there: set[int] = set()  # views that have been put through
-        self.bytes = images * count * self._image_bytes
+        self.bytes = stored_bytes(graph, images, count)
         self._file = nameless_file(folder)
         try:
             os.posix_fallocate(self._file, 0, self.bytes)
@@ -51,10 +57,6 @@ class Views:
                 f"{count} views of {images} images take {-(-self.bytes // 2**20)} MiB on disk in front of the layers "
                 f"that learn: {error.strerror}. Make room, or give fewer --views"
             ) from error
-
-    @property
-    def _image_bytes(self) -> int:
-        return int(np.prod(self._shape)) * STORED.itemsize
 
     def has(self, view: int) -> bool:
         """Whether it has been put through the front."""

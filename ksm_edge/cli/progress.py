@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from ksm_edge.adapt.observer import Observer
+from ksm_edge.adapt.views import stored_bytes
 from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.training.checkpoint import Progress
 from ksm_edge.training.planner import Plan
@@ -57,6 +58,12 @@ class ProgressBar(Observer):
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
         say(f"Plan      {steps} steps of {plan.batch} images, {at_once} at a time{_memory(plan)}")
+        if plan.front is not None:
+            views = plan.settings.kept_views
+            size = stored_bytes(plan.front, train, views) / 2**20
+            say(
+                f"Views     {views} of each image; what the layers in front make of them is kept, {size:.0f} MiB of disk"
+            )
         self._batch = plan.batch
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)
 

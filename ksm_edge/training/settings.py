@@ -95,6 +95,11 @@ class Settings:
             raise UsageError(f"thin {self.thin}: must lie in [0, 1)")
 
     @property
+    def kept_views(self) -> int:
+        """More than epochs would never be looked at."""
+        return min(self.views, self.epochs)
+
+    @property
     def pack_bits(self) -> dict[str, int]:
         """As `ksm_edge.pack.format.encode` takes them.
 

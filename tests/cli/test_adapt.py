@@ -24,7 +24,7 @@ from ksm_edge.limits import run_limited
 from ksm_edge.pack.container import read_container
 from ksm_edge.pack.files import load_pack, save_pack
 from ksm_edge.pack.metadata import read_metadata
-from ksm_edge.training.settings import SMALL
+from ksm_edge.training.settings import FAST, SMALL
 
 KEYS = {
     "device", "emulated", "backbone", "task", "classes", "steps", "epochs", "validation_accuracy", "pack_path",
@@ -124,6 +124,17 @@ def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bund
     assert read_metadata(text).bits == {"scale": 1, "norm": 6, "head": 3}
 
 
+def test_fast_is_a_set_of_defaults_that_options_still_change(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--fast", "--views", 1, "--json")) == 0
+    chosen = load_pack(tmp_path / "a.ksm").record["settings"]
+    assert {name: chosen[name] for name in FAST} == FAST | {"views": 1}
+    stdout, stderr = capsys.readouterr()
+    assert json.loads(stdout)["views_seconds"] > 0
+    assert "Views     1 of each image" in stderr
+
+
 def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tmp_path: Path) -> None:
     arguments = call(photos, bundle, tmp_path / "a.ksm", "--device", "jetson-nano", "--epochs", 1)
     at = arguments.index("--batch")
@@ -150,6 +161,7 @@ REFUSED = {
     "rate out of range": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--head-rate", "7"], "head_rate"),
     "too few bits": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--norm-bits", "1"], "norm_bits 1: must be 2 to 8"),
     "negative seed": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--seed", "-1"], "seed -1"),
+    "views of nothing": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--views", "2"], "give --layers NAME.."),
     "nothing to resume": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--resume"], "leave out --resume"),
     "nowhere to write": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", "absent/a.ksm"], "no folder absent"),
     "budget too small": (5, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--memory-budget", "1MiB"], "--memory-budget"),
