@@ -61,9 +61,7 @@ class ProgressBar(Observer):
         if plan.front is not None:
             views = plan.settings.kept_views
             size = stored_bytes(plan.front, train, views) / 2**20
-            say(
-                f"Views     {views} of each image; what the layers in front make of them is kept, {size:.0f} MiB of disk"
-            )
+            say(f"Views     {views} of each image, of which {size:.0f} MiB on disk keep what the layers in front make")
         self._batch = plan.batch
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)
 
