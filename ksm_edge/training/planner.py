@@ -276,11 +276,14 @@ def expected_peak_bytes(
     """
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
-    micro_batch = graph.spec.micro_batch
-    images = (parts_ahead(micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)) * micro_batch
-    activations = max(_activation_bytes(each, workers) for each in (graph, *beside))
-    stepping = activations + images * 3 * bundle.input.size**2 * FLOAT_BYTES
-    stepping += LAYER_COPIES * FLOAT_BYTES * largest
+    parts = parts_ahead(graph.spec.micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)
+    in_front = sum(_size(layer.weight_shape) for layer in bundle.layers if layer.name not in graph.forms)
+    running = max(
+        _activation_bytes(each, workers)
+        + FLOAT_BYTES * (parts * _size(each.inputs["image"]) + (0 if each is graph else in_front))
+        for each in (graph, *beside)
+    )
+    stepping = running + LAYER_COPIES * FLOAT_BYTES * largest
     packing = PACKING_BYTES * _scores(bundle, settings)
     # Weights a second time: turned, or pages of a file as they are stored.
     whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
@@ -307,13 +310,15 @@ def _activation_bytes(graph: CompiledGraph, workers: int = 1) -> int:
 def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Mapping[str, str]) -> int:
     """Weights as fused, the products of those that learn; scores with Adam's two moments; the head.
 
-    `forms`: of each layer, see `CompiledGraph`; without those of a front. Weights as stored are looked at layer by
-    layer and leave memory again.
+    `forms`: of each layer, see `CompiledGraph`; those of a front have none, and are there while it runs. Weights as
+    stored are looked at layer by layer and leave memory again.
     """
     trained, _ = learning_layers(bundle.layers, settings)
     floats = 4 * classes * (bundle.features + 1)  # the head: parameter, gradient and two moments
     for layer in bundle.layers:
-        form = forms.get(layer.name, "")
+        if layer.name not in forms:
+            continue
+        form = forms[layer.name]
         # Of a layer that does not learn the weight is a constant of two graphs: training's, and the judge's.
         beside = product_shape(form, layer) if layer.name in trained else layer.weight_shape
         floats += _size(fused_shape(form, layer)) + _size(beside)

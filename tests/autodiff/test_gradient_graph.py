@@ -16,14 +16,17 @@ from whole_network import Case, random_bundle, relative_errors, small_settings
 from ksm_edge.autodiff.gradient_graph import build
 from ksm_edge.autodiff.graph import CONTRIB
 from ksm_edge.autodiff.liveness import peak_bytes
-from ksm_edge.autodiff.spec import GradientSpec, product_shape
+from ksm_edge.autodiff.spec import REST, WHOLE, GradientSpec, product_shape
+from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.make import read_onnx
 from ksm_edge.bundle.recipe import load_recipe, recipe_names
 from ksm_edge.errors import UnsupportedError
+from ksm_edge.runtimes.compile import CompiledGraph, compile_graph
 from ksm_edge.runtimes.engine import ENGINES, Engine
 from ksm_edge.runtimes.optimise import in_order
 from ksm_edge.runtimes.reference import evaluate
 from ksm_edge.training.targets import target_rows
+from ksm_edge.training.trainer import Trainer, front_spec, gradient_spec
 
 A = conv("a", "image", 4, 3)
 GRANULARITIES = ("kernel", "group:3", "channel", "element")
@@ -356,6 +359,40 @@ def test_gradients_of_every_recipe_are_those_of_autograd(tmp_path: Path, name: s
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     errors = relative_errors(found, expected)
     assert max(errors.values()) < LIMIT, sorted(errors.items(), key=lambda entry: -entry[1])[:5]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_front_and_rest_of_every_recipe_make_the_whole(tmp_path: Path, name: str) -> None:
+    settings = small_settings(layers="35%..")
+    bundle = random_bundle(name, 45, tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, 3, 45, 45)).astype(np.float32)
+    targets = (np.eye(CLASSES)[:2] / 2).astype(np.float32)
+    found = []
+    for part in (WHOLE, REST):
+        (folder := tmp_path / part).mkdir()
+        spec = replace(gradient_spec(bundle, CLASSES, settings, 2), part=part)
+        trainer = Trainer(bundle, compile_graph(bundle, spec, folder), settings, steps=10)
+        trainer.run_head[:] = np.random.default_rng(1).standard_normal(trainer.run_head.shape)
+        seen = images
+        if part == REST:
+            (beside := tmp_path / "front").mkdir()
+            front = compile_graph(bundle, front_spec(spec), beside)
+            assert len(front.pixels) >= len(bundle.layers) // 4  # most of what could be in front is
+            assert not front.pixels.keys() & trainer.layers.keys()
+            seen = features_of(bundle, front, images)
+        trainer.accumulate(seen, targets)
+        found.append({name: array.copy() for name, array in trainer._workers.first.accumulators.items()})
+    whole, rest = found
+    errors = relative_errors(rest, whole)
+    assert max(errors.values()) < LIMIT, sorted(errors.items(), key=lambda entry: -entry[1])[:5]
+
+
+def features_of(bundle: Bundle, front: CompiledGraph, images: np.ndarray) -> np.ndarray:
+    session = Engine().open(bundle, front, {}).first
+    session.image[:] = images
+    session.run()
+    return session.output("features")
 
 
 VARIANTS = {
