@@ -181,7 +181,10 @@ def _settings(way: str) -> dict[str, Any]:
     given: dict[str, Any] = dict(part.partition("=")[::2] for part in way.split())
     if "views" in given:
         given["views"] = int(given["views"])
-    return {**given, **FAST} if "fast" in given else given
+    if "fast" in given:
+        del given["fast"]
+        given = {**FAST, **given}
+    return given
 
 
 if __name__ == "__main__":

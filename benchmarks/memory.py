@@ -36,6 +36,8 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("mobilenet_v2", 0, ("--fast", "--threads", "4")),
     ("mobilenet_v2", 0, ("--method", "head", "--views", "1")),
     ("resnet18", 0, ("--fast",)),
+    # The features of one image are 21 times as large.
+    ("vgg16_bn", 0, ("--batch", "4", "--layers", "features.3..", "--views", "1")),
     ("mobilenet_v2", 0, ("--granularity", "element")),
     ("mobilenet_v2", 96, ("--statistics", "batch", "--batch", "8")),
     # Each thread with micro-batches of its own, on however many cores.

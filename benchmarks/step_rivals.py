@@ -120,7 +120,7 @@ def _ours(given: Given, *, smallest: bool = False, stem: bool = True, runtime: s
     choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
     found = {**_seen(step, given), "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
     if "step_ms" in found:
-        of_views = front_ms * settings.views / settings.epochs
+        of_views = front_ms * settings.kept_views / settings.epochs
         pairs = zip(found["step_ms"], waited_ms[-len(found["step_ms"]) :], strict=True)
         found["step_ms"] = [round(ms - waited + of_views, 3) for ms, waited in pairs]
     return found | ({} if views is None else {"front_ms": round(front_ms, 3)})

@@ -245,7 +245,7 @@ def layer_tables(content: Mapping[str, Any]) -> str:
 def layer_step_tables(content: Mapping[str, Any]) -> str:
     """What it saves."""
     lines = [
-        "A step of 8 images of 224 px with one thread, the share of the views in it:",
+        "A step of 8 images of 224 px with one thread, and in it the time that views take, shared out over 8 epochs:",
         "",
         "| options | step, ms | / torch, full fine-tuning | peak RSS, MiB |",
         "|---|---|---|---|",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ksm_edge import native
 from ksm_edge.adapt.descent import Descent
 from ksm_edge.adapt.interrupt import interrupt_held_back
 from ksm_edge.adapt.observer import Observer
@@ -102,6 +103,7 @@ class Job:
             "settings": asdict(self.settings),
             "plan": self.plan.choices,
             "threads": self.plan.engine.threads,
+            "compiled_loops": native.loops is not None,  # scores learn the same in numpy, but for their last bits
             "parent": None if self.descent is None else self.descent.sha256,
         }
 
@@ -123,14 +125,17 @@ class Job:
 
     def run(self) -> None:
         """All epochs that are left; raises KsmEdgeError where the loss is no longer a number."""
-        while self.progress.epoch < self.settings.epochs:
-            self._learn_epoch()
-            self._judge_epoch()
+        try:
+            while self.progress.epoch < self.settings.epochs:
+                self._learn_epoch()
+                self._judge_epoch()
+        finally:
+            self.close()  # a pack or a checkpoint may need the room on disk
 
     def _learn_epoch(self) -> None:
         progress, batch = self.progress, self.plan.batch
         order = training_order(len(self.train), self.settings.seed, progress.epoch)
-        if self.views is not None and not self.views.has(self._view):
+        if self.views is not None and progress.step < self.per_epoch and not self.views.has(self._view):
             self._see(self.views)
         parts = prefetch(self._parts(), depth=self._ahead)
         try:
@@ -182,7 +187,10 @@ class Job:
 
     @property
     def _ahead(self) -> int:
-        """Learning from images mostly takes longer than making them, and every one that waits is memory."""
+        """How many parts are made before they are asked for.
+
+        Learning from images mostly takes longer than making them, and every one that waits is memory.
+        """
         return parts_ahead(self.plan.micro_batch, self.plan.engine.workers)
 
     def _step(self, labels: np.ndarray, parts: Iterator[Batch]) -> None:

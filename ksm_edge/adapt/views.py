@@ -15,7 +15,7 @@ import numpy as np
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.batches import Batch
-from ksm_edge.data.cache import nameless_file
+from ksm_edge.data.cache import nameless_file, temporary_folder
 from ksm_edge.errors import DataError
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.engine import Engine
@@ -54,8 +54,8 @@ class Views:
         except OSError as error:
             os.close(self._file)
             raise DataError(
-                f"{count} views of {images} images take {-(-self.bytes // 2**20)} MiB on disk in front of the layers "
-                f"that learn: {error.strerror}. Make room, or give fewer --views"
+                f"to keep features of {count} views of {images} images, {-(-self.bytes // 2**20)} MiB are needed in "
+                f"{folder or temporary_folder()}: {error.strerror}. Make room there, or give fewer --views"
             ) from error
 
     def has(self, view: int) -> bool:
@@ -84,7 +84,7 @@ class Views:
     def _write(self, view: int, index: int, values: np.ndarray) -> None:
         data = np.clip(values, -LARGEST, LARGEST).astype(STORED).tobytes()
         if os.pwrite(self._file, data, self._place(view, index)) < len(data):
-            raise DataError("the disk is full: make room, or give fewer --views")
+            raise DataError("no room is left to keep features in: make some, or give fewer --views")
 
     def _place(self, view: int, index: int) -> int:
         return (view * self._images + index) * self._image_bytes

@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="see each image in N ways only, and keep on disk what the layers in front of --layers make of them",
     )
     parser.add_argument(
-        "--fast", action="store_true", help="about half the time for some accuracy, by fewer --layers and few --views"
+        "--fast", action="store_true", help="less time for some accuracy, by fewer --layers and few --views"
     )
     parser.add_argument("--masked", metavar="NAMES", help="of those the ones that get a mask (default: all)")
     parser.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
@@ -268,6 +268,7 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
         "no validation split" if accuracy is None else f"{accuracy:.2%} on held-out images (epoch {result.best_epoch})"
     )
     bundle = "" if args.bundle == "embedded" else f" --bundle {args.bundle}"
+    seeing = f", {report['views_seconds']:.0f} s to keep features" if report["views_seconds"] else ""
     board = f"{report['device']} (emulated)" if report["emulated"] else report["device"]
     following = f"ksm-edge eval {' '.join(filter(None, [str(report['pack_path']), args.data]))}{bundle}"
     return "\n".join(
@@ -275,7 +276,7 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
             f"Task pack  {report['pack_path']}, {report['pack_bytes'] / 1e3:.1f} kB, {len(report['classes'])} classes",
             f"Accuracy   {chosen}",
             f"Training   {report['steps']} steps, {report['step_ms_p50'] or 0:.0f} ms each (median), "
-            f"{report['images_per_second'] or 0:.0f} images/s, {report['wall_seconds']:.0f} s in all",
+            f"{report['images_per_second'] or 0:.0f} images/s{seeing}, {report['wall_seconds']:.0f} s in all",
             f"Memory     {report['peak_rss_bytes'] / 2**20:.0f} MiB peak RSS, device profile {board}",
             f"Next       {following}",
             *(

@@ -25,6 +25,7 @@ class ProgressBar(Observer):
 
     def __init__(self) -> None:
         self._reading: tqdm[Any] | None = None
+        self._seeing: tqdm[Any] | None = None
         self._bar: tqdm[Any] | None = None
         self._batch = 0
 
@@ -34,7 +35,7 @@ class ProgressBar(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for bar in (self._reading, self._bar):
+        for bar in (self._reading, self._seeing, self._bar):
             if bar is not None:
                 bar.close()
 
@@ -66,8 +67,12 @@ class ProgressBar(Observer):
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)
 
     def seeing(self, done: int, total: int) -> None:
-        assert self._bar is not None
-        self._bar.set_postfix_str(f"keeping features of {done} of {total} images")
+        if self._seeing is None:
+            self._seeing = _bar(total, "Keeping features", leave=False)
+        self._seeing.update(done - self._seeing.n)
+        if done == total:
+            self._seeing.close()
+            self._seeing = None
 
     def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
         assert self._bar is not None

@@ -25,7 +25,7 @@ _ORDER, _AUGMENT = 1, 2
 class Batch:
     """Images as the backbone wants them, what they show, and which of the items they are."""
 
-    images: np.ndarray  # float32 (n, 3, S, S)
+    images: np.ndarray  # float32 (n, 3, S, S), or what a front made of them
     labels: np.ndarray  # int64 (n,)
     indices: np.ndarray  # int64 (n,), into the items
 

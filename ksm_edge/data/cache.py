@@ -143,12 +143,12 @@ def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
 
 
 def nameless_file(folder: str | Path | None = None) -> int:
-    """Descriptor of a new file that ends with it.
-
-    By default in /var/tmp: /tmp lies in memory on newer Debian systems, so spilling there would free nothing.
-    """
-    if folder is None and os.access("/var/tmp", os.W_OK):
-        folder = "/var/tmp"
-    descriptor, path = tempfile.mkstemp(prefix="ksm-edge-", dir=folder)
+    """Descriptor of a new file that ends with it, by default in the `temporary_folder`."""
+    descriptor, path = tempfile.mkstemp(prefix="ksm-edge-", dir=folder or temporary_folder())
     os.unlink(path)
     return descriptor
+
+
+def temporary_folder() -> str:
+    """/var/tmp: /tmp lies in memory on newer Debian systems, so what is put there frees nothing."""
+    return "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()

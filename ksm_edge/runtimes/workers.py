@@ -23,7 +23,7 @@ R = TypeVar("R")
 class Session(Protocol):
     """One gradient graph, or its forward part alone, bound to parameters and to accumulators."""
 
-    image: np.ndarray  # (n, 3, S, S) float32
+    image: np.ndarray  # (n, 3, S, S) float32, or what the graph begins with instead
     target: np.ndarray  # (n, C)
     has_run: bool
 

@@ -161,11 +161,11 @@ def make_plan(
 def _require_front(bundle: Bundle, settings: Settings, engine: Engine) -> None:
     """UsageError where there is nothing that views could be kept of."""
     if not engine.plans_memory:
-        raise UsageError(f"{engine} sees every image anew: leave out --views, or --runtime")
+        raise UsageError(f"{engine} sees every image anew: leave out --views and --fast, or --runtime")
     if bundle.layers[0].name in learning_layers(bundle.layers, settings)[0]:
         raise UsageError(
             "--views keeps what the layers in front of those that learn make of an image, and here the first one "
-            "learns: give --layers NAME.. to leave some out"
+            "learns: give --layers NAME.. to leave some out, or leave out --views and --fast"
         )
 
 
@@ -277,10 +277,12 @@ def expected_peak_bytes(
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
     parts = parts_ahead(graph.spec.micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)
+    parts += len(beside) > 0  # read from disk, it is there as bytes and as numbers
     in_front = sum(_size(layer.weight_shape) for layer in bundle.layers if layer.name not in graph.forms)
     running = max(
         _activation_bytes(each, workers)
         + FLOAT_BYTES * (parts * _size(each.inputs["image"]) + (0 if each is graph else in_front))
+        + FLOAT_BYTES * (workers + 1) * _size(each.outputs.get("features", (0,)))  # on their way to disk
         for each in (graph, *beside)
     )
     stepping = running + LAYER_COPIES * FLOAT_BYTES * largest

@@ -109,7 +109,7 @@ class Trainer:
         return {name: array for name, array in arrays.items() if name in wanted}
 
     def step(self, images: Images, targets: np.ndarray, *, release: bool = False) -> StepResult:
-        """One optimizer step on images (n, 3, S, S) with weighted target distributions (n, C), see `autodiff.loss`.
+        """One optimizer step on `Images` with weighted target distributions (n, C), see `autodiff.loss`.
 
         The images may come in parts, so that they need not be in memory all at once. With frozen statistics the result
         is that of one batch, however it is cut into micro-batches. `release` gives the activations' memory back behind

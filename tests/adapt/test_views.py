@@ -5,23 +5,29 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from journeys import Watcher, settings
 from tiny import LAYERS
 
-from ksm_edge.adapt.journey import adapt
+from ksm_edge.adapt import journey
+from ksm_edge.adapt.journey import Interrupted, adapt
+from ksm_edge.adapt.observer import Observer
 from ksm_edge.adapt.views import Views
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.batches import Batch
 from ksm_edge.data.image_set import ImageSet
 from ksm_edge.errors import DataError, UsageError
 from ksm_edge.fuse import fuse_layer
+from ksm_edge.pack.files import save_pack
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
-from ksm_edge.training.planner import make_plan
+from ksm_edge.training.checkpoint import Progress
+from ksm_edge.training.planner import PROCESS_BYTES, make_plan
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import ONE_THREAD, Trainer, front_spec, gradient_spec
 
@@ -87,7 +93,7 @@ def test_a_disk_without_room_is_told_of_before_anything_is_learned(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DataError, match=r"3 views of 5 images take 1 MiB on disk.*No space left.*fewer --views"):
+    with pytest.raises(DataError, match=r"3 views of 5 images, 1 MiB are needed in .*No space left.*fewer --views"):
         Views(bundle, front(bundle), ONE_THREAD, IMAGES, 3)
 
 
@@ -136,17 +142,81 @@ def test_as_many_views_as_epochs_are_what_is_learned_from_otherwise(
     assert plain.timing.views_ms == 0
 
 
-def test_fewer_views_take_turns(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
+def test_fewer_views_take_turns(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Counting(Watcher):
         def seeing(self, done: int, total: int) -> None:
             if done == total:
                 filled.append(total)
 
-    filled: list[int] = []
+    def noted(views: Views, view: int, indices: np.ndarray) -> np.ndarray:
+        read.append(view)
+        return plain(views, view, indices)
+
+    filled, read, plain = list[int](), list[int](), Views.features
+    monkeypatch.setattr(Views, "features", noted)
     chosen = settings(layers="project..", views=2, epochs=5)
-    found = adapt(bundle, images, tmp_path / "kept.ksm", chosen, observer=Counting())
+    adapt(bundle, images, tmp_path / "kept.ksm", chosen, observer=Counting())
     assert filled == [33, 33]
-    assert len(found.history) == 5
+    assert [view for view, _ in groupby(read)] == [0, 1, 0, 1, 0]
+
+
+class StopSeeing(Observer):
+    """Presses Ctrl-C when a view has been put through the front so many times in part."""
+
+    def __init__(self, call: int) -> None:
+        self.left = call
+
+    def seeing(self, done: int, total: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", [1, 3, 7])  # the last while it sees the second view
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_training_interrupted_while_it_keeps_features_goes_on_to_the_very_bytes(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, call: int, threads: int
+) -> None:
+    chosen = settings(layers="project..", views=2)
+    whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen, threads=threads)
+    out, stop = tmp_path / "stopped.ksm", StopSeeing(call)
+    with pytest.raises(Interrupted):
+        adapt(bundle, images, out, chosen, threads=threads, observer=stop)
+    assert stop.left == 0
+    assert not files_without_a_name()
+    resumed = adapt(bundle, images, out, chosen, threads=threads, resume=True)
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+
+
+def files_without_a_name() -> list[str]:
+    """That this process holds, of those that this package makes."""
+    links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if alive(name)]
+    return [link for link in links if "ksm-edge-" in link and link.endswith("(deleted)")]
+
+
+def alive(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
+def test_the_room_on_disk_is_free_before_anything_else_is_written(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Looking(Watcher):
+        def step(self, progress: Progress, steps: int, loss: float, accuracy: float) -> None:
+            held.append(len(files_without_a_name()))
+
+    def saved(*args: Any, **kwargs: Any) -> int:
+        assert not files_without_a_name()
+        return save_pack(*args, **kwargs)
+
+    held: list[int] = []
+    monkeypatch.setattr(journey, "save_pack", saved)
+    chosen = settings(layers="project..", views=2)
+    found = adapt(bundle, images, tmp_path / "kept.ksm", chosen, observer=Looking())
+    assert found.pack_path.exists()
+    assert set(held) == {1}
 
 
 def test_views_without_a_front_are_refused(bundle: Bundle) -> None:
@@ -157,7 +227,7 @@ def test_views_without_a_front_are_refused(bundle: Bundle) -> None:
 @pytest.mark.torch
 def test_torch_sees_every_image_anew(bundle: Bundle) -> None:
     pytest.importorskip("torch")
-    with pytest.raises(UsageError, match="torch on the processor sees every image anew: leave out --views"):
+    with pytest.raises(UsageError, match="torch on the processor sees every image anew: leave out --views and --fast"):
         make_plan(bundle, CLASSES, settings(**LATE), threads=1, budget_bytes=None, runtime="pytorch")
 
 
@@ -174,4 +244,4 @@ def test_what_runs_beside_the_rest_is_in_the_plan(bundle: Bundle) -> None:
     assert kept.expected_peak_bytes is not None
     assert plain.expected_peak_bytes is not None
     assert kept.micro_batch == plain.micro_batch  # as many as the front can take, not as many as a head
-    assert kept.expected_peak_bytes == pytest.approx(plain.expected_peak_bytes, rel=0.02)
+    assert PROCESS_BYTES + kept.forward.activation_bytes < kept.expected_peak_bytes < 1.02 * plain.expected_peak_bytes
