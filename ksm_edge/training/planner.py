@@ -277,15 +277,11 @@ def expected_peak_bytes(
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
     parts = parts_ahead(graph.spec.micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)
-    parts += len(beside) > 0  # read from disk, it is there as bytes and as numbers
+    # Features are read from disk as bytes, and made into numbers: a part more is there.
+    running = [_running_bytes(graph, workers, parts + 1 if beside else parts)]
     in_front = sum(_size(layer.weight_shape) for layer in bundle.layers if layer.name not in graph.forms)
-    running = max(
-        _activation_bytes(each, workers)
-        + FLOAT_BYTES * (parts * _size(each.inputs["image"]) + (0 if each is graph else in_front))
-        + FLOAT_BYTES * (workers + 1) * _size(each.outputs.get("features", (0,)))  # on their way to disk
-        for each in (graph, *beside)
-    )
-    stepping = running + LAYER_COPIES * FLOAT_BYTES * largest
+    running += [_running_bytes(each, workers, parts) + FLOAT_BYTES * in_front for each in beside]
+    stepping = max(running) + LAYER_COPIES * FLOAT_BYTES * largest
     packing = PACKING_BYTES * _scores(bundle, settings)
     # Weights a second time: turned, or pages of a file as they are stored.
     whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
@@ -294,6 +290,12 @@ def expected_peak_bytes(
     parameters += int(WHOLE_SHARE * FLOAT_BYTES * whole)
     parameters += (workers - 1) * (WORKER_BYTES + _accumulator_bytes(graph))
     return PROCESS_BYTES + parameters + max(stepping, packing)
+
+
+def _running_bytes(graph: CompiledGraph, workers: int, parts: int) -> int:
+    """Of activations, the parts of a step's images that are there, and features that nobody has taken yet."""
+    features = (workers + 1) * _size(graph.outputs.get("features", (0,)))
+    return _activation_bytes(graph, workers) + FLOAT_BYTES * (parts * _size(graph.inputs["image"]) + features)
 
 
 def parts_ahead(micro_batch: int, workers: int) -> int:
