@@ -30,7 +30,7 @@ IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
 # The update works on one layer after the other, with more arrays of its size than room that activations have left.
 LAYER_COPIES = 1
 # Moments in few bits save less than they are smaller by: of the rest's share there is less to spare.
-COMPACT_BYTES = 1.5  # a score
+COMPACT_BYTES = 1.1  # a score
 # Packing looks at all masks at once: places and scales of what is cut, and the coder's bits. Measured where one score
 # in eight is cut, which is several times what tasks need.
 PACKING_BYTES = 5  # a score
