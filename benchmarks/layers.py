@@ -41,7 +41,7 @@ SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
 TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 HELD_OUT = 0.3
 ALL = ""
-WAYS = (ALL, "fast", "layers=35%..", "layers=52%.. views=2")  # options of `adapt`
+WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2")  # options of `adapt`
 QUESTION = __doc__.split("\n")[0]
 
 
@@ -50,7 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
-                        help="each some of layers=NAMES views=N fast, as of adapt (default: a few)")  # fmt: skip
+                        help="each some of layers=NAMES views=N, as of adapt (default: a few)")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")
@@ -169,22 +169,13 @@ def _time(options: argparse.Namespace) -> int:
 
 def _words(way: str) -> Iterator[str]:
     """As `adapt` takes them."""
-    for part in way.split():
-        name, _, value = part.partition("=")
-        yield from (f"--{name}", value) if value else (f"--{name}",)
+    for name, value in _settings(way).items():
+        yield from (f"--{name}", str(value))
 
 
 def _settings(way: str) -> dict[str, Any]:
-    """Those that change a step."""
-    from ksm_edge.training.settings import FAST
-
-    given: dict[str, Any] = dict(part.partition("=")[::2] for part in way.split())
-    if "views" in given:
-        given["views"] = int(given["views"])
-    if "fast" in given:
-        del given["fast"]
-        given = {**FAST, **given}
-    return given
+    given = dict(part.split("=", 1) for part in way.split())
+    return {name: int(value) if name == "views" else value for name, value in given.items()}
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def layer_step_tables(content: Mapping[str, Any]) -> str:
 def _way(way: str) -> str:
     """Options of `adapt` as benchmarks/layers.py has them, or a rival's name."""
     words = " ".join(f"--{part.replace('=', ' ')}" for part in way.split())
-    return f"`{words}`" if way == "fast" or "=" in way else way or "all layers"
+    return f"`{words}`" if "=" in way else way or "all layers"
 
 
 def runtime_tables(content: Mapping[str, Any]) -> str:
