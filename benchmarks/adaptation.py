@@ -42,7 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="(default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each rival (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps in each process (default: 5)")
-    parser.add_argument("--add", action="store_true", help="keep what the file has of other cases")
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other cases and rivals")
     parser.add_argument("--onnxruntime-training", metavar="PYTHON", help="that has it: see ort_training.py")
     add_output(parser)
     return parser
@@ -56,9 +56,9 @@ def main() -> int:
     wanted = cases(options)
     out = output(options, "adaptation")
     if options.add and out is not None and out.exists():
-        again, before = {_case(case) for case in wanted}, read(out)
+        again, before = {(*_case(case), rival) for case in wanted for rival in options.rivals}, read(out)
         of_before = {"commit": before["machine"].get("commit")}
-        record.runs = [{**of_before, **run} for run in before["runs"] if _case(run) not in again]
+        record.runs = [{**of_before, **run} for run in before["runs"] if (*_case(run), run["rival"]) not in again]
         record.warnings += before["warnings"]
     for recipe, size in dict.fromkeys((case["recipe"], case["size"]) for case in wanted):
         with backbone(None, size, recipe=recipe) as bundle:
