@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Record, add_output, backbone, fresh_json, output, print_table, read, share_warning
-from step_rivals import ALONG_AXES, FULL, ONCE, OURS, RIVALS, applies
+from step_rivals import ALONG_AXES, FASTEST, FULL, ONCE, OURS, RIVALS, applies
 from timing import falls
 
 RECIPES = ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50", "efficientnet_b0")
@@ -122,8 +122,11 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         cells.setdefault((*_case(run), run["rival"]), []).append(run)
-    rows = []
-    for (recipe, size, batch, threads, rival), of_cell in cells.items():
+    rows, seen = [], list(dict.fromkeys(map(_case, runs)))
+    for (*case, rival), of_cell in sorted(
+        cells.items(), key=lambda cell: (seen.index(cell[0][:-1]), list(RIVALS).index(cell[0][-1]))
+    ):
+        recipe, size, batch, threads = case
         row = {"recipe": recipe, "size": size, "batch": batch, "threads": threads, "rival": rival}
         there = [run for run in of_cell if "absent" not in run]
         if not there:
@@ -132,7 +135,8 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["step_ms"] = statistics.median(statistics.median(run["step_ms"]) for run in there)
         row["learns"] = all(falls(run["losses"]) for run in there)
         row["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in there)
-        row["bound_ms"] = there[0]["bound_flops"] / statistics.median(run["flop_rate"] for run in there) * 1e3
+        if rival != FASTEST:  # which does less
+            row["bound_ms"] = there[0]["bound_flops"] / statistics.median(run["flop_rate"] for run in there) * 1e3
         rows.append(row)
     full = {_case(row): row for row in rows if row["rival"] == FULL and "absent" not in row}
     for row in rows:
@@ -177,7 +181,7 @@ def _show(found: dict[str, Any]) -> None:
         time_ratio, memory_ratio = (
             f"{row[name]:.3f}" if name in row else "" for name in ("time_ratio", "memory_ratio")
         )
-        share = f"{row['bound_ms'] / row['step_ms']:.0%}"
+        share = f"{row['bound_ms'] / row['step_ms']:.0%}" if "bound_ms" in row else ""
         table.append(
             (*case, f"{row['step_ms']:.0f}", time_ratio, share, f"{row['peak_rss_bytes'] / MIB:.0f}", memory_ratio)
         )

@@ -220,7 +220,8 @@ def step_tables(content: Mapping[str, Any]) -> str:
             cells = ["not measured", row["absent"], "", ""]
         else:
             ratio = f"{row['time_ratio']:.2f}" if "time_ratio" in row else ""
-            share, memory = f"{row['bound_ms'] / row['step_ms']:.0%}", f"{row['peak_rss_bytes'] / MIB:.0f}"
+            share = f"{row['bound_ms'] / row['step_ms']:.0%}" if "bound_ms" in row else ""
+            memory = f"{row['peak_rss_bytes'] / MIB:.0f}"
             cells = [f"{row['step_ms']:.0f}", ratio, share, memory]
         lines.append(f"| {' | '.join([*case, *cells])} |")
     return "\n".join([*lines, "", _origin(content)])
