@@ -30,7 +30,7 @@ IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
 # The update works on one layer after the other, with more arrays of its size than room that activations have left.
 LAYER_COPIES = 1
 # Moments in few bits save less than they are smaller by: of the rest's share there is less to spare.
-COMPACT_BYTES = 1.1  # a score
+COMPACT_BYTES = 1  # a score
 # Packing looks at all masks at once: places and scales of what is cut, and the coder's bits. Measured where one score
 # in eight is cut, which is several times what tasks need.
 PACKING_BYTES = 5  # a score
@@ -285,7 +285,7 @@ def expected_peak_bytes(
     packing = PACKING_BYTES * _scores(bundle, settings)
     # Weights a second time: turned, or pages of a file as they are stored.
     whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
-    spare = int(COMPACT_BYTES * _scores(bundle, settings)) if settings.moment_bits < MOMENT_BITS[0] else 0
+    spare = COMPACT_BYTES * _scores(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
     parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
     parameters += int(WHOLE_SHARE * FLOAT_BYTES * whole)
     parameters += (workers - 1) * (WORKER_BYTES + _accumulator_bytes(graph))
