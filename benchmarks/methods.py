@@ -39,7 +39,6 @@ def _always(*words: str) -> Callable[[Bundle], tuple[str, ...]]:
 METHODS = {
     "ksm": Method("KSM, default", _always(), ours=True),
     "small": Method("KSM, --small", _always("--small"), ours=True),
-    "fast": Method("KSM, --fast", _always("--fast"), ours=True),
     "whole": Method("KSM, --thin 0", _always("--thin", "0"), ours=True),
     "penalty": Method("KSM, --cut-penalty 0.05 --thin 0", _always("--cut-penalty", "0.05", "--thin", "0"), ours=True),
     "group4": Method("KSM, group:4", _always("--granularity", "group:4"), ours=True),
@@ -66,6 +65,7 @@ METHODS = {
     "full": Method("full fine-tuning, fp16", None),
     "lora:4": Method("conv LoRA rank 4, fp16", None),
     "lora:8": Method("conv LoRA rank 8, fp16", None),
+    "fast": Method("KSM, --fast", _always("--fast"), ours=True),
 }  # fmt: skip
 
 # The default with one thing changed.

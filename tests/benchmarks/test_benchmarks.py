@@ -303,14 +303,21 @@ def test_the_numbers_in_use_are_those_that_the_script_found(load: Any) -> None:
 
 
 def test_layers_are_compared_run_by_run(load: Any) -> None:
-    def run(layers: str, seed: int, accuracy: float) -> dict[str, Any]:
-        identity = {"task": "a", "seed": seed, "layers": layers}
+    def run(way: str, seed: int, accuracy: float) -> dict[str, Any]:
+        identity = {"task": "a", "seed": seed, "way": way}
         return {"identity": identity, "validation_accuracy": accuracy, "pack_bytes": 1000}
 
-    runs = [run("*", 0, 0.8), run("*", 1, 0.9), run("few", 0, 0.79), run("few", 1, 0.87), run("few", 2, 0.1)]
+    runs = [run("", 0, 0.8), run("", 1, 0.9), run("few", 0, 0.79), run("few", 1, 0.87), run("few", 2, 0.1)]
     row = load("layers").summary(runs)["few"]
     assert (row["runs"], row["accuracy_change"]) == (3, pytest.approx(-0.02))
     assert row["accuracy_change_error"] == pytest.approx(0.01)
+
+
+def test_a_way_is_what_adapt_takes(load: Any) -> None:
+    layers = load("layers")
+    assert list(layers._words("layers=35%.. views=4")) == ["--layers", "35%..", "--views", "4"]
+    assert layers._settings("layers=35%.. views=4") == {"layers": "35%..", "views": 4}
+    assert list(layers._words("")) == []
 
 
 def test_memory_is_told_by_its_extremes(load: Any) -> None:
@@ -356,11 +363,14 @@ def test_adaptation_keeps_what_it_does_not_measure_again(
 def test_adaptation_is_held_against_torch_and_the_bound(load: Any) -> None:
     adaptation = load("adaptation")
     runs = [
+        {**adaptation_run(list(adaptation.RIVALS)[-1], 0.0), "absent": "no such package"},
         adaptation_run(adaptation.FULL, 400.0),
         *(adaptation_run(adaptation.OURS, ms) for ms in (90.0, 100.0, 300.0)),
+        adaptation_run(adaptation.FASTEST, 50.0),
     ]
-    runs.append({**adaptation_run("not here", 0.0), "absent": "no such package"})
-    full, ours, absent = adaptation.summary(runs)
+    ours, fastest, full, absent = adaptation.summary(runs)  # in the rivals' order
+    assert fastest["time_ratio"] == 0.125
+    assert "bound_ms" not in fastest  # of what it leaves out there is none
     assert (ours["step_ms"], ours["time_ratio"], ours["memory_ratio"]) == (100.0, 0.25, 1.0)
     assert ours["bound_ms"] == pytest.approx(80.0)
     assert "time_ratio" not in absent

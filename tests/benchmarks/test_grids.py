@@ -243,7 +243,8 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     cost = {"step_ms": 100.0, "peak_rss_bytes": 150 << 20, "bound_ms": 25.0, "time_ratio": 0.3}
     cases = [{**case, "rival": "ours", **cost}, {**case, "rival": "theirs", "absent": "no such package"}]
     others["adaptation"] = {"summary": {"cases": cases}}
-    others["layers"] = {"summary": {"few..": few}}
+    others["layers"] = {"summary": {"layers=few.. views=2": few}}
+    others["layer-steps"] = {"summary": {"": {"step_ms": 90.0, "ratio": 0.5, "peak_rss_bytes": 150 << 20}}}
     for name, content in others.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**origin, **content}))
     return script
@@ -329,7 +330,8 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     assert "| a-board | 4 | a-net, all weights | 20.0 | 22.0 | 1.10 |" in text
     assert "| a-net | 30 | 20 | 1.50 |" in text
     assert "| a-net | 96 | --batch 8 | 200 | 190 |" in text
-    assert "| `few..` | 9 | 90.00 % | -2.10 ± 0.30 | 50.0 |" in (tmp_path / "engine.md").read_text()
+    assert "| `--layers few.. --views 2` | 9 | 90.00 % | -2.10 ± 0.30 | 50.0 |" in (tmp_path / "engine.md").read_text()
+    assert "| all layers | 90 | 0.50 | 150 |" in (tmp_path / "engine.md").read_text()
     assert "| a-net | 96 | 8 | 1 | ours | 100 | 0.30 | 25% | 150 |" in (tmp_path / "engine.md").read_text()
     assert "| theirs | not measured | no such package |" in (tmp_path / "engine.md").read_text()
     assert "| a-net | fastest | 300 | 1.00 | 180 |" in (tmp_path / "engine.md").read_text()
