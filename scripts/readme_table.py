@@ -19,7 +19,7 @@ DEMO_COMMAND = "pip install '.[demo]' && ksm-edge adapt --device jetson"
 OURS, FULL = "ksm_edge", "torch, full fine-tuning"
 BENCHMARKS = ("adaptation", "accuracy", "forgetting", "latency", "pack", "prediction", "memory", "demo", "startup")
 TASKS = ("flowers5", "trashnet", "pacs_sketch7", "gtsrb43", "omniglot_small1")
-SEEDS = (0,)  # at least
+SEEDS = (0, 1, 2)  # at least
 BACKBONE = "mobilenet_v2, 160 px"  # as results name it
 FORMAT_VERSION = 1
 
