@@ -1,8 +1,8 @@
 /* Loops that numpy takes several passes over memory for: decoding keep bits, fusing, and Adam.
 
    Each has a form in numpy beside its caller, which runs where this was not compiled, says what is wrong where this
-   refuses, and is what the tests hold it to, bit for bit (scores' Adam: to a millionth). Buffers come checked for type, contiguity and alignment; what
-   is read from a pack is not believed before it is checked. */
+   refuses, and is what the tests hold it to, bit for bit (scores' Adam: to a millionth). Buffers come checked for type,
+   contiguity and alignment; what is read from a pack is not believed before it is checked. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

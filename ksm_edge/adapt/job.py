@@ -137,7 +137,7 @@ class Job:
         order = training_order(len(self.train), self.settings.seed, progress.epoch)
         if self.views is not None and progress.step < self.per_epoch and not self.views.has(self._view):
             self._see(self.views)
-        parts = prefetch(self._parts(), depth=self._ahead)
+        parts = prefetch(self._parts(order), depth=self._ahead)
         try:
             while progress.step < self.per_epoch:
                 first = progress.step * batch
@@ -147,9 +147,9 @@ class Job:
         finally:
             parts.close()
 
-    def _parts(self) -> Generator[Batch, None, None]:
+    def _parts(self, order: np.ndarray) -> Generator[Batch, None, None]:
+        """What is left of this epoch, micro-batch by micro-batch."""
         epoch, step = self.progress.epoch, self.progress.step
-        order = training_order(len(self.train), self.settings.seed, epoch)
         for indices in parts_of_batches(order, self.plan.batch, first_step=step, part=self.plan.micro_batch):
             if self.views is None:
                 yield self._seen(indices, epoch)
