@@ -6,4 +6,13 @@ from setuptools import Extension, setup
 # nobody asks for, and without it they fit into loops of vectors.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
-setup(ext_modules=[Extension("ksm_edge._native", ["ksm_edge/_native.c"], optional=True, extra_compile_args=FLAGS)])
+# Nobody compares these bit by bit.
+OPERATOR_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
+
+setup(
+    ext_modules=[
+        Extension("ksm_edge._native", ["ksm_edge/_native.c"], optional=True, extra_compile_args=FLAGS),
+        # No Python module, but a library for ONNX Runtime: see ksm_edge/native.py.
+        Extension("ksm_edge._operators", ["ksm_edge/_operators.c"], optional=True, extra_compile_args=OPERATOR_FLAGS),
+    ]
+)

@@ -1,12 +1,15 @@
-"""The loops in C of _native.c, or None where the package was installed without a C compiler.
+"""What is written in C, or None where the package was installed without a C compiler.
 
-Each has a form in numpy beside its caller, which then runs in its place and gives the same bits; of scores' Adam it
-gives the same to a millionth.
+`loops`, of _native.c: each has a form in numpy beside its caller, which then runs in its place and gives the same bits;
+of scores' Adam it gives the same to a millionth.
+`operators`, of _operators.c: the library that gives ONNX Runtime this project's own operators. Without it a gradient
+graph is made of standard ones, and takes longer.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -17,4 +20,9 @@ def _loops() -> ModuleType | None:
         return None
 
 
-loops = _loops()
+def _operators() -> str | None:
+    spec = find_spec("ksm_edge._operators")
+    return None if spec is None else spec.origin
+
+
+loops, operators = _loops(), _operators()

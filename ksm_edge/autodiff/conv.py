@@ -101,7 +101,7 @@ def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, traine
     `turned`: the trainer may keep the weight a second time, as the transposed conv reads it.
     """
     if trained:
-        accumulate(tape, f"{layer.name}.dbias", (layer.weight_shape[0],), tape.emit.sum(dz, OVER_IMAGES))
+        accumulate(tape, f"{layer.name}.dbias", (layer.weight_shape[0],), tape.channel_sum(dz))
     if form == "channel":
         _channel(tape, node, layer, dz)
         return

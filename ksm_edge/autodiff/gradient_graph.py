@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from ksm_edge.autodiff import conv, loss, norm
+from ksm_edge.autodiff import conv, loss, norm, own
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
 from ksm_edge.autodiff.recompute import with_least_kept
 from ksm_edge.autodiff.rules import RULES
@@ -73,6 +73,7 @@ def build(
     model = emit.model()
     if spec.recompute:
         model = with_least_kept(model, forward)
+    own.declare_shapes(model)
     inputs, outputs = ({name: shape for name, (_, shape) in d.items()} for d in (emit.inputs, emit.outputs))
     pixels = {node.name: shapes[node.output][2] * shapes[node.output][3] for node in nodes if node.op == "Conv"}
     return GradientGraph(model, spec, builder.forms, inputs, outputs, dict(emit.externals), pixels)
@@ -82,7 +83,7 @@ def _learn(builder: _Builder, features: str) -> None:
     """Head, loss, and everything backwards from there."""
     shapes, spec = builder.shapes, builder.spec
     loss.forward(builder.emit, features, (shapes[features][0], shapes[features][1]), spec.classes)
-    tape = Tape(builder.emit, shapes, builder.wanted)
+    tape = Tape(builder.emit, shapes, builder.wanted, own=spec.own)
     loss.backward(tape, features, spec.classes)
     builder.backward(tape)
 
@@ -105,6 +106,10 @@ class _Builder:
                 )
         self.forms = {node.name: self._form(node) for node in self.nodes if node.op == "Conv"}
         self.wanted = gradient_wanted(self.nodes, self.spec.trained) if self.spec.backward else frozenset()
+        self.own = {node.name: self._depthwise(node) for node in self.nodes if self._is_own(node)}
+        # Activations that these do along with a conv, by the names of their outputs.
+        self.done_behind = {conv.behind.output for conv in self.own.values() if conv.behind}
+        self.done_before = {conv.before.output for conv in self.own.values() if conv.before}
 
     def _form(self, node: Node) -> str:
         # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
@@ -114,8 +119,22 @@ class _Builder:
             node, self.layers[node.name], per_weight=per_weight, fast=self.spec.fast, inside=self.spec.inside
         )
 
+    def _is_own(self, node: Node) -> bool:
+        """Whether an operator of this project does this conv."""
+        return (
+            self.spec.own
+            and self.forms.get(node.name) == "channel"
+            and not self._normalised(self.layers[node.name])
+            and own.can_do(node, self.layers[node.name])
+        )
+
+    def _depthwise(self, node: Node) -> own.Depthwise:
+        return own.depthwise(node, self.layers[node.name], self.nodes, self.shapes, self.emit.constants)
+
     def forward(self) -> None:
         for node in self.nodes:
+            if node.output in self.done_behind:
+                continue
             if node.op == "Conv":
                 self._conv_forward(node)
             elif node.op == "Swish":
@@ -128,7 +147,9 @@ class _Builder:
     def _conv_forward(self, node: Node) -> None:
         layer, form = self.layers[node.name], self.forms[node.name]
         self._declare_parameters(layer, form)
-        if self._normalised(layer):
+        if node.name in self.own:
+            self.own[node.name].forward(self.emit)
+        elif self._normalised(layer):
             before = f"~{layer.name}.before_norm"
             self.shapes[before] = self.shapes[node.output]
             conv.forward(self.emit, node, layer, form, before)
@@ -158,11 +179,17 @@ class _Builder:
             gradient = tape.take(node.output)
             if gradient is None:
                 continue
+            if node.output in self.done_behind | self.done_before:
+                tape.add(node.inputs[0], tape.whole(gradient, node.output))
+                continue
             if node.op != "Conv":
                 RULES[node.op](tape, node, gradient)
                 continue
             layer = self.layers[node.name]
             dz = tape.whole(gradient, node.output)
+            if node.name in self.own:
+                self.own[node.name].backward(tape, dz)
+                continue
             if self._normalised(layer):
                 dz = norm.backward(tape, layer, f"~{layer.name}.before_norm", dz)
             trained, turned = layer.name in self.spec.trained, self.spec.fast

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from ksm_edge.bundle.freeze import IR_VERSION, OPSET
 
 CONTRIB = "com.microsoft"  # operators outside the standard that every stock onnxruntime wheel has
+OWN = "ksm_edge"  # and of this project, see `autodiff.own`
 Shape = tuple[int, ...]
 
 
@@ -111,7 +112,7 @@ class Emitter:
             [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
             + [_external(name, self.dtype, shape) for name, shape in self.externals.items()],
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1), helper.make_opsetid(OWN, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="ksm_edge")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from ksm_edge.autodiff.own import IN_PLACE, declare_shapes
+
 # Their output is the same memory as their input.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Flatten"})
 # ONNX Runtime runs these as part of the conv in front of them.
@@ -37,18 +39,31 @@ def peak_bytes(model: onnx.ModelProto) -> int:
 
 
 def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
-    """Tensors that are other names of the same memory: views, and a conv's output in front of its activation."""
-    uses: dict[str, int] = {}
-    for node in nodes:
+    """Tensors that are other names of the same memory: views, a conv's output in front of its activation, and what is
+    written over what it was made from.
+    """
+    readers: dict[str, list[int]] = {}
+    for i, node in enumerate(nodes):
         for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
+            readers.setdefault(name, []).append(i)
     producer = {name: node.op_type for node in nodes for name in node.output}
     owner: dict[str, str] = {}
-    for node in nodes:
+    names: dict[str, list[str]] = {}  # of the same memory
+
+    def share(x: str, y: str) -> None:
+        owner[y] = owner.get(x, x)
+        names.setdefault(owner[y], [owner[y]]).append(y)
+
+    for i, node in enumerate(nodes):
         x = node.input[0] if node.input else ""
-        fused = node.op_type in FUSED_BEHIND_CONV and producer.get(x) == "Conv" and uses[x] == 1
+        fused = node.op_type in FUSED_BEHIND_CONV and producer.get(x) == "Conv" and len(readers[x]) == 1
         if node.op_type in VIEWS or fused:
-            owner[node.output[0]] = owner.get(x, x)
+            share(x, node.output[0])
+        elif node.op_type in IN_PLACE:
+            x, y = node.input[IN_PLACE[node.op_type][0]], node.output[IN_PLACE[node.op_type][1]]
+            alike = names.get(owner.get(x, x), [x])
+            if all(name in producer and max(readers.get(name, [i])) <= i for name in alike):
+                share(x, y)
     return owner
 
 
@@ -86,6 +101,7 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with the shape of every tensor; operators that onnx does not know come out as ones that it does."""
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
+    declare_shapes(plain)
     matrices = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 2}
     matrices |= {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     del plain.graph.node[:]

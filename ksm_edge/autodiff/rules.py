@@ -13,24 +13,37 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from ksm_edge.autodiff import own
 from ksm_edge.autodiff.graph import Node
 from ksm_edge.autodiff.tape import Gradient, Tape
 from ksm_edge.errors import UnsupportedError
 
 Rule = Callable[[Tape, Node, Gradient], None]
-SPATIAL = (2, 3)
+SPATIAL, IMAGE_RANK = (2, 3), 4
 BOOL, UINT8 = TensorProto.BOOL, TensorProto.UINT8
 
 
 def relu(tape: Tape, node: Node, dy: Gradient) -> None:
-    tape.add(node.inputs[0], gate(tape, _is_positive(tape, node.output), dy))
+    if not _gated_at_once(tape, node, dy):
+        tape.add(node.inputs[0], gate(tape, _is_positive(tape, node.output), dy))
 
 
 def clip(tape: Tape, node: Node, dy: Gradient) -> None:
     """Clip(min, max), ReLU6 being (0, 6): the gradient passes strictly between the bounds."""
+    if _gated_at_once(tape, node, dy):
+        return
     y, low, high = node.output, *node.inputs[1:3]
     above = _is_positive(tape, y) if not tape.emit.constants[low].any() else tape.emit("Greater", y, low)
     tape.add(node.inputs[0], gate(tape, tape.emit("And", above, tape.emit("Less", y, high)), dy))
+
+
+def _gated_at_once(tape: Tape, node: Node, dy: Gradient) -> bool:
+    """Have an operator of this project do it, where it can."""
+    bounds = own.bounds_of(node, tape.emit.constants) if tape.own else None
+    if bounds is None or len(tape.shapes[node.output]) != IMAGE_RANK:
+        return False
+    own.gate(tape, node, tape.whole(dy, node.output), bounds)
+    return True
 
 
 def _is_positive(tape: Tape, y: str) -> str:

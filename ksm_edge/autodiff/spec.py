@@ -26,6 +26,7 @@ class GradientSpec:
     fast: bool = True  # for some memory: weights a second time, as transposed convs read them, and whole stems at once
     inside: bool = False  # fused weights of k x k layers are made in the graph when they are needed, and not kept
     part: str = WHOLE  # or FRONT: image -> what the rest begins with, forward alone; REST: from there on
+    own: bool = False  # with operators of `_operators.c`, see `autodiff.own`
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 

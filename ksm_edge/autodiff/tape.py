@@ -26,6 +26,8 @@ class Tape:
     emit: Emitter
     shapes: Mapping[str, Shape]  # of every tensor of the forward graph
     wanted: frozenset[str]  # tensors that some trained parameter stands in front of
+    own: bool = False  # whether activations may be gated by `autodiff.own`
+    sums: dict[str, str] = field(default_factory=dict)  # of gradients (n, C, h, w) those whose (C,) is there already
     _pending: dict[str, list[Gradient]] = field(default_factory=dict)
     _broadcast: set[str] = field(default_factory=set)
 
@@ -62,6 +64,10 @@ class Tape:
         if gradient.name in self._broadcast:
             name = self.emit("Expand", name, self.emit.shape(self.shapes[tensor]))
         return name
+
+    def channel_sum(self, gradient: str) -> str:
+        """(C,) of a gradient (n, C, h, w)."""
+        return self.sums.get(gradient) or self.emit.sum(gradient, (0, 2, 3))
 
     def column(self, vector: str) -> str:
         """A (C,) vector as (C, 1, 1), which broadcasts over (n, C, h, w)."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ksm_edge.runtimes.compile import CompiledGraph
-from ksm_edge.runtimes.onnxruntime import session_options
+from ksm_edge.runtimes.onnxruntime import gradient_session_options
 
 
 class GradientSession:
@@ -20,7 +20,7 @@ class GradientSession:
         """
         import onnxruntime as ort
 
-        options = session_options(threads)
+        options = gradient_session_options(threads)
         # Lowest node index first, which is the order of the file; the file is optimised already.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ksm_edge import native
 from ksm_edge.errors import UnsupportedError
 
 
@@ -29,6 +30,14 @@ def session_options(threads: int) -> Any:
     options.log_severity_level = 3  # errors only: warnings would land between a command's own lines
     # Threads that spin between two runs burn the battery for a few microseconds.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def gradient_session_options(threads: int) -> Any:
+    """The same for graphs that may have this project's own operators."""
+    options = session_options(threads)
+    if native.operators is not None:
+        options.register_custom_ops_library(native.operators)
     return options
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from ksm_edge.runtimes.onnxruntime import session_options
+from ksm_edge.runtimes.onnxruntime import gradient_session_options
 
 # It would merge what the backward pass computes again with what the forward pass computed, and keep that instead.
 KEPT_OUT = ["CommonSubexpressionElimination"]
@@ -26,7 +26,7 @@ def optimised(
     """The model as this machine's ONNX Runtime optimises it, without the `disabled` optimizers, constants inside."""
     import onnxruntime as ort
 
-    options = session_options(1)
+    options = gradient_session_options(1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in externals.values()]
     if values:

@@ -172,7 +172,7 @@ def _require_front(bundle: Bundle, settings: Settings, engine: Engine) -> None:
 def _unmeasured_plan(bundle: Bundle, classes: int, settings: Settings, engine: Engine) -> Plan:
     """That of an engine which takes what memory it wants: as many images at a time as keep a GPU busy."""
     images = settings.batch if settings.statistics == "batch" else min(settings.batch, IMAGES_ON_A_GPU)
-    spec = replace(gradient_spec(bundle, classes, settings, images), fast=False)  # autograd reads weights as they are
+    spec = replace(gradient_spec(bundle, classes, settings, images), fast=False, own=False)  # for autograd
     return Plan(
         batch=settings.batch,
         micro_batch=images,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ksm_edge import native
 from ksm_edge.autodiff.spec import FRONT, REST, WHOLE, GradientSpec
 from ksm_edge.bundle.layers import Bundle, Layer, select
 from ksm_edge.errors import UsageError
@@ -251,7 +252,16 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
     trained, _ = learning_layers(bundle.layers, settings)
     per_weight = settings.method == "ksm" and settings.granularity == "element"
     part = REST if settings.views else WHOLE
-    return GradientSpec(micro_batch, bundle.input.size, classes, trained, settings.statistics, per_weight, part=part)
+    return GradientSpec(
+        micro_batch,
+        bundle.input.size,
+        classes,
+        trained,
+        settings.statistics,
+        per_weight,
+        own=native.operators is not None,
+        part=part,
+    )
 
 
 def forward_spec(spec: GradientSpec) -> GradientSpec:

@@ -1,0 +1,719 @@
+/* Operators of the gradient graph that ONNX Runtime has none of: a depthwise conv with what stands behind it, and its
+   gradient with what stands around it, each in one pass over memory where standard operators take up to ten.
+
+   Everything is float32 and (images, channels, rows, columns). One channel of one image, a plane, is worked on at a
+   time. It is copied into a frame, whose rows have zeros between them; so a tap of the kernel is a distance in memory,
+   the same for every pixel, and a conv is one loop over many rows. What is beside the point here, ONNX Runtime's C
+   interface, comes last. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { LANES = 16, TASKS = 16, MAX_TAPS = 49, MAX_STRIDE = 2, MAX_CLASSES = MAX_STRIDE * MAX_STRIDE };
+enum { BLOCK = 1024 }; /* floats worked on at once, all in the innermost cache */
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EVERY_PROCESSOR
+#endif
+
+typedef struct {
+    float low, high; /* an activation passes gradients strictly between these */
+} Bounds;
+
+typedef struct {
+    int64_t images, channels, H, W, h, w; /* of the conv's input and output */
+    int64_t kernel[2], strides[2], pads[4]; /* top, left, bottom, right */
+    Bounds before, behind;
+} Depthwise;
+
+/* ---- Loops over floats that lie in a row ---- */
+
+INLINE int64_t rounded_up(int64_t count)
+{
+    return (count + LANES - 1) / LANES * LANES;
+}
+
+INLINE Lanes load(const float *from)
+{
+    return *(const Lanes *)from;
+}
+
+INLINE void store(float *to, Lanes value)
+{
+    *(Lanes *)to = value;
+}
+
+INLINE float sum_of(Lanes value)
+{
+    float sum = 0;
+    for (int i = 0; i < LANES; i++)
+        sum += value[i];
+    return sum;
+}
+
+INLINE float sum(const float *row, int64_t count)
+{
+    Lanes lanes[2] = {{0}};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        lanes[0] += load(row + i);
+        lanes[1] += load(row + i + LANES);
+    }
+    float total = sum_of(lanes[0] + lanes[1]);
+    for (; i < count; i++)
+        total += row[i];
+    return total;
+}
+
+INLINE float product(const float *left, const float *right, int64_t count)
+{
+    Lanes lanes[2] = {{0}};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        lanes[0] += load(left + i) * load(right + i);
+        lanes[1] += load(left + i + LANES) * load(right + i + LANES);
+    }
+    float total = sum_of(lanes[0] + lanes[1]);
+    for (; i < count; i++)
+        total += left[i] * right[i];
+    return total;
+}
+
+/* out = scale gradient where x lies between the bounds, or else 0; a plain loop, as GCC takes comparisons of Lanes
+   apart. Each of the three may be the memory of another. */
+INLINE void pass(const float *gradient, const float *x, Bounds bounds, float scale, int64_t count, float *out)
+{
+    if (bounds.low == -INFINITY && bounds.high == INFINITY) /* what is no number passes too */
+        for (int64_t i = 0; i < count; i++)
+            out[i] = scale * gradient[i];
+    else
+        for (int64_t i = 0; i < count; i++)
+            out[i] = (x[i] > bounds.low) & (x[i] < bounds.high) ? scale * gradient[i] : 0;
+}
+
+/* Rows of `width` from one distance between them to another. */
+INLINE void copy_rows(const float *from, int64_t from_pitch, float *to, int64_t to_pitch, int64_t width, int64_t rows)
+{
+    for (; rows; rows--, from += from_pitch, to += to_pitch) {
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES)
+            store(to + i, load(from + i));
+        for (; i < width; i++)
+            to[i] = from[i];
+    }
+}
+
+/* ---- Taps ---- */
+
+/* Some of a kernel's taps: which they are, and how far from a pixel's own place in a frame they read. */
+typedef struct {
+    int count, tap[MAX_TAPS];
+    int64_t offset[MAX_TAPS];
+} Taps;
+
+/* out[i] = sum of weight[k] row[offset[k] + i]; what is read and written reaches beyond `count`, to whole LANES. */
+INLINE void weighted(const float *row, const int64_t *offset, const float *weight, int taps, int64_t count, float *out)
+{
+    for (int64_t i = 0; i < count; i += LANES) {
+        Lanes total = {0};
+        for (int k = 0; k < taps; k++)
+            total += weight[k] * load(row + offset[k] + i);
+        store(out + i, total);
+    }
+}
+
+/* The same for taps of a kernel, the loop over them unrolled for the usual counts. */
+INLINE void weighted_sum(const float *row, const Taps *taps, const float *kernel, int64_t count, float *out)
+{
+    float weight[MAX_TAPS];
+    for (int k = 0; k < taps->count; k++)
+        weight[k] = kernel[taps->tap[k]];
+    switch (taps->count) {
+    case 1: weighted(row, taps->offset, weight, 1, count, out); break;
+    case 2: weighted(row, taps->offset, weight, 2, count, out); break;
+    case 4: weighted(row, taps->offset, weight, 4, count, out); break;
+    case 6: weighted(row, taps->offset, weight, 6, count, out); break;
+    case 9: weighted(row, taps->offset, weight, 9, count, out); break;
+    case 25: weighted(row, taps->offset, weight, 25, count, out); break;
+    default: weighted(row, taps->offset, weight, taps->count, count, out);
+    }
+}
+
+INLINE int64_t rows_at_once(int64_t pitch)
+{
+    return pitch < BLOCK ? BLOCK / pitch : 1;
+}
+
+INLINE int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* ---- Forward ---- */
+
+/* With strides the frame is one for each remainder of row and column modulo them, so that taps stay distances. */
+typedef struct {
+    int64_t pitch, rows, size; /* of one of these frames */
+    Taps taps;
+} Frames;
+
+INLINE Frames frames_of(const Depthwise *d)
+{
+    int64_t down = d->strides[0], right = d->strides[1];
+    Frames f = {.pitch = d->w + (d->kernel[1] - 1) / right, .rows = d->h + (d->kernel[0] - 1) / down};
+    f.size = f.pitch * f.rows;
+    for (int64_t i = 0; i < d->kernel[0]; i++)
+        for (int64_t j = 0; j < d->kernel[1]; j++) {
+            int64_t frame = i % down * right + j % right;
+            f.taps.tap[f.taps.count] = f.taps.count;
+            f.taps.offset[f.taps.count++] = frame * f.size + i / down * f.pitch + j / right;
+        }
+    return f;
+}
+
+/* The plane into frames whose margins are zeros. */
+INLINE void frame(const Depthwise *d, const Frames *f, const float *plane, float *frames)
+{
+    int64_t down = d->strides[0], right = d->strides[1], top = d->pads[0], left = d->pads[1];
+    if (down == 1 && right == 1) {
+        copy_rows(plane, d->W, frames + top * f->pitch + left, f->pitch, d->W, d->H);
+        return;
+    }
+    for (int64_t row = 0; row < d->H; row++, plane += d->W) {
+        int64_t i = (row + top) / down;
+        if (i >= f->rows)
+            break;
+        for (int64_t b = 0; b < right; b++) {
+            /* columns j right + b - left of the image, from the first j where there is one */
+            int64_t first = b < left ? (left - b + right - 1) / right : 0;
+            int64_t end = least(f->pitch, (d->W - b + left + right - 1) / right);
+            float *to = frames + ((row + top) % down * right + b) * f->size + i * f->pitch;
+            const float *from = plane + b - left;
+            for (int64_t j = first; j < end; j++)
+                to[j] = from[j * right];
+        }
+    }
+}
+
+typedef struct {
+    const Depthwise *d;
+    const float *x, *weight, *scale, *bias;
+    float *y;
+} Forward;
+
+/* y = conv(x, W) scale + bias between the bounds of what stands behind; returns 0 where memory ran out. */
+FOR_EVERY_PROCESSOR static int forward(const Forward *f, int64_t first, int64_t last)
+{
+    const Depthwise *d = f->d;
+    const Frames layout = frames_of(d);
+    int64_t taps = d->kernel[0] * d->kernel[1], pitch = layout.pitch, block = rows_at_once(pitch);
+    int64_t whole = d->strides[0] * d->strides[1] * layout.size + LANES;
+    float *frames = calloc((size_t)(whole + block * pitch + LANES), sizeof(float)), *made = frames + whole;
+    if (!frames)
+        return 0;
+    for (int64_t channel = first; channel < last; channel++) {
+        float scale = f->scale[channel], bias = f->bias[channel];
+        for (int64_t image = 0; image < d->images; image++) {
+            int64_t plane = image * d->channels + channel;
+            float *y = f->y + plane * d->h * d->w;
+            frame(d, &layout, f->x + plane * d->H * d->W, frames);
+            for (int64_t row = 0; row < d->h; row += block) {
+                int64_t rows = least(block, d->h - row), count = rows * pitch;
+                weighted_sum(frames + row * pitch, &layout.taps, f->weight + channel * taps, count, made);
+                for (int64_t i = 0; i < count; i++) {
+                    float z = made[i] * scale + bias;
+                    z = z > d->behind.low ? z : d->behind.low;
+                    made[i] = z < d->behind.high ? z : d->behind.high;
+                }
+                copy_rows(made, pitch, y + row * d->w, d->w, d->w, rows);
+            }
+        }
+    }
+    free(frames);
+    return 1;
+}
+
+/* ---- Backward ---- */
+
+/* One frame of dz, with margins above and in front of every row, which are those behind the row before. For each
+   remainder of the image's rows and columns modulo the strides, the taps that pixels there meet. */
+typedef struct {
+    int64_t pitch, rows, above, front;
+    Taps taps[MAX_CLASSES];
+} Gradients;
+
+INLINE Gradients gradients_of(const Depthwise *d)
+{
+    int64_t down = d->strides[0], right = d->strides[1];
+    Gradients g = {.above = d->kernel[0], .front = d->kernel[1] - 1};
+    g.pitch = (d->w > (d->W + right - 1) / right ? d->w : (d->W + right - 1) / right) + d->kernel[1] - 1;
+    g.rows = g.above + (d->h > (d->H + down - 1) / down ? d->h : (d->H + down - 1) / down) + d->kernel[0];
+    for (int64_t row = 0; row < down; row++)
+        for (int64_t column = 0; column < right; column++) {
+            Taps *taps = &g.taps[row * right + column];
+            for (int64_t i = 0; i < d->kernel[0]; i++)
+                for (int64_t j = 0; j < d->kernel[1]; j++) {
+                    int64_t y = row + d->pads[0] - i, x = column + d->pads[1] - j;
+                    if (y % down || x % right)
+                        continue;
+                    taps->tap[taps->count] = (int)(i * d->kernel[1] + j);
+                    taps->offset[taps->count++] = (g.above + y / down) * g.pitch + g.front + x / right;
+                }
+        }
+    return g;
+}
+
+typedef struct {
+    const Depthwise *d;
+    const float *dy, *y, *x, *weight, *scale, *product_before, *dbias_before;
+    float *dx, *product, *dbias, *sums;
+} Backward;
+
+/* Rows of the transposed conv, (rows, W), which begin at a multiple of the stride. `made` has room for one remainder's
+   worth of them at the frame's pitch. */
+INLINE void spread(const Depthwise *d, const Gradients *g, const float *frame, const float *weight, int64_t row,
+                   int64_t rows, float *made, float *out)
+{
+    int64_t down = d->strides[0], right = d->strides[1];
+    for (int64_t a = 0; a < least(down, rows); a++)
+        for (int64_t b = 0; b < right; b++) {
+            int64_t some = (rows - a + down - 1) / down, width = (d->W - b + right - 1) / right;
+            weighted_sum(frame + row / down * g->pitch, &g->taps[a * right + b], weight, some * g->pitch, made);
+            if (right == 1)
+                copy_rows(made, g->pitch, out + a * d->W, down * d->W, d->W, some);
+            else
+                for (int64_t i = 0; i < some; i++)
+                    for (int64_t j = 0; j < width; j++)
+                        out[(i * down + a) * d->W + j * right + b] = made[i * g->pitch + j];
+        }
+}
+
+/* With t = conv^T(dz, W): product += sum x t, dbias += sum dz, dx = t scale where x passes, sums = sum dx. dx may be
+   x's own memory. Returns 0 where memory ran out. */
+FOR_EVERY_PROCESSOR static int backward(const Backward *b, int64_t first, int64_t last)
+{
+    const Depthwise *d = b->d;
+    const Gradients layout = gradients_of(d);
+    int64_t down = d->strides[0], taps = d->kernel[0] * d->kernel[1], whole = layout.rows * layout.pitch + LANES;
+    int64_t some = rows_at_once(d->w), most = rows_at_once(d->W * down) * down;
+    int64_t room = most / down * layout.pitch + some * d->w + LANES;
+    float *frame = calloc((size_t)(whole + room + most * d->W + LANES), sizeof(float));
+    if (!frame)
+        return 0;
+    float *made = frame + whole, *t = made + room;
+    for (int64_t channel = first; channel < last; channel++) {
+        double met = 0, dbias = 0, sums = 0;
+        for (int64_t image = 0; image < d->images; image++) {
+            int64_t plane = image * d->channels + channel;
+            for (int64_t row = 0; row < d->h; row += some) {
+                int64_t rows = least(some, d->h - row), at = (plane * d->h + row) * d->w, count = rows * d->w;
+                float *to = frame + (layout.above + row) * layout.pitch + layout.front;
+                pass(b->dy + at, b->y + at, d->behind, 1, count, made);
+                dbias += sum(made, count);
+                copy_rows(made, d->w, to, layout.pitch, d->w, rows);
+            }
+            for (int64_t row = 0; row < d->H; row += most) {
+                int64_t rows = least(most, d->H - row), at = (plane * d->H + row) * d->W, count = rows * d->W;
+                spread(d, &layout, frame, b->weight + channel * taps, row, rows, made, t);
+                met += product(b->x + at, t, count);
+                pass(t, b->x + at, d->before, b->scale[channel], count, t);
+                sums += sum(t, count);
+                memcpy(b->dx + at, t, (size_t)count * sizeof(float));
+            }
+        }
+        b->product[channel] = b->product_before[channel] + (float)met;
+        b->dbias[channel] = b->dbias_before[channel] + (float)dbias;
+        b->sums[channel] = (float)sums;
+    }
+    free(frame);
+    return 1;
+}
+
+/* ---- The gradient of an activation alone ---- */
+
+typedef struct {
+    int64_t shape[4];
+    Bounds bounds;
+} Gate;
+
+typedef struct {
+    const Gate *g;
+    const float *dy, *y;
+    float *dz, *sums;
+} Gating;
+
+/* dz = dy where y passes, which may be dy's own memory; sums = sum dz. */
+FOR_EVERY_PROCESSOR static int gate(const Gating *g, int64_t first, int64_t last)
+{
+    const int64_t *shape = g->g->shape, pixels = shape[2] * shape[3];
+    for (int64_t channel = first; channel < last; channel++) {
+        double sums = 0;
+        for (int64_t image = 0; image < shape[0]; image++) {
+            int64_t begin = (image * shape[1] + channel) * pixels, end = begin + pixels;
+            for (int64_t at = begin; at < end; at += BLOCK) {
+                int64_t count = least(BLOCK, end - at);
+                pass(g->dy + at, g->y + at, g->g->bounds, 1, count, g->dz + at);
+                sums += sum(g->dz + at, count);
+            }
+        }
+        g->sums[channel] = (float)sums;
+    }
+    return 1;
+}
+
+/* ---- ONNX Runtime's C interface: of its table of functions, which only grows at its end, the ones that are used ---- */
+
+typedef struct OrtStatus OrtStatus;
+typedef struct OrtValue OrtValue;
+typedef struct OrtKernelInfo OrtKernelInfo;
+typedef struct OrtKernelContext OrtKernelContext;
+typedef struct OrtSessionOptions OrtSessionOptions;
+typedef struct OrtCustomOpDomain OrtCustomOpDomain;
+typedef struct Operator Operator;
+
+enum { INTERFACE = 18, FLOAT = 1, REQUIRED = 0, DEFAULT_MEMORY = 0, FAILED = 1 };
+
+typedef struct {
+    OrtStatus *(*CreateStatus)(int code, const char *message);
+    void *of_sessions[25];
+    OrtStatus *(*CreateCustomOpDomain)(const char *name, OrtCustomOpDomain **domain);
+    OrtStatus *(*CustomOpDomain_Add)(OrtCustomOpDomain *domain, const Operator *op);
+    OrtStatus *(*AddCustomOpDomain)(OrtSessionOptions *options, OrtCustomOpDomain *domain);
+    void *of_runs[22];
+    OrtStatus *(*GetTensorMutableData)(OrtValue *value, void **data);
+    void *of_types[33];
+    OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *info, const char *name, float *value);
+    void *of_attributes[4];
+    OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *context, size_t index, const OrtValue **value);
+    OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *context, size_t index, const int64_t *shape, size_t rank,
+                                          OrtValue **value);
+    void *releasing[71];
+    OrtStatus *(*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo *info, const char *name, int64_t *values,
+                                                    size_t *count);
+    void *of_providers[110];
+    OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *context, void (*task)(void *work, size_t number),
+                                            size_t tasks, size_t batches, void *work);
+} OrtApi;
+
+_Static_assert(offsetof(OrtApi, GetTensorMutableData) == 51 * sizeof(void *), "a function is missing");
+_Static_assert(offsetof(OrtApi, KernelInfoGetAttributeArray_int64) == 163 * sizeof(void *), "a function is missing");
+_Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "a function is missing");
+
+typedef struct {
+    const OrtApi *(*GetApi)(uint32_t version);
+    const char *(*GetVersionString)(void);
+} OrtApiBase;
+
+struct Operator {
+    uint32_t version;
+    void *(*CreateKernel)(const Operator *op, const OrtApi *api, const OrtKernelInfo *info);
+    const char *(*GetName)(const Operator *op);
+    const char *(*GetExecutionProviderType)(const Operator *op);
+    int (*GetInputType)(const Operator *op, size_t index);
+    size_t (*GetInputTypeCount)(const Operator *op);
+    int (*GetOutputType)(const Operator *op, size_t index);
+    size_t (*GetOutputTypeCount)(const Operator *op);
+    void (*KernelCompute)(void *kernel, OrtKernelContext *context);
+    void (*KernelDestroy)(void *kernel);
+    int (*GetInputCharacteristic)(const Operator *op, size_t index);
+    int (*GetOutputCharacteristic)(const Operator *op, size_t index);
+    int (*GetInputMemoryType)(const Operator *op, size_t index);
+    int (*of_variadic[4])(const Operator *op);
+    OrtStatus *(*CreateKernelV2)(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
+    OrtStatus *(*KernelComputeV2)(void *kernel, OrtKernelContext *context);
+    OrtStatus *(*InferOutputShapeFn)(const Operator *op, void *context);
+    int (*GetStartVersion)(const Operator *op);
+    int (*GetEndVersion)(const Operator *op);
+    size_t (*GetMayInplace)(int **inputs, int **outputs);
+    void (*ReleaseMayInplace)(int *inputs, int *outputs);
+    size_t (*GetAliasMap)(int **inputs, int **outputs);
+    void (*ReleaseAliasMap)(int *inputs, int *outputs);
+    /* from here on this project's own */
+    const char *name;
+    size_t inputs, outputs;
+};
+
+typedef struct {
+    const OrtApi *api;
+    union {
+        Depthwise depthwise;
+        Gate gate;
+    };
+} Kernel;
+
+#define TRY(call)                                                                                                      \
+    do {                                                                                                               \
+        OrtStatus *status = (call);                                                                                    \
+        if (status)                                                                                                    \
+            return status;                                                                                             \
+    } while (0)
+
+static OrtStatus *input(const Kernel *k, OrtKernelContext *context, size_t index, const float **data)
+{
+    const OrtValue *value;
+    TRY(k->api->KernelContext_GetInput(context, index, &value));
+    return k->api->GetTensorMutableData((OrtValue *)value, (void **)data);
+}
+
+static OrtStatus *output(const Kernel *k, OrtKernelContext *context, size_t index, const int64_t *shape, size_t rank,
+                         float **data)
+{
+    OrtValue *value;
+    TRY(k->api->KernelContext_GetOutput(context, index, shape, rank, &value));
+    return k->api->GetTensorMutableData(value, (void **)data);
+}
+
+static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *values, size_t count)
+{
+    return api->KernelInfoGetAttributeArray_int64(info, name, values, &count);
+}
+
+/* Channels in TASKS parts, on as many threads as the session has. */
+typedef struct {
+    int (*run)(const void *work, int64_t first, int64_t last);
+    const void *work;
+    int64_t channels;
+    int done[TASKS];
+} Parts;
+
+static void part(void *parts, size_t number)
+{
+    Parts *p = parts;
+    int64_t i = (int64_t)number;
+    p->done[i] = p->run(p->work, i * p->channels / TASKS, (i + 1) * p->channels / TASKS);
+}
+
+static OrtStatus *in_parts(const Kernel *k, OrtKernelContext *context, int64_t channels,
+                           int (*run)(const void *, int64_t, int64_t), const void *work)
+{
+    Parts parts = {run, work, channels, {0}};
+    TRY(k->api->KernelContext_ParallelFor(context, part, TASKS, 0, &parts));
+    for (int i = 0; i < TASKS; i++)
+        if (!parts.done[i])
+            return k->api->CreateStatus(FAILED, "there is no memory left for a row of pixels");
+    return NULL;
+}
+
+static int run_forward(const void *work, int64_t first, int64_t last)
+{
+    return forward(work, first, last);
+}
+
+static int run_backward(const void *work, int64_t first, int64_t last)
+{
+    return backward(work, first, last);
+}
+
+static int run_gate(const void *work, int64_t first, int64_t last)
+{
+    return gate(work, first, last);
+}
+
+static OrtStatus *compute_forward(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Depthwise *d = &k->depthwise;
+    Forward f = {.d = d};
+    TRY(input(k, context, 0, &f.x));
+    TRY(input(k, context, 1, &f.weight));
+    TRY(input(k, context, 2, &f.scale));
+    TRY(input(k, context, 3, &f.bias));
+    TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
+    return in_parts(k, context, d->channels, run_forward, &f);
+}
+
+static OrtStatus *compute_backward(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Depthwise *d = &k->depthwise;
+    Backward b = {.d = d};
+    TRY(input(k, context, 0, &b.dy));
+    TRY(input(k, context, 1, &b.y));
+    TRY(input(k, context, 2, &b.x));
+    TRY(input(k, context, 3, &b.weight));
+    TRY(input(k, context, 4, &b.scale));
+    TRY(input(k, context, 5, &b.product_before));
+    TRY(input(k, context, 6, &b.dbias_before));
+    TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->H, d->W}, 4, &b.dx));
+    TRY(output(k, context, 1, &d->channels, 1, &b.product));
+    TRY(output(k, context, 2, &d->channels, 1, &b.dbias));
+    TRY(output(k, context, 3, &d->channels, 1, &b.sums));
+    return in_parts(k, context, d->channels, run_backward, &b);
+}
+
+static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const int64_t *shape = k->gate.shape;
+    Gating g = {.g = &k->gate};
+    TRY(input(k, context, 0, &g.dy));
+    TRY(input(k, context, 1, &g.y));
+    TRY(output(k, context, 0, shape, 4, &g.dz));
+    TRY(output(k, context, 1, &shape[1], 1, &g.sums));
+    return in_parts(k, context, shape[1], run_gate, &g);
+}
+
+static OrtStatus *bounds_of(const OrtApi *api, const OrtKernelInfo *info, const char *low, const char *high,
+                            Bounds *bounds)
+{
+    TRY(api->KernelInfoGetAttribute_float(info, low, &bounds->low));
+    return api->KernelInfoGetAttribute_float(info, high, &bounds->high);
+}
+
+static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, Depthwise *d)
+{
+    int64_t image[4], result[4];
+    TRY(numbers(api, info, "image_shape", image, 4));
+    TRY(numbers(api, info, "output_shape", result, 4));
+    TRY(numbers(api, info, "kernel_shape", d->kernel, 2));
+    TRY(numbers(api, info, "strides", d->strides, 2));
+    TRY(numbers(api, info, "pads", d->pads, 4));
+    d->images = image[0], d->channels = image[1], d->H = image[2], d->W = image[3], d->h = result[2], d->w = result[3];
+    if (d->kernel[0] * d->kernel[1] > MAX_TAPS || d->strides[0] > MAX_STRIDE || d->strides[1] > MAX_STRIDE)
+        return api->CreateStatus(FAILED, "the kernel has too many taps, or steps too far");
+    TRY(bounds_of(api, info, "input_low", "input_high", &d->before));
+    return bounds_of(api, info, "low", "high", &d->behind);
+}
+
+static OrtStatus *read_gate(const OrtApi *api, const OrtKernelInfo *info, Gate *g)
+{
+    TRY(numbers(api, info, "image_shape", g->shape, 4));
+    return bounds_of(api, info, "low", "high", &g->bounds);
+}
+
+static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
+
+static const char *name_of(const Operator *op)
+{
+    return op->name;
+}
+
+static const char *anywhere(const Operator *op)
+{
+    (void)op;
+    return NULL;
+}
+
+static int type_of(const Operator *op, size_t index)
+{
+    (void)op, (void)index;
+    return FLOAT;
+}
+
+static size_t inputs_of(const Operator *op)
+{
+    return op->inputs;
+}
+
+static size_t outputs_of(const Operator *op)
+{
+    return op->outputs;
+}
+
+static int required(const Operator *op, size_t index)
+{
+    (void)op, (void)index;
+    return REQUIRED;
+}
+
+static int in_main_memory(const Operator *op, size_t index)
+{
+    (void)op, (void)index;
+    return DEFAULT_MEMORY;
+}
+
+static int one(const Operator *op)
+{
+    (void)op;
+    return 1;
+}
+
+static size_t nowhere(int **inputs, int **outputs)
+{
+    (void)inputs, (void)outputs;
+    return 0;
+}
+
+/* Results may take the memory of what they are made from, where nobody reads that later. */
+static size_t first_over(int *from, int **inputs, int **outputs)
+{
+    static int results[] = {0};
+    *inputs = from, *outputs = results;
+    return 1;
+}
+
+static size_t over_pixels(int **inputs, int **outputs)
+{
+    static int from[] = {2};
+    return first_over(from, inputs, outputs);
+}
+
+static size_t over_gradient(int **inputs, int **outputs)
+{
+    static int from[] = {0};
+    return first_over(from, inputs, outputs);
+}
+
+static void keep(int *inputs, int *outputs)
+{
+    (void)inputs, (void)outputs;
+}
+
+#define OPERATOR(NAME, INPUTS, OUTPUTS, COMPUTE, MAY_INPLACE)                                                          \
+    {                                                                                                                  \
+        .version = INTERFACE, .GetName = name_of, .GetExecutionProviderType = anywhere, .GetInputType = type_of,       \
+        .GetInputTypeCount = inputs_of, .GetOutputType = type_of, .GetOutputTypeCount = outputs_of,                    \
+        .KernelDestroy = free, .GetInputCharacteristic = required, .GetOutputCharacteristic = required,                \
+        .GetInputMemoryType = in_main_memory, .of_variadic = {one, one, one, one}, .CreateKernelV2 = create,           \
+        .KernelComputeV2 = COMPUTE, .GetStartVersion = one, .GetEndVersion = one, .GetMayInplace = MAY_INPLACE,        \
+        .ReleaseMayInplace = keep, .GetAliasMap = nowhere, .ReleaseAliasMap = keep, .name = NAME, .inputs = INPUTS,    \
+        .outputs = OUTPUTS,                                                                                            \
+    }
+
+enum { DEPTHWISE, DEPTHWISE_GRADIENT, GATE, OPERATORS };
+
+static const Operator operators[OPERATORS] = {
+    [DEPTHWISE] = OPERATOR("Depthwise", 4, 1, compute_forward, nowhere),
+    [DEPTHWISE_GRADIENT] = OPERATOR("DepthwiseGradient", 7, 4, compute_backward, over_pixels),
+    [GATE] = OPERATOR("Gate", 2, 2, compute_gate, over_gradient),
+};
+
+static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel)
+{
+    Kernel *k = calloc(1, sizeof(Kernel));
+    if (!k)
+        return api->CreateStatus(FAILED, "there is no memory left for a kernel");
+    k->api = api;
+    OrtStatus *status =
+        op == &operators[GATE] ? read_gate(api, info, &k->gate) : read_depthwise(api, info, &k->depthwise);
+    if (status)
+        free(k);
+    else
+        *kernel = k;
+    return status;
+}
+
+/* What `SessionOptions.register_custom_ops_library` looks for. The domain is made once and lives on. */
+OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
+{
+    static OrtCustomOpDomain *domain;
+    const OrtApi *api = base->GetApi(INTERFACE);
+    if (!api)
+        return base->GetApi(1)->CreateStatus(FAILED, "this ONNX Runtime is older than 1.18");
+    if (!domain) {
+        OrtCustomOpDomain *fresh;
+        TRY(api->CreateCustomOpDomain("ksm_edge", &fresh));
+        for (int i = 0; i < OPERATORS; i++)
+            TRY(api->CustomOpDomain_Add(fresh, &operators[i]));
+        domain = fresh;
+    }
+    return api->AddCustomOpDomain(options, domain);
+}
