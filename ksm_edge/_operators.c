@@ -12,8 +12,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 16, TASKS = 16, MAX_TAPS = 49, MAX_STRIDE = 2, MAX_CLASSES = MAX_STRIDE * MAX_STRIDE };
-enum { BLOCK = 1024 }; /* floats worked on at once, all in the innermost cache */
+/* LANES floats are a register or a few; TILE channels by two times as many floats are held in registers. */
+#if defined(__aarch64__) || defined(__ARM_NEON)
+enum { LANES = 8, TILE = 4 };
+#else
+enum { LANES = 16, TILE = 8 };
+#endif
+enum { TASKS = 16, MAX_TAPS = 49, MAX_STRIDE = 2, MAX_CLASSES = MAX_STRIDE * MAX_STRIDE, MAX_INSIDE = 64 };
+enum { BLOCK = 1024, PIXELS = 256 }; /* floats of one plane, and of each of dozens, that stay in the innermost cache */
+enum { GROUP = 8 }; /* channels that are made at once of a 1x1 conv */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -30,6 +37,7 @@ typedef struct {
 
 typedef struct {
     int64_t images, channels, H, W, h, w; /* of the conv's input and output */
+    int64_t inside; /* channels that a 1x1 conv in front makes `channels` of, where it is done along */
     int64_t kernel[2], strides[2], pads[4]; /* top, left, bottom, right */
     Bounds before, behind;
 } Depthwise;
@@ -97,6 +105,14 @@ INLINE void pass(const float *gradient, const float *x, Bounds bounds, float sca
     else
         for (int64_t i = 0; i < count; i++)
             out[i] = (x[i] > bounds.low) & (x[i] < bounds.high) ? scale * gradient[i] : 0;
+}
+
+INLINE void clip(float *row, Bounds bounds, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        float raised = row[i] > bounds.low ? row[i] : bounds.low;
+        row[i] = raised < bounds.high ? raised : bounds.high;
+    }
 }
 
 /* Rows of `width` from one distance between them to another. */
@@ -197,47 +213,69 @@ INLINE void frame(const Depthwise *d, const Frames *f, const float *plane, float
             int64_t end = least(f->pitch, (d->W - b + left + right - 1) / right);
             float *to = frames + ((row + top) % down * right + b) * f->size + i * f->pitch;
             const float *from = plane + b - left;
-            for (int64_t j = first; j < end; j++)
-                to[j] = from[j * right];
+            if (right == 1)
+                for (int64_t j = first; j < end; j++)
+                    to[j] = from[j];
+            else
+                for (int64_t j = first; j < end; j++)
+                    to[j] = from[2 * j];
         }
     }
 }
 
 typedef struct {
     const Depthwise *d;
-    const float *x, *weight, *scale, *bias;
-    float *y;
+    const float *x, *wide, *shift, *weight, *scale, *bias; /* wide, shift: of the 1x1 conv in front */
+    float *y, *planes; /* planes: room for GROUP results of the 1x1 conv */
 } Forward;
 
-/* y = conv(x, W) scale + bias between the bounds of what stands behind; returns 0 where memory ran out. */
+/* Where one plane after the other is worked on. */
+typedef struct {
+    Frames layout;
+    int64_t block; /* rows at once */
+    float *frames, *made;
+} ForwardRoom;
+
+INLINE ForwardRoom forward_room(const Depthwise *d)
+{
+    ForwardRoom room = {.layout = frames_of(d)};
+    int64_t whole = d->strides[0] * d->strides[1] * room.layout.size + LANES;
+    room.block = rows_at_once(room.layout.pitch);
+    room.frames = calloc((size_t)(whole + room.block * room.layout.pitch + LANES), sizeof(float));
+    room.made = room.frames ? room.frames + whole : NULL;
+    return room;
+}
+
+/* y = conv(x, W) scale + bias of one plane, between the bounds of what stands behind. */
+INLINE void forward_plane(const Forward *f, const ForwardRoom *room, int64_t channel, const float *x, float *y)
+{
+    const Depthwise *d = f->d;
+    int64_t taps = d->kernel[0] * d->kernel[1], pitch = room->layout.pitch;
+    float scale = f->scale[channel], bias = f->bias[channel], *made = room->made;
+    frame(d, &room->layout, x, room->frames);
+    for (int64_t row = 0; row < d->h; row += room->block) {
+        int64_t rows = least(room->block, d->h - row), count = rows * pitch;
+        weighted_sum(room->frames + row * pitch, &room->layout.taps, f->weight + channel * taps, count, made);
+        for (int64_t i = 0; i < count; i++)
+            made[i] = made[i] * scale + bias;
+        clip(made, d->behind, count);
+        copy_rows(made, pitch, y + row * d->w, d->w, d->w, rows);
+    }
+}
+
+/* Returns 0 where memory ran out, as all of these. */
 FOR_EVERY_PROCESSOR static int forward(const Forward *f, int64_t first, int64_t last)
 {
     const Depthwise *d = f->d;
-    const Frames layout = frames_of(d);
-    int64_t taps = d->kernel[0] * d->kernel[1], pitch = layout.pitch, block = rows_at_once(pitch);
-    int64_t whole = d->strides[0] * d->strides[1] * layout.size + LANES;
-    float *frames = calloc((size_t)(whole + block * pitch + LANES), sizeof(float)), *made = frames + whole;
-    if (!frames)
+    ForwardRoom room = forward_room(d);
+    if (!room.frames)
         return 0;
-    for (int64_t channel = first; channel < last; channel++) {
-        float scale = f->scale[channel], bias = f->bias[channel];
+    for (int64_t channel = first; channel < last; channel++)
         for (int64_t image = 0; image < d->images; image++) {
             int64_t plane = image * d->channels + channel;
-            float *y = f->y + plane * d->h * d->w;
-            frame(d, &layout, f->x + plane * d->H * d->W, frames);
-            for (int64_t row = 0; row < d->h; row += block) {
-                int64_t rows = least(block, d->h - row), count = rows * pitch;
-                weighted_sum(frames + row * pitch, &layout.taps, f->weight + channel * taps, count, made);
-                for (int64_t i = 0; i < count; i++) {
-                    float z = made[i] * scale + bias;
-                    z = z > d->behind.low ? z : d->behind.low;
-                    made[i] = z < d->behind.high ? z : d->behind.high;
-                }
-                copy_rows(made, pitch, y + row * d->w, d->w, d->w, rows);
-            }
+            forward_plane(f, &room, channel, f->x + plane * d->H * d->W, f->y + plane * d->h * d->w);
         }
-    }
-    free(frames);
+    free(room.frames);
     return 1;
 }
 
@@ -273,67 +311,281 @@ INLINE Gradients gradients_of(const Depthwise *d)
 
 typedef struct {
     const Depthwise *d;
-    const float *dy, *y, *x, *weight, *scale, *product_before, *dbias_before;
-    float *dx, *product, *dbias, *sums;
+    const float *dy, *y, *x, *wide, *shift, *weight, *scale;
+    const float *product_before, *dbias_before, *wide_product_before, *shift_before;
+    float *dx, *product, *dbias, *wide_product, *dshift, *sums, *planes;
 } Backward;
 
 /* Rows of the transposed conv, (rows, W), which begin at a multiple of the stride. `made` has room for one remainder's
-   worth of them at the frame's pitch. */
+   worth of them at the frame's pitch, for each remainder of the columns. */
 INLINE void spread(const Depthwise *d, const Gradients *g, const float *frame, const float *weight, int64_t row,
                    int64_t rows, float *made, float *out)
 {
     int64_t down = d->strides[0], right = d->strides[1];
-    for (int64_t a = 0; a < least(down, rows); a++)
-        for (int64_t b = 0; b < right; b++) {
-            int64_t some = (rows - a + down - 1) / down, width = (d->W - b + right - 1) / right;
-            weighted_sum(frame + row / down * g->pitch, &g->taps[a * right + b], weight, some * g->pitch, made);
-            if (right == 1)
-                copy_rows(made, g->pitch, out + a * d->W, down * d->W, d->W, some);
-            else
-                for (int64_t i = 0; i < some; i++)
-                    for (int64_t j = 0; j < width; j++)
-                        out[(i * down + a) * d->W + j * right + b] = made[i * g->pitch + j];
+    const float *from = frame + row / down * g->pitch;
+    for (int64_t a = 0; a < least(down, rows); a++) {
+        int64_t some = (rows - a + down - 1) / down, count = some * g->pitch;
+        float *odd = made + rounded_up(count), *to = out + a * d->W;
+        weighted_sum(from, &g->taps[a * right], weight, count, made);
+        if (right == 1) {
+            copy_rows(made, g->pitch, to, down * d->W, d->W, some);
+            continue;
         }
+        weighted_sum(from, &g->taps[a * right + 1], weight, count, odd);
+        for (int64_t i = 0; i < some; i++, to += down * d->W) {
+            const float *even_row = made + i * g->pitch, *odd_row = odd + i * g->pitch;
+            for (int64_t j = 0; j < d->W / 2; j++) {
+                to[2 * j] = even_row[j];
+                to[2 * j + 1] = odd_row[j];
+            }
+            if (d->W % 2)
+                to[d->W - 1] = even_row[d->W / 2];
+        }
+    }
 }
 
-/* With t = conv^T(dz, W): product += sum x t, dbias += sum dz, dx = t scale where x passes, sums = sum dx. dx may be
-   x's own memory. Returns 0 where memory ran out. */
+typedef struct {
+    Gradients layout;
+    int64_t some, most; /* rows of dz and of dx at once */
+    float *frame, *made, *t;
+} BackwardRoom;
+
+typedef struct {
+    double product, dbias, sums;
+} Totals;
+
+INLINE BackwardRoom backward_room(const Depthwise *d)
+{
+    BackwardRoom room = {.layout = gradients_of(d)};
+    int64_t down = d->strides[0], pitch = room.layout.pitch, whole = room.layout.rows * pitch + LANES;
+    room.some = rows_at_once(d->w), room.most = rows_at_once(d->W * down) * down;
+    int64_t made = d->strides[1] * (room.most / down * pitch + LANES) + room.some * d->w;
+    room.frame = calloc((size_t)(whole + made + room.most * d->W + LANES), sizeof(float));
+    room.made = room.frame ? room.frame + whole : NULL;
+    room.t = room.frame ? room.made + made : NULL;
+    return room;
+}
+
+/* Of one plane, with t = conv^T(dz, W): product += sum x t, dbias += sum dz, dx = t scale where x passes, sums += sum dx.
+   dx may be x's own memory. */
+INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t channel, const float *dy,
+                           const float *y, const float *x, float *dx, Totals *totals)
+{
+    const Depthwise *d = b->d;
+    const Gradients *layout = &room->layout;
+    int64_t taps = d->kernel[0] * d->kernel[1];
+    for (int64_t row = 0; row < d->h; row += room->some) {
+        int64_t rows = least(room->some, d->h - row), count = rows * d->w;
+        float *to = room->frame + (layout->above + row) * layout->pitch + layout->front;
+        pass(dy + row * d->w, y + row * d->w, d->behind, 1, count, room->made);
+        totals->dbias += sum(room->made, count);
+        copy_rows(room->made, d->w, to, layout->pitch, d->w, rows);
+    }
+    for (int64_t row = 0; row < d->H; row += room->most, x += room->most * d->W, dx += room->most * d->W) {
+        int64_t rows = least(room->most, d->H - row), count = rows * d->W;
+        spread(d, layout, room->frame, b->weight + channel * taps, row, rows, room->made, room->t);
+        totals->product += product(x, room->t, count);
+        pass(room->t, x, d->before, b->scale[channel], count, room->t);
+        totals->sums += sum(room->t, count);
+        memcpy(dx, room->t, (size_t)count * sizeof(float));
+    }
+}
+
 FOR_EVERY_PROCESSOR static int backward(const Backward *b, int64_t first, int64_t last)
 {
     const Depthwise *d = b->d;
-    const Gradients layout = gradients_of(d);
-    int64_t down = d->strides[0], taps = d->kernel[0] * d->kernel[1], whole = layout.rows * layout.pitch + LANES;
-    int64_t some = rows_at_once(d->w), most = rows_at_once(d->W * down) * down;
-    int64_t room = most / down * layout.pitch + some * d->w + LANES;
-    float *frame = calloc((size_t)(whole + room + most * d->W + LANES), sizeof(float));
-    if (!frame)
+    BackwardRoom room = backward_room(d);
+    if (!room.frame)
         return 0;
-    float *made = frame + whole, *t = made + room;
     for (int64_t channel = first; channel < last; channel++) {
-        double met = 0, dbias = 0, sums = 0;
+        Totals totals = {0};
         for (int64_t image = 0; image < d->images; image++) {
-            int64_t plane = image * d->channels + channel;
-            for (int64_t row = 0; row < d->h; row += some) {
-                int64_t rows = least(some, d->h - row), at = (plane * d->h + row) * d->w, count = rows * d->w;
-                float *to = frame + (layout.above + row) * layout.pitch + layout.front;
-                pass(b->dy + at, b->y + at, d->behind, 1, count, made);
-                dbias += sum(made, count);
-                copy_rows(made, d->w, to, layout.pitch, d->w, rows);
+            int64_t plane = image * d->channels + channel, large = plane * d->H * d->W, small = plane * d->h * d->w;
+            backward_plane(b, &room, channel, b->dy + small, b->y + small, b->x + large, b->dx + large, &totals);
+        }
+        b->product[channel] = b->product_before[channel] + (float)totals.product;
+        b->dbias[channel] = b->dbias_before[channel] + (float)totals.dbias;
+        b->sums[channel] = (float)totals.sums;
+    }
+    free(room.frame);
+    return 1;
+}
+
+/* ---- With a 1x1 conv in front, whose result is never all in memory ---- */
+
+/* GROUP channels of the 1x1 conv, its weight turned to (inside, GROUP) and filled up with zeros. */
+typedef struct {
+    int64_t count; /* of channels that there are */
+    float weight[MAX_INSIDE * GROUP], shift[GROUP];
+} Widening;
+
+INLINE Widening widening(const Depthwise *d, const float *weight, const float *shift, int64_t first)
+{
+    Widening w = {.count = least(GROUP, d->channels - first)};
+    for (int64_t c = 0; c < w.count; c++) {
+        w.shift[c] = shift[first + c];
+        for (int64_t k = 0; k < d->inside; k++)
+            w.weight[k * GROUP + c] = weight[(first + c) * d->inside + k];
+    }
+    return w;
+}
+
+/* planes (GROUP, pixels) of x (inside, pixels): the 1x1 conv and the activation in front of the depthwise one. */
+INLINE void widen(const Depthwise *d, const Widening *w, const float *x, float *planes)
+{
+    int64_t pixels = d->H * d->W, inside = d->inside;
+    for (int64_t at = 0; at < pixels; at += BLOCK) {
+        int64_t end = least(at + BLOCK, pixels), i = at;
+        for (; i + 2 * LANES <= end; i += 2 * LANES)
+            for (int tile = 0; tile < GROUP; tile += TILE) {
+                Lanes left[TILE], right[TILE];
+                for (int c = 0; c < TILE; c++)
+                    left[c] = right[c] = (Lanes){0} + w->shift[tile + c];
+                for (int64_t k = 0; k < inside; k++) {
+                    Lanes x_left = load(x + k * pixels + i), x_right = load(x + k * pixels + i + LANES);
+                    for (int c = 0; c < TILE; c++) {
+                        left[c] += w->weight[k * GROUP + tile + c] * x_left;
+                        right[c] += w->weight[k * GROUP + tile + c] * x_right;
+                    }
+                }
+                for (int c = 0; c < TILE; c++) {
+                    store(planes + (tile + c) * pixels + i, left[c]);
+                    store(planes + (tile + c) * pixels + i + LANES, right[c]);
+                }
             }
-            for (int64_t row = 0; row < d->H; row += most) {
-                int64_t rows = least(most, d->H - row), at = (plane * d->H + row) * d->W, count = rows * d->W;
-                spread(d, &layout, frame, b->weight + channel * taps, row, rows, made, t);
-                met += product(b->x + at, t, count);
-                pass(t, b->x + at, d->before, b->scale[channel], count, t);
-                sums += sum(t, count);
-                memcpy(b->dx + at, t, (size_t)count * sizeof(float));
+        for (; i < end; i++)
+            for (int c = 0; c < GROUP; c++) {
+                float made = w->shift[c];
+                for (int64_t k = 0; k < inside; k++)
+                    made += w->weight[k * GROUP + c] * x[k * pixels + i];
+                planes[c * pixels + i] = made;
+            }
+        for (int c = 0; c < GROUP; c++)
+            clip(planes + c * pixels + at, d->before, end - at);
+    }
+}
+
+/* product (GROUP, inside) += dz x^T, over pixels from `at` on to `end`, whole LANES; LANES of them apart. */
+INLINE void meet(const Depthwise *d, const float *dz, const float *x, int64_t at, int64_t end, Lanes *products)
+{
+    int64_t pixels = d->H * d->W;
+    for (int64_t k = 0; k < d->inside; k += 2)
+        for (int tile = 0; tile < GROUP; tile += TILE) {
+            Lanes even[TILE] = {{0}}, odd[TILE] = {{0}};
+            for (int64_t i = at; i < end; i += LANES) {
+                Lanes x_even = load(x + k * pixels + i), x_odd = load(x + (k + 1) * pixels + i);
+                for (int c = 0; c < TILE; c++) {
+                    Lanes gradient = load(dz + (tile + c) * pixels + i);
+                    even[c] += gradient * x_even;
+                    odd[c] += gradient * x_odd;
+                }
+            }
+            for (int c = 0; c < TILE; c++) {
+                products[k * GROUP + tile + c] += even[c];
+                products[(k + 1) * GROUP + tile + c] += odd[c];
             }
         }
-        b->product[channel] = b->product_before[channel] + (float)met;
-        b->dbias[channel] = b->dbias_before[channel] + (float)dbias;
-        b->sums[channel] = (float)sums;
+}
+
+/* dx (inside, pixels) += weight^T dz, over the same pixels; `begun`: whether there is anything in dx yet. */
+INLINE void narrow(const Depthwise *d, const Widening *w, const float *dz, int64_t at, int64_t end, int begun, float *dx)
+{
+    int64_t pixels = d->H * d->W;
+    for (int tile = 0; tile < GROUP; tile += TILE, begun = 1)
+        for (int64_t i = at; i < end; i += LANES) {
+            Lanes gradient[TILE];
+            for (int c = 0; c < TILE; c++)
+                gradient[c] = load(dz + (tile + c) * pixels + i);
+            for (int64_t k = 0; k < d->inside; k++) {
+                Lanes total = begun ? load(dx + k * pixels + i) : (Lanes){0};
+                for (int c = 0; c < TILE; c++)
+                    total += w->weight[k * GROUP + tile + c] * gradient[c];
+                store(dx + k * pixels + i, total);
+            }
+        }
+}
+
+/* Both, for all pixels. */
+INLINE void meet_and_narrow(const Depthwise *d, const Widening *w, const float *dz, const float *x, int begun,
+                            float *product, float *dx)
+{
+    int64_t pixels = d->H * d->W, whole = pixels / LANES * LANES;
+    Lanes products[MAX_INSIDE * GROUP] = {{0}};
+    for (int64_t at = 0; at < whole; at += PIXELS) {
+        int64_t end = least(at + PIXELS, whole);
+        meet(d, dz, x, at, end, products);
+        narrow(d, w, dz, at, end, begun, dx);
     }
-    free(frame);
+    for (int64_t k = 0; k < d->inside; k++) {
+        for (int c = 0; c < GROUP; c++) {
+            product[c * d->inside + k] += sum_of(products[k * GROUP + c]);
+            for (int64_t i = whole; i < pixels; i++)
+                product[c * d->inside + k] += dz[c * pixels + i] * x[k * pixels + i];
+        }
+        for (int64_t i = whole; i < pixels; i++) {
+            float total = begun ? dx[k * pixels + i] : 0;
+            for (int c = 0; c < GROUP; c++)
+                total += w->weight[k * GROUP + c] * dz[c * pixels + i];
+            dx[k * pixels + i] = total;
+        }
+    }
+}
+
+/* All groups one after the other, in the same room; backward each adds to dx. */
+FOR_EVERY_PROCESSOR static int widened_forward(const Forward *f)
+{
+    const Depthwise *d = f->d;
+    int64_t pixels = d->H * d->W, small = d->h * d->w;
+    ForwardRoom room = forward_room(d);
+    if (!room.frames)
+        return 0;
+    for (int64_t first = 0; first < d->channels; first += GROUP) {
+        Widening w = widening(d, f->wide, f->shift, first);
+        for (int64_t image = 0; image < d->images; image++) {
+            widen(d, &w, f->x + image * d->inside * pixels, f->planes);
+            for (int64_t c = 0; c < w.count; c++) {
+                float *y = f->y + (image * d->channels + first + c) * small;
+                forward_plane(f, &room, first + c, f->planes + c * pixels, y);
+            }
+        }
+    }
+    free(room.frames);
+    return 1;
+}
+
+FOR_EVERY_PROCESSOR static int widened_backward(const Backward *b)
+{
+    const Depthwise *d = b->d;
+    int64_t pixels = d->H * d->W, small = d->h * d->w, inside = d->inside;
+    BackwardRoom room = backward_room(d);
+    if (!room.frame)
+        return 0;
+    for (int64_t first = 0; first < d->channels; first += GROUP) {
+        Widening w = widening(d, b->wide, b->shift, first);
+        Totals totals[GROUP] = {{0}};
+        float products[GROUP * MAX_INSIDE] = {0};
+        for (int64_t image = 0; image < d->images; image++) {
+            const float *x = b->x + image * inside * pixels;
+            widen(d, &w, x, b->planes);
+            for (int64_t c = 0; c < w.count; c++) {
+                int64_t at = (image * d->channels + first + c) * small;
+                float *plane = b->planes + c * pixels;
+                backward_plane(b, &room, first + c, b->dy + at, b->y + at, plane, plane, &totals[c]);
+            }
+            memset(b->planes + w.count * pixels, 0, (size_t)((GROUP - w.count) * pixels) * sizeof(float));
+            meet_and_narrow(d, &w, b->planes, x, first > 0, products, b->dx + image * inside * pixels);
+        }
+        for (int64_t c = 0; c < w.count; c++) {
+            int64_t channel = first + c;
+            b->product[channel] = b->product_before[channel] + (float)totals[c].product;
+            b->dbias[channel] = b->dbias_before[channel] + (float)totals[c].dbias;
+            b->dshift[channel] = b->shift_before[channel] + (float)totals[c].sums;
+            for (int64_t k = 0; k < inside; k++)
+                b->wide_product[channel * inside + k] =
+                    b->wide_product_before[channel * inside + k] + products[c * inside + k];
+        }
+    }
+    free(room.frame);
     return 1;
 }
 
@@ -476,6 +728,11 @@ static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const ch
     return api->KernelInfoGetAttributeArray_int64(info, name, values, &count);
 }
 
+static OrtStatus *no_memory(const OrtApi *api)
+{
+    return api->CreateStatus(FAILED, "there is no memory left for a few planes");
+}
+
 /* Channels in TASKS parts, on as many threads as the session has. */
 typedef struct {
     int (*run)(const void *work, int64_t first, int64_t last);
@@ -498,7 +755,7 @@ static OrtStatus *in_parts(const Kernel *k, OrtKernelContext *context, int64_t c
     TRY(k->api->KernelContext_ParallelFor(context, part, TASKS, 0, &parts));
     for (int i = 0; i < TASKS; i++)
         if (!parts.done[i])
-            return k->api->CreateStatus(FAILED, "there is no memory left for a row of pixels");
+            return no_memory(k->api);
     return NULL;
 }
 
@@ -522,10 +779,9 @@ static OrtStatus *compute_forward(void *kernel, OrtKernelContext *context)
     const Kernel *k = kernel;
     const Depthwise *d = &k->depthwise;
     Forward f = {.d = d};
-    TRY(input(k, context, 0, &f.x));
-    TRY(input(k, context, 1, &f.weight));
-    TRY(input(k, context, 2, &f.scale));
-    TRY(input(k, context, 3, &f.bias));
+    const float **given[] = {&f.x, &f.weight, &f.scale, &f.bias};
+    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
+        TRY(input(k, context, i, given[i]));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
     return in_parts(k, context, d->channels, run_forward, &f);
 }
@@ -535,18 +791,45 @@ static OrtStatus *compute_backward(void *kernel, OrtKernelContext *context)
     const Kernel *k = kernel;
     const Depthwise *d = &k->depthwise;
     Backward b = {.d = d};
-    TRY(input(k, context, 0, &b.dy));
-    TRY(input(k, context, 1, &b.y));
-    TRY(input(k, context, 2, &b.x));
-    TRY(input(k, context, 3, &b.weight));
-    TRY(input(k, context, 4, &b.scale));
-    TRY(input(k, context, 5, &b.product_before));
-    TRY(input(k, context, 6, &b.dbias_before));
+    const float **given[] = {&b.dy, &b.y, &b.x, &b.weight, &b.scale, &b.product_before, &b.dbias_before};
+    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
+        TRY(input(k, context, i, given[i]));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->H, d->W}, 4, &b.dx));
-    TRY(output(k, context, 1, &d->channels, 1, &b.product));
-    TRY(output(k, context, 2, &d->channels, 1, &b.dbias));
-    TRY(output(k, context, 3, &d->channels, 1, &b.sums));
+    float **made[] = {&b.product, &b.dbias, &b.sums};
+    for (size_t i = 0; i < sizeof made / sizeof *made; i++)
+        TRY(output(k, context, 1 + i, &d->channels, 1, made[i]));
     return in_parts(k, context, d->channels, run_backward, &b);
+}
+
+static OrtStatus *compute_widened_forward(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Depthwise *d = &k->depthwise;
+    Forward f = {.d = d};
+    const float **given[] = {&f.x, &f.wide, &f.shift, &f.weight, &f.scale, &f.bias};
+    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
+        TRY(input(k, context, i, given[i]));
+    TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
+    TRY(output(k, context, 1, (int64_t[]){GROUP, d->H, d->W}, 3, &f.planes));
+    return widened_forward(&f) ? NULL : no_memory(k->api);
+}
+
+static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Depthwise *d = &k->depthwise;
+    Backward b = {.d = d};
+    const float **given[] = {&b.dy, &b.y, &b.x, &b.wide, &b.shift, &b.weight, &b.scale, &b.wide_product_before,
+                             &b.shift_before, &b.product_before, &b.dbias_before};
+    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
+        TRY(input(k, context, i, given[i]));
+    TRY(output(k, context, 0, (int64_t[]){d->images, d->inside, d->H, d->W}, 4, &b.dx));
+    TRY(output(k, context, 1, (int64_t[]){d->channels, d->inside}, 2, &b.wide_product));
+    float **made[] = {&b.dshift, &b.product, &b.dbias};
+    for (size_t i = 0; i < sizeof made / sizeof *made; i++)
+        TRY(output(k, context, 2 + i, &d->channels, 1, made[i]));
+    TRY(output(k, context, 5, (int64_t[]){GROUP, d->H, d->W}, 3, &b.planes));
+    return widened_backward(&b) ? NULL : no_memory(k->api);
 }
 
 static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
@@ -576,9 +859,11 @@ static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, D
     TRY(numbers(api, info, "kernel_shape", d->kernel, 2));
     TRY(numbers(api, info, "strides", d->strides, 2));
     TRY(numbers(api, info, "pads", d->pads, 4));
-    d->images = image[0], d->channels = image[1], d->H = image[2], d->W = image[3], d->h = result[2], d->w = result[3];
+    d->images = image[0], d->inside = image[1], d->channels = result[1], d->H = image[2], d->W = image[3], d->h = result[2], d->w = result[3];
     if (d->kernel[0] * d->kernel[1] > MAX_TAPS || d->strides[0] > MAX_STRIDE || d->strides[1] > MAX_STRIDE)
         return api->CreateStatus(FAILED, "the kernel has too many taps, or steps too far");
+    if (d->inside != d->channels && d->inside > MAX_INSIDE)
+        return api->CreateStatus(FAILED, "the 1x1 conv has too many channels");
     TRY(bounds_of(api, info, "input_low", "input_high", &d->before));
     return bounds_of(api, info, "low", "high", &d->behind);
 }
@@ -678,11 +963,13 @@ static void keep(int *inputs, int *outputs)
         .outputs = OUTPUTS,                                                                                            \
     }
 
-enum { DEPTHWISE, DEPTHWISE_GRADIENT, GATE, OPERATORS };
+enum { DEPTHWISE, DEPTHWISE_GRADIENT, WIDENED, WIDENED_GRADIENT, GATE, OPERATORS };
 
 static const Operator operators[OPERATORS] = {
     [DEPTHWISE] = OPERATOR("Depthwise", 4, 1, compute_forward, nowhere),
     [DEPTHWISE_GRADIENT] = OPERATOR("DepthwiseGradient", 7, 4, compute_backward, over_pixels),
+    [WIDENED] = OPERATOR("WidenedDepthwise", 6, 2, compute_widened_forward, nowhere),
+    [WIDENED_GRADIENT] = OPERATOR("WidenedDepthwiseGradient", 11, 6, compute_widened_backward, nowhere),
     [GATE] = OPERATOR("Gate", 2, 2, compute_gate, over_gradient),
 };
 

@@ -110,6 +110,7 @@ class _Builder:
         # Activations that these do along with a conv, by the names of their outputs.
         self.done_behind = {conv.behind.output for conv in self.own.values() if conv.behind}
         self.done_before = {conv.before.output for conv in self.own.values() if conv.before}
+        self.done_wide = {conv.wide.output for conv in self.own.values() if conv.wide}
 
     def _form(self, node: Node) -> str:
         # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
@@ -129,11 +130,12 @@ class _Builder:
         )
 
     def _depthwise(self, node: Node) -> own.Depthwise:
-        return own.depthwise(node, self.layers[node.name], self.nodes, self.shapes, self.emit.constants)
+        wide = [n for n in self.spec.trained if self.forms.get(n) == "pointwise" and not self._normalised(self.layers[n])]
+        return own.depthwise(node, self.layers, self.nodes, self.shapes, self.emit.constants, wide)
 
     def forward(self) -> None:
         for node in self.nodes:
-            if node.output in self.done_behind:
+            if node.output in self.done_behind or (node.op != "Conv" and node.inputs[0] in self.done_wide):
                 continue
             if node.op == "Conv":
                 self._conv_forward(node)
@@ -147,6 +149,8 @@ class _Builder:
     def _conv_forward(self, node: Node) -> None:
         layer, form = self.layers[node.name], self.forms[node.name]
         self._declare_parameters(layer, form)
+        if node.output in self.done_wide:
+            return
         if node.name in self.own:
             self.own[node.name].forward(self.emit)
         elif self._normalised(layer):

@@ -7,12 +7,19 @@
 
 Each goes over memory once. What they save over standard operators is passes over memory, and the change into a blocked
 layout and back around every depthwise conv. dx may take the memory of x, and dz that of dy.
+
+    WidenedDepthwise          x, V, v, W, scale, bias -> y, room: Depthwise of what a 1x1 conv (V, v) and its activation
+                              make of x
+    WidenedDepthwiseGradient  dy, y, x, V, v, W, scale, four accumulators -> dx, these, room
+
+What the 1x1 conv makes of an image, the largest tensors of an inverted residual network, is never in memory: GROUP
+channels are made at a time, and again for the gradient. The room for these is an output that nobody reads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +31,14 @@ from ksm_edge.autodiff.tape import Tape
 from ksm_edge.bundle.layers import Layer
 
 MOST_TAPS, LONGEST_STRIDE = 49, 2  # of a kernel, as in _operators.c
+GROUP = 8  # channels that are made at a time
+# In-channels and result of a 1x1 conv that is done along: where it has more to multiply, or what it makes stays in the
+# cache, ONNX Runtime's products are as quick.
+FEW_INSIDE = 32
+LARGE_BYTES = 2**19
 # (input, output): where nobody reads the first later, ONNX Runtime gives its memory to the second.
 IN_PLACE = {"DepthwiseGradient": (2, 0), "Gate": (0, 0)}
+FORWARD = ("Depthwise", "WidenedDepthwise")
 EVERYTHING = (-math.inf, math.inf)
 
 Bounds = tuple[float, float]
@@ -47,12 +60,14 @@ class Depthwise:
 
     node: Node
     layer: Layer
-    x: Shape
+    x: Shape  # of the depthwise conv, also where that is never made as a whole
     y: Shape
     before: Node | None = None
     behind: Node | None = None
     before_bounds: Bounds = EVERYTHING
     behind_bounds: Bounds = EVERYTHING
+    wide: Node | None = None  # the 1x1 conv in front of `before`, where it is done along
+    inside: int = 0  # its in-channels
 
     @property
     def output(self) -> str:
@@ -62,7 +77,7 @@ class Depthwise:
     def attributes(self) -> dict[str, Any]:
         get = self.node.attributes.get
         return {
-            "image_shape": list(self.x),
+            "image_shape": [self.x[0], self.inside or self.x[1], *self.x[2:]],
             "output_shape": list(self.y),
             "kernel_shape": list(self.layer.weight_shape[2:]),
             "strides": get("strides", [1, 1]),
@@ -72,21 +87,36 @@ class Depthwise:
         }
 
     def forward(self, emit: Emitter) -> None:
-        parameters = (f"{self.layer.name}.{part}" for part in ("weight", "scale", "bias"))
-        emit("Depthwise", self.node.inputs[0], *parameters, name=self.output, domain=OWN, **self.attributes)
+        given = [*self._wide_parameters, *(f"{self.layer.name}.{part}" for part in ("weight", "scale", "bias"))]
+        x = (self.wide or self.node).inputs[0]
+        if self.wide:
+            made = [self.output, emit.fresh("room")]
+            emit.many("WidenedDepthwise", x, *given, names=made, domain=OWN, **self.attributes)
+        else:
+            emit("Depthwise", x, *given, name=self.output, domain=OWN, **self.attributes)
+
+    @property
+    def _wide_parameters(self) -> list[str]:
+        return [f"{self.wide.name}.weight", f"{self.wide.name}.bias"] if self.wide else []
 
     def backward(self, tape: Tape, dy: str) -> None:
-        """From the gradient behind the activation behind to the one in front of the activation in front."""
-        emit, name, x, C = tape.emit, self.layer.name, self.node.inputs[0], self.x[1]
+        """From the gradient behind the activation behind to the one in front of the activation, or conv, in front."""
+        emit, name, x, C = tape.emit, self.layer.name, (self.wide or self.node).inputs[0], self.x[1]
         y = self.output if self.behind else dy  # there is nothing to pass
-        sums = {part: emit.output(f"{name}.{part}", (C,)) for part in ("product", "dbias")}
-        before = [emit.input(f"acc:{total}", (C,)) for total in sums.values()]
-        dx, dx_sum = emit.fresh("dx"), emit.fresh("dx_sum")
-        given = [dy, y, x, f"{name}.weight", f"{name}.scale", *before]
-        made = [dx, *sums.values(), dx_sum]
-        emit.many("DepthwiseGradient", *given, names=made, domain=OWN, **self.attributes)
-        tape.sums[dx] = dx_sum
-        tape.add(x, dx)
+        totals = {f"{name}.product": (C,), f"{name}.dbias": (C,)}
+        if self.wide:
+            totals = {f"{self.wide.name}.product": (C, self.inside), f"{self.wide.name}.dbias": (C,)} | totals
+        before = [emit.input(f"acc:{total}", shape) for total, shape in totals.items()]
+        given = [dy, y, x, *self._wide_parameters, f"{name}.weight", f"{name}.scale", *before]
+        made = [emit.fresh("dx"), *(emit.output(total, shape) for total, shape in totals.items())]
+        if self.wide:
+            made.append(emit.fresh("room"))
+            emit.many("WidenedDepthwiseGradient", *given, names=made, domain=OWN, **self.attributes)
+        else:
+            made.append(emit.fresh("dx_sum"))
+            emit.many("DepthwiseGradient", *given, names=made, domain=OWN, **self.attributes)
+            tape.sums[made[0]] = made[-1]
+        tape.add(x, made[0])
 
 
 def can_do(node: Node, layer: Layer) -> bool:
@@ -99,18 +129,37 @@ def can_do(node: Node, layer: Layer) -> bool:
 
 
 def depthwise(
-    node: Node, layer: Layer, nodes: Sequence[Node], shapes: Mapping[str, Shape], constants: Mapping[str, np.ndarray]
+    node: Node,
+    layers: Mapping[str, Layer],
+    nodes: Sequence[Node],
+    shapes: Mapping[str, Shape],
+    constants: Mapping[str, np.ndarray],
+    wide: Collection[str],
 ) -> Depthwise:
-    """This conv with the activations around it that nothing else reads in between."""
-    x, y = node.inputs[0], node.output
+    """This conv with what is around it that nothing else reads in between. `wide`: 1x1 convs that may be done along."""
+    makers = {other.output: other for other in nodes}
+    readers: dict[str, list[Node]] = {}
+    for other in nodes:
+        for name in other.inputs:
+            readers.setdefault(name, []).append(other)
+
+    def in_front(of: Node) -> Node | None:
+        """What makes its input for it alone."""
+        return makers.get(of.inputs[0]) if len(readers[of.inputs[0]]) == 1 else None
+
     found: dict[str, Any] = {}
-    readers = {name: [other for other in nodes if name in other.inputs] for name in (x, y)}
-    makers = [other for other in nodes if x in other.outputs]
-    around = {"before": makers if readers[x] == [node] else [], "behind": readers[y] if len(readers[y]) == 1 else []}
-    for where, others in around.items():
-        if others and (bounds := bounds_of(others[0], constants)) is not None:
-            found |= {where: others[0], f"{where}_bounds": bounds}
-    return Depthwise(node, layer, shapes[x], shapes[y], **found)
+    behind = readers.get(node.output, [])
+    around = {"before": in_front(node), "behind": behind[0] if len(behind) == 1 else None}
+    for where, other in around.items():
+        if other is not None and (bounds := bounds_of(other, constants)) is not None:
+            found |= {where: other, f"{where}_bounds": bounds}
+    x = shapes[node.inputs[0]]
+    if "before" in found and (conv := in_front(found["before"])) is not None and conv.name in wide:
+        inside = layers[conv.name].weight_shape[1]
+        strides = conv.attributes.get("strides", [1, 1])
+        if inside <= FEW_INSIDE and inside % 2 == 0 and max(strides) == 1 and 4 * math.prod(x[1:]) >= LARGE_BYTES:
+            found |= {"wide": conv, "inside": inside}
+    return Depthwise(node, layers[node.name], x, shapes[node.output], **found)
 
 
 def gate(tape: Tape, node: Node, dy: str, bounds: Bounds) -> None:
@@ -125,16 +174,17 @@ def gate(tape: Tape, node: Node, dy: str, bounds: Bounds) -> None:
 
 
 def declare_shapes(model: onnx.ModelProto) -> None:
-    """Write down the shapes of what these operators make, which no shape inference knows."""
+    """Write down the shapes of what these operators make, which no shape inference knows; accumulators are known."""
     graph = model.graph
     known = {value.name for value in (*graph.input, *graph.output, *graph.value_info)}
-    kind = next((value.type.tensor_type.elem_type for value in graph.input), onnx.TensorProto.FLOAT)
     for node in graph.node:
         if node.domain != OWN:
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        whole = attributes["output_shape" if node.op_type == "Depthwise" else "image_shape"]
-        for place, name in enumerate(node.output):
+        n, C, H, W = attributes["image_shape"]
+        first = attributes["output_shape"] if node.op_type in FORWARD else (n, C, H, W)
+        last = (GROUP, H, W) if node.op_type.startswith("Widened") else (C,)
+        for name, shape in ((node.output[0], first), (node.output[-1], last)):
             if name not in known:
-                shape = whole if place == 0 else whole[1:2]
-                graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+                known.add(name)
+                graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
