@@ -6,6 +6,9 @@
    the same for every pixel, and a conv is one loop over many rows. What is beside the point here, ONNX Runtime's C
    interface, comes last. */
 
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -1003,4 +1006,11 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
         domain = fresh;
     }
     return api->AddCustomOpDomain(options, domain);
+}
+
+/* Importable as every module of the package is; there is nothing in it for Python. */
+PyMODINIT_FUNC PyInit__operators(void)
+{
+    static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "ksm_edge._operators", .m_size = 0};
+    return PyModule_Create(&definition);
 }

@@ -33,6 +33,7 @@ def test_they_are_there_where_the_installation_found_a_compiler() -> None:
     if not (shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()):
         pytest.skip("no C compiler here, or no headers of Python")
     assert native.loops is not None, "pip install -e . again: the loops in C were not compiled"
+    assert native.operators is not None, "pip install -e . again: the operators in C were not compiled"
 
 
 def mutated(data: bytes, random: Random) -> bytes:

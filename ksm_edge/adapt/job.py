@@ -103,7 +103,8 @@ class Job:
             "settings": asdict(self.settings),
             "plan": self.plan.choices,
             "threads": self.plan.engine.threads,
-            "compiled_loops": native.loops is not None,  # scores learn the same in numpy, but for their last bits
+            # Without them scores and gradients are the same, but for their last bits.
+            "compiled": {"loops": native.loops is not None, "operators": native.operators is not None},
             "parent": None if self.descent is None else self.descent.sha256,
         }
 

@@ -130,7 +130,9 @@ class _Builder:
         )
 
     def _depthwise(self, node: Node) -> own.Depthwise:
-        wide = [n for n in self.spec.trained if self.forms.get(n) == "pointwise" and not self._normalised(self.layers[n])]
+        wide = [
+            n for n in self.spec.trained if self.forms.get(n) == "pointwise" and not self._normalised(self.layers[n])
+        ]
         return own.depthwise(node, self.layers, self.nodes, self.shapes, self.emit.constants, wide)
 
     def forward(self) -> None:

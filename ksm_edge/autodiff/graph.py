@@ -112,7 +112,9 @@ class Emitter:
             [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
             + [_external(name, self.dtype, shape) for name, shape in self.externals.items()],
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1), helper.make_opsetid(OWN, 1)]
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        if any(node.domain == OWN for node in self.nodes):
+            opsets.append(helper.make_opsetid(OWN, 1))
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="ksm_edge")
 
 

@@ -103,7 +103,7 @@ class Depthwise:
         """From the gradient behind the activation behind to the one in front of the activation, or conv, in front."""
         emit, name, x, C = tape.emit, self.layer.name, (self.wide or self.node).inputs[0], self.x[1]
         y = self.output if self.behind else dy  # there is nothing to pass
-        totals = {f"{name}.product": (C,), f"{name}.dbias": (C,)}
+        totals: dict[str, Shape] = {f"{name}.product": (C,), f"{name}.dbias": (C,)}
         if self.wide:
             totals = {f"{self.wide.name}.product": (C, self.inside), f"{self.wide.name}.dbias": (C,)} | totals
         before = [emit.input(f"acc:{total}", shape) for total, shape in totals.items()]
@@ -150,11 +150,12 @@ def depthwise(
     found: dict[str, Any] = {}
     behind = readers.get(node.output, [])
     around = {"before": in_front(node), "behind": behind[0] if len(behind) == 1 else None}
-    for where, other in around.items():
-        if other is not None and (bounds := bounds_of(other, constants)) is not None:
-            found |= {where: other, f"{where}_bounds": bounds}
+    for where, near in around.items():
+        if near is not None and (bounds := bounds_of(near, constants)) is not None:
+            found |= {where: near, f"{where}_bounds": bounds}
     x = shapes[node.inputs[0]]
-    if "before" in found and (conv := in_front(found["before"])) is not None and conv.name in wide:
+    conv = in_front(found["before"]) if "before" in found else None
+    if conv is not None and conv.name in wide:
         inside = layers[conv.name].weight_shape[1]
         strides = conv.attributes.get("strides", [1, 1])
         if inside <= FEW_INSIDE and inside % 2 == 0 and max(strides) == 1 and 4 * math.prod(x[1:]) >= LARGE_BYTES:

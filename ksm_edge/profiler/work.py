@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ksm_edge.autodiff.graph import OWN
 from ksm_edge.autodiff.liveness import with_shapes
 
 if TYPE_CHECKING:
@@ -93,7 +94,20 @@ def _arithmetic(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> 
         left = shapes[node.input[0]]
         inner = left[-2] if attributes.get("transA", 0) else left[-1]
         return "pointwise", 2.0 * _size(shapes[node.output[0]]) * inner
+    if node.domain == OWN and node.op_type != "Gate":
+        return _depthwise(node)
     return "memory", float(_size(shapes.get(node.output[0], ())))
+
+
+def _depthwise(node: onnx.NodeProto) -> tuple[str, float]:
+    """Of `autodiff.own`: a gradient is two convs, and behind a 1x1 conv, which is made again, that and two more."""
+    attributes = _attributes(node)
+    (n, inside, H, W), (_, C, h, w) = attributes["image_shape"], attributes["output_shape"]
+    wide, backward = node.op_type.startswith("Widened"), node.op_type.endswith("Gradient")
+    flops = 2.0 * n * C * h * w * math.prod(attributes["kernel_shape"]) * (2 if backward else 1)
+    if not wide:
+        return "depthwise", flops
+    return "pointwise", flops + 2.0 * n * C * inside * H * W * (3 if backward else 1)
 
 
 def _fused(model: onnx.ModelProto) -> frozenset[str]:

@@ -19,7 +19,7 @@ from ksm_edge.atomic import atomic_write
 from ksm_edge.bundle.tensorfile import write_tensors
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError, UsageError
 
-VERSION = 6
+VERSION = 7
 BEST = "best_pack"
 
 

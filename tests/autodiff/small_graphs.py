@@ -7,7 +7,7 @@ gradient, of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ksm_edge.autodiff.gradient_graph import GradientGraph, build
 from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Layer
-from ksm_edge.runtimes.onnxruntime import session_options
+from ksm_edge.runtimes.onnxruntime import gradient_session_options
 from ksm_edge.runtimes.reference import evaluate
 
 CLASSES = 3
@@ -61,6 +61,8 @@ class Net:
     frozen: Sequence[str] = ()  # layers that do not learn
     statistics: str = "frozen"
     per_weight: bool = False
+    own: bool = False  # in float32, with the operators of `autodiff.own`
+    threads: int = 1
     seed: int = 0
     _graphs: dict[type, GradientGraph] = field(default_factory=dict)
     _outputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -97,7 +99,8 @@ class Net:
 
     def gradient_graph(self, dtype: type = np.float64) -> GradientGraph:
         if dtype not in self._graphs:
-            self._graphs[dtype] = build(self.model, self.layers, self.spec, dtype)
+            spec = replace(self.spec, own=self.own and dtype == np.float32)
+            self._graphs[dtype] = build(self.model, self.layers, spec, dtype)
         return self._graphs[dtype]
 
     def feeds(self, graph: GradientGraph) -> dict[str, np.ndarray]:
@@ -139,7 +142,7 @@ class Net:
 
         graph = self.gradient_graph(np.float32)
         externals = {name: array.astype(np.float32) for name, array in self.externals(graph).items()}
-        options = session_options(1)
+        options = gradient_session_options(self.threads)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in externals.values()]
         options.add_external_initializers(list(externals), values)
         session = onnxruntime.InferenceSession(

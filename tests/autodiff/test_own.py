@@ -1,0 +1,204 @@
+"""The operators in C: the same gradients as the standard ones, whatever the geometry, from less memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from small_graphs import Conv, Net, Op, conv, op, relative_error
+from test_fast_forms import assert_same, gradients
+from whole_network import random_bundle
+
+from ksm_edge import native
+from ksm_edge.autodiff import own
+from ksm_edge.autodiff.gradient_graph import build
+from ksm_edge.autodiff.graph import OWN
+from ksm_edge.autodiff.liveness import peak_bytes
+from ksm_edge.training.settings import Settings
+from ksm_edge.training.trainer import gradient_spec
+
+pytestmark = pytest.mark.skipif(native.operators is None, reason="installed without a C compiler")
+
+SIX = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+HALF = {"low": np.array(-0.5, np.float32), "high": np.array(0.5, np.float32)}
+
+
+def block(
+    kernel: tuple[int, int], *, wide: int = 10, activation: str = "Clip", **attributes: object
+) -> list[Conv | Op]:
+    """An inverted residual block: 1x1 conv, activation, depthwise conv, activation, 1x1 conv."""
+    bounds = " low high" if activation == "Clip" else ""
+    return [
+        conv("stem", "image", 6, 3),
+        conv("wide", "stem", wide, 6),
+        op(activation, f"wide{bounds}", "wide_y"),
+        conv("depth", "wide_y", wide, 1, kernel, wide, **attributes),
+        op(activation, f"depth{bounds}", "depth_y"),
+        conv("narrow", "depth_y", 5, wide),
+    ]
+
+
+def operators(net: Net) -> list[str]:
+    return [node.op_type for node in net.gradient_graph(np.float32).model.graph.node if node.domain == OWN]
+
+
+def assert_gradients_are_those_of_standard_operators(net: Net) -> None:
+    """float32 with this project's operators, held to float64 with standard ones."""
+    expected, found = net.run_reference(), net.run_onnxruntime()
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        assert relative_error(found[name], array) < 3e-5, name
+
+
+GEOMETRIES = [
+    ((3, 3), {"pads": [1, 1, 1, 1]}),
+    ((3, 3), {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
+    ((3, 3), {"pads": [0, 0, 1, 1], "strides": [2, 2]}),
+    ((3, 3), {}),
+    ((3, 3), {"strides": [2, 1]}),
+    ((3, 3), {"strides": [1, 2], "pads": [2, 0, 0, 2]}),
+    ((5, 5), {"pads": [2, 2, 2, 2], "strides": [2, 2]}),
+    ((5, 5), {"pads": [2, 2, 2, 2]}),
+    ((5, 3), {"pads": [2, 1, 2, 1], "strides": [2, 2]}),
+    ((7, 7), {"pads": [3, 3, 3, 3]}),
+    ((1, 1), {"strides": [2, 2]}),
+    ((2, 2), {"strides": [2, 2]}),
+]
+
+
+@pytest.mark.parametrize("size", [7, 12, 33, 40])  # less than a register holds, and more than are worked on at once
+@pytest.mark.parametrize(("kernel", "attributes"), GEOMETRIES, ids=str)
+@pytest.mark.parametrize("large", [0, 1 << 30], ids=["widened", "depthwise"])
+def test_gradients_are_the_same_for_every_geometry(
+    kernel: tuple[int, int], attributes: dict[str, list[int]], size: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "LARGE_BYTES", large)
+    net = Net(block(kernel, **attributes), size=size, constants=HALF, own=True)
+    assert_gradients_are_those_of_standard_operators(net)
+    expected = ["Depthwise", "DepthwiseGradient"] if large else ["WidenedDepthwise", "WidenedDepthwiseGradient"]
+    assert operators(net) == expected
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+@pytest.mark.parametrize("large", [0, 1 << 30], ids=["widened", "depthwise"])
+def test_gradients_are_the_same_for_several_images_and_threads(
+    images: int, threads: int, activation: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "LARGE_BYTES", large)
+    nodes = block((3, 3), wide=40, activation=activation, pads=[1, 1, 1, 1])
+    net = Net(nodes, images=images, constants=HALF, own=True, threads=threads)
+    assert_gradients_are_those_of_standard_operators(net)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {2: op("HardSwish", "wide", "wide_y")},  # no bounds: only the depthwise conv and what stands behind it
+        {4: op("HardSwish", "depth", "depth_y")},
+        {2: op("HardSwish", "wide", "wide_y"), 4: op("HardSwish", "depth", "depth_y")},
+        {5: op("Add", "depth_y wide_y", "sum")},  # wide_y is read twice
+        {5: op("Add", "depth depth_y", "sum")},  # depth is
+        {2: op("Clip", "wide low high", "wide_y"), 5: op("Add", "depth_y wide", "sum")},
+        {1: conv("wide", "stem", 10, 6, (3, 3), pads=[1, 1, 1, 1])},
+        {0: conv("stem", "image", 7, 3), 1: conv("wide", "stem", 10, 7)},  # an odd number of channels
+        {5: op("Relu", "depth_y", "end")},
+    ],
+    ids=str,
+)
+def test_what_stands_around_is_done_along_only_where_nothing_else_reads_it(
+    changes: dict[int, Conv | Op], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "LARGE_BYTES", 0)
+    nodes = block((3, 3), pads=[1, 1, 1, 1])
+    for place, node in changes.items():
+        nodes[place] = node
+    net = Net(nodes, constants=SIX, own=True)
+    assert any("Depthwise" in kind for kind in operators(net))
+    assert_gradients_are_those_of_standard_operators(net)
+
+
+@pytest.mark.parametrize("frozen", [["wide"], ["depth"], ["stem", "wide"], ["narrow"], ["stem"]], ids=str)
+def test_layers_that_do_not_learn_are_left_out(frozen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "LARGE_BYTES", 0)
+    net = Net(block((3, 3), pads=[1, 1, 1, 1]), constants=SIX, own=True, frozen=frozen)
+    assert_gradients_are_those_of_standard_operators(net)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"strides": [3, 3]}, {"dilations": [2, 2]}, {"pads": [3, 3, 3, 3]}],
+    ids=str,
+)
+def test_other_geometries_keep_the_standard_operators(attributes: dict[str, list[int]]) -> None:
+    net = Net(block((3, 3), **attributes), size=9, constants=SIX, own=True)
+    assert set(operators(net)) == {"Gate"}
+    assert_gradients_are_those_of_standard_operators(net)
+
+
+def test_numbers_that_are_none_come_through() -> None:
+    """A training that has failed has to be seen to have failed."""
+    net = Net([conv("stem", "image", 4, 3), conv("depth", "stem", 4, 1, (3, 3), 4)], own=True)
+    net.target[0, 0] = np.nan
+    outputs = net.run_onnxruntime()
+    assert np.isnan(outputs["depth.product"]).all()
+    assert np.isnan(outputs["stem.dbias"]).all()
+
+
+@pytest.mark.parametrize("recipe", ["mobilenet_v2", "mobilenet_v3_small", "resnet18", "squeezenet1_1"])
+def test_whole_networks_have_the_same_gradients(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    bundle = random_bundle(recipe, 96, tmp_path / "bundle")
+    standard, compiled = (gradients(bundle, tmp_path / str(own), own=own) for own in (False, True))
+    assert_same(standard, compiled)
+
+
+def test_without_a_compiler_graphs_are_of_standard_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = random_bundle("mobilenet_v2", 64, tmp_path)
+    assert gradient_spec(bundle, 3, Settings(), 1).own
+    monkeypatch.setattr(native, "operators", None)
+    assert not gradient_spec(bundle, 3, Settings(), 1).own
+    net = Net(block((3, 3)), constants=SIX)
+    assert not operators(net)
+    net.run_onnxruntime()  # a session opens without the library
+
+
+def test_less_memory_is_alive(tmp_path: Path) -> None:
+    bundle = random_bundle("mobilenet_v2", 224, tmp_path)
+    backbone = onnx.load(bundle.graph_path, load_external_data=False)
+    spec = replace(gradient_spec(bundle, 3, Settings(), 1), fast=False)
+    peaks = {
+        (own, recompute): peak_bytes(build(backbone, bundle.layers, replace(spec, own=own, recompute=recompute)).model)
+        for own in (False, True)
+        for recompute in (False, True)
+    }
+    assert peaks[True, False] < 0.6 * peaks[False, False]
+    assert peaks[True, True] < 0.5 * peaks[False, True]
+
+
+def value(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4, 5, 5])
+
+
+def gated(again: bool) -> onnx.ModelProto:
+    """A gate whose gradient is read again behind it, or not."""
+    gate = helper.make_node("Gate", ["b", "a"], ["c", "sum"], domain=OWN, image_shape=[1, 4, 5, 5], low=0.0, high=6.0)
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Neg", ["a"], ["b"]),
+        gate,
+        helper.make_node("Add", ["c", "b" if again else "c"], ["y"]),
+    ]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(OWN, 1)]
+    return helper.make_model(helper.make_graph(nodes, "g", [value("x")], [value("y")]), opset_imports=opsets)
+
+
+def test_a_gradient_is_written_over_where_nobody_reads_it_again() -> None:
+    whole, sums = 4 * 4 * 5 * 5, 4 * 4
+    assert peak_bytes(gated(again=False)) == 2 * whole + sums  # a, and b, which becomes c
+    assert peak_bytes(gated(again=True)) == 3 * whole + sums
