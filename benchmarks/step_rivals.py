@@ -24,6 +24,7 @@ CLASSES, RATE = 10, 1e-4
 BATCHES_SEEN = 8  # put through the front at once, whose session opens once for all
 OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
 FASTEST = "ksm_edge, --fast"
+STANDARD = "ksm_edge, standard operators"  # as where no compiler was found
 NO_STEM = "ksm_edge, all but the stem"  # 7 x 7 over RGB in ResNets, with a max pool behind it
 OURS_IN_TORCH, OURS_ON_GPU = "ksm_edge, by torch", "ksm_edge, by torch on a GPU"
 CHANNELS_LAST = "torch, full fine-tuning, channels-last"
@@ -55,60 +56,43 @@ def _seen(step: Callable[[], float], given: Given) -> Found:
     return {"trace": traced(step)} if given.get("trace") else timed(step, given["steps"])
 
 
-def _ours(given: Given, *, smallest: bool = False, stem: bool = True, runtime: str = "onnxruntime") -> Found:
+def _ours(
+    given: Given, *, smallest: bool = False, stem: bool = True, runtime: str = "onnxruntime", operators: bool = True
+) -> Found:
     import numpy as np
 
-    from ksm_edge.adapt.views import Views
-    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge import native
     from ksm_edge.data.batches import Batch, parts_of_batches
-    from ksm_edge.errors import BudgetError, UnsupportedError
+    from ksm_edge.errors import UnsupportedError
     from ksm_edge.resident import use_compact_heap
-    from ksm_edge.training.planner import make_plan
-    from ksm_edge.training.settings import Settings
     from ksm_edge.training.targets import target_rows
     from ksm_edge.training.trainer import Trainer
 
     use_compact_heap()
-    rates = {"score_rate": RATE, "norm_rate": RATE, "head_rate": RATE}
-    bundle, budget = load_bundle(given["bundle"]), None
-    layers = given.get("layers", "*") if stem else f"{bundle.layers[1].name}.."
-    settings = Settings(batch=given["batch"], layers=layers, views=given.get("views", 0), **rates)
-    if smallest:
-        try:
-            make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
-        except BudgetError as error:
-            budget = error.needed_bytes
+    if not operators:
+        native.operators = None
     try:
-        plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget, runtime=runtime)
+        bundle, plan = _planned(given, smallest=smallest, stem=stem, runtime=runtime)
     except UnsupportedError as error:
         return {"absent": str(error)}
     trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned once, later
-    side, part = bundle.input.size, plan.micro_batch
+    side, batch = bundle.input.size, given["batch"]
+    targets = target_rows(np.arange(batch) % CLASSES, CLASSES, 0.0)
     # Images as an adaptation has them: a part at a time, however large the batch, and made by somebody else: what is
     # waited for them does not count, as little as with the rivals, who have them all from the start.
-    targets = target_rows(np.arange(given["batch"]) % CLASSES, CLASSES, 0.0)
-
-    waited_ms: list[float] = []
-
-    parts = list(parts_of_batches(np.arange(given["batch"]), given["batch"], part=part))
+    parts = list(parts_of_batches(np.arange(batch), batch, part=plan.micro_batch))
 
     def images() -> Iterator[Batch]:
         rng = np.random.default_rng(0)  # the same ones each time
         for indices in parts:
             yield Batch(rng.standard_normal((len(indices), 3, side, side), np.float32), indices % CLASSES, indices)
 
-    front_ms, views = 0.0, None
-    if plan.front is not None:
-        views = Views(bundle, plan.front, plan.engine, given["batch"], 1)
-        views.fill(0, images())
-        again = [next(images())] * (BATCHES_SEEN * len(parts))
-        began = time.perf_counter()
-        views.fill(0, again)
-        front_ms = (time.perf_counter() - began) * 1e3 / BATCHES_SEEN
+    views, front_ms = (None, 0.0) if plan.front is None else _views(bundle, plan, batch, images, len(parts))
+    waited_ms: list[float] = []
 
     def seen() -> Iterator[np.ndarray]:
         if views is None:
-            yield from (batch.images for batch in images())
+            yield from (part.images for part in images())
         else:
             yield from (views.features(0, indices) for indices in parts)
 
@@ -120,10 +104,42 @@ def _ours(given: Given, *, smallest: bool = False, stem: bool = True, runtime: s
     choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
     found = {**_seen(step, given), "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
     if "step_ms" in found:
-        of_views = front_ms * settings.kept_views / settings.epochs
+        of_views = front_ms * plan.settings.kept_views / plan.settings.epochs
         pairs = zip(found["step_ms"], waited_ms[-len(found["step_ms"]) :], strict=True)
         found["step_ms"] = [round(ms - waited + of_views, 3) for ms, waited in pairs]
     return found | ({} if views is None else {"front_ms": round(front_ms, 3)})
+
+
+def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str) -> tuple[Any, Any]:
+    """The bundle and the plan for it; UnsupportedError where the runtime is not here."""
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.errors import BudgetError
+    from ksm_edge.training.planner import make_plan
+    from ksm_edge.training.settings import Settings
+
+    bundle, budget = load_bundle(given["bundle"]), None
+    rates = {"score_rate": RATE, "norm_rate": RATE, "head_rate": RATE}
+    layers = given.get("layers", "*") if stem else f"{bundle.layers[1].name}.."
+    settings = Settings(batch=given["batch"], layers=layers, views=given.get("views", 0), **rates)
+    if smallest:
+        try:
+            make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
+        except BudgetError as error:
+            budget = error.needed_bytes
+    plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget, runtime=runtime)
+    return bundle, plan
+
+
+def _views(bundle: Any, plan: Any, batch: int, images: Callable[[], Iterator[Any]], parts: int) -> tuple[Any, float]:
+    """One view of each of a step's images, and the milliseconds that a step's take."""
+    from ksm_edge.adapt.views import Views
+
+    views = Views(bundle, plan.front, plan.engine, batch, 1)
+    views.fill(0, images())
+    again = [next(images())] * (BATCHES_SEEN * parts)
+    began = time.perf_counter()
+    views.fill(0, again)
+    return views, (time.perf_counter() - began) * 1e3 / BATCHES_SEEN
 
 
 def _fast() -> Given:
@@ -267,6 +283,7 @@ def _executorch(given: Given) -> Found:
 RIVALS: dict[str, Callable[[Given], Found]] = {
     OURS: _ours,
     SMALLEST: lambda given: _ours(given, smallest=True),
+    STANDARD: lambda given: _ours(given, operators=False),
     NO_STEM: lambda given: _ours(given, stem=False),
     FASTEST: lambda given: _ours({**given, **_fast()}),
     OURS_IN_TORCH: lambda given: _ours(given, runtime="pytorch"),
