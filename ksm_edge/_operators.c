@@ -34,15 +34,20 @@ typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 #define FOR_EVERY_PROCESSOR
 #endif
 
+/* A clip tells by its result what gradients it passed: those strictly between its bounds. What the others were given is
+   kept, or made again. */
+enum { CLIP, HARD_SWISH, SWISH };
+
 typedef struct {
-    float low, high; /* an activation passes gradients strictly between these */
-} Bounds;
+    int64_t kind;
+    float low, high; /* of a clip */
+} Activation;
 
 typedef struct {
     int64_t images, channels, H, W, h, w; /* of the conv's input and output */
     int64_t inside; /* channels that a 1x1 conv in front makes `channels` of, where it is done along */
     int64_t kernel[2], strides[2], pads[4]; /* top, left, bottom, right */
-    Bounds before, behind;
+    Activation before, behind;
 } Depthwise;
 
 /* ---- Loops over floats that lie in a row ---- */
@@ -98,24 +103,73 @@ INLINE float product(const float *left, const float *right, int64_t count)
     return total;
 }
 
-/* out = scale gradient where x lies between the bounds, or else 0; a plain loop, as GCC takes comparisons of Lanes
-   apart. Each of the three may be the memory of another. */
-INLINE void pass(const float *gradient, const float *x, Bounds bounds, float scale, int64_t count, float *out)
+/* e^x by its power series around the next multiple of ln 2, to float32's last digits. */
+INLINE float exponential(float x)
 {
-    if (bounds.low == -INFINITY && bounds.high == INFINITY) /* what is no number passes too */
-        for (int64_t i = 0; i < count; i++)
-            out[i] = scale * gradient[i];
-    else
-        for (int64_t i = 0; i < count; i++)
-            out[i] = (x[i] > bounds.low) & (x[i] < bounds.high) ? scale * gradient[i] : 0;
+    x = x > 87 ? 87 : x < -87 ? -87 : x;
+    float whole = (x * 1.44269504f + 12582912) - 12582912; /* 1.5 2^23: what is behind the point falls off */
+    float r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
+    float series = 1 + r * (1.0f / 6) * (1 + r * (1.0f / 7));
+    series = 1 + r * (1.0f / 3) * (1 + r * (1.0f / 4) * (1 + r * (1.0f / 5) * series));
+    series = 1 + r * (1 + r * (1.0f / 2) * series);
+    uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return series * power;
 }
 
-INLINE void clip(float *row, Bounds bounds, int64_t count)
+INLINE float sigmoid(float x)
 {
-    for (int64_t i = 0; i < count; i++) {
-        float raised = row[i] > bounds.low ? row[i] : bounds.low;
-        row[i] = raised < bounds.high ? raised : bounds.high;
-    }
+    return 1 / (1 + exponential(-x));
+}
+
+INLINE float hard_sigmoid(float x)
+{
+    float y = x * (1.0f / 6) + 0.5f;
+    y = y > 0 ? y : 0;
+    return y < 1 ? y : 1;
+}
+
+INLINE int does_nothing(Activation activation)
+{
+    return activation.kind == CLIP && activation.low == -INFINITY && activation.high == INFINITY;
+}
+
+INLINE void activate(const float *x, Activation activation, int64_t count, float *out)
+{
+    if (activation.kind == SWISH)
+        for (int64_t i = 0; i < count; i++)
+            out[i] = x[i] * sigmoid(x[i]);
+    else if (activation.kind == HARD_SWISH)
+        for (int64_t i = 0; i < count; i++)
+            out[i] = x[i] * hard_sigmoid(x[i]);
+    else
+        for (int64_t i = 0; i < count; i++) {
+            float raised = x[i] > activation.low ? x[i] : activation.low;
+            out[i] = raised < activation.high ? raised : activation.high;
+        }
+}
+
+/* out = scale gradient, times the activation's slope at x, or for a clip at the x of which it made this one. Plain
+   loops, as GCC takes comparisons of Lanes apart. Each of the three may be the memory of another. */
+INLINE void pass(const float *gradient, const float *x, Activation activation, float scale, int64_t count, float *out)
+{
+    if (does_nothing(activation)) /* what is no number passes too */
+        for (int64_t i = 0; i < count; i++)
+            out[i] = scale * gradient[i];
+    else if (activation.kind == SWISH)
+        for (int64_t i = 0; i < count; i++) {
+            float s = sigmoid(x[i]);
+            out[i] = scale * gradient[i] * (s + x[i] * s * (1 - s));
+        }
+    else if (activation.kind == HARD_SWISH)
+        for (int64_t i = 0; i < count; i++) {
+            float slope = (x[i] > -3) & (x[i] < 3) ? x[i] * (1.0f / 6) : 0;
+            out[i] = scale * gradient[i] * (hard_sigmoid(x[i]) + slope);
+        }
+    else
+        for (int64_t i = 0; i < count; i++)
+            out[i] = (x[i] > activation.low) & (x[i] < activation.high) ? scale * gradient[i] : 0;
 }
 
 /* Rows of `width` from one distance between them to another. */
@@ -236,7 +290,7 @@ typedef struct {
 typedef struct {
     Frames layout;
     int64_t block; /* rows at once */
-    float *frames, *made;
+    float *frames, *made, *activated; /* the last: a plane, behind an activation that is no clip */
 } ForwardRoom;
 
 INLINE ForwardRoom forward_room(const Depthwise *d)
@@ -244,24 +298,32 @@ INLINE ForwardRoom forward_room(const Depthwise *d)
     ForwardRoom room = {.layout = frames_of(d)};
     int64_t whole = d->strides[0] * d->strides[1] * room.layout.size + LANES;
     room.block = rows_at_once(room.layout.pitch);
-    room.frames = calloc((size_t)(whole + room.block * room.layout.pitch + LANES), sizeof(float));
+    int64_t made = room.block * room.layout.pitch + LANES, plane = d->before.kind == CLIP ? 0 : d->H * d->W;
+    room.frames = calloc((size_t)(whole + made + plane), sizeof(float));
     room.made = room.frames ? room.frames + whole : NULL;
+    room.activated = room.frames ? room.made + made : NULL;
     return room;
 }
 
-/* y = conv(x, W) scale + bias of one plane, between the bounds of what stands behind. */
-INLINE void forward_plane(const Forward *f, const ForwardRoom *room, int64_t channel, const float *x, float *y)
+/* conv(x, W) scale + bias of one plane, and `behind`, what stands behind it. x is what a clip in front made, or what any
+   other activation there is given. */
+INLINE void forward_plane(const Forward *f, const ForwardRoom *room, int64_t channel, Activation behind, const float *x,
+                          float *y)
 {
     const Depthwise *d = f->d;
     int64_t taps = d->kernel[0] * d->kernel[1], pitch = room->layout.pitch;
     float scale = f->scale[channel], bias = f->bias[channel], *made = room->made;
+    if (d->before.kind != CLIP) {
+        activate(x, d->before, d->H * d->W, room->activated);
+        x = room->activated;
+    }
     frame(d, &room->layout, x, room->frames);
     for (int64_t row = 0; row < d->h; row += room->block) {
         int64_t rows = least(room->block, d->h - row), count = rows * pitch;
         weighted_sum(room->frames + row * pitch, &room->layout.taps, f->weight + channel * taps, count, made);
         for (int64_t i = 0; i < count; i++)
             made[i] = made[i] * scale + bias;
-        clip(made, d->behind, count);
+        activate(made, behind, count, made);
         copy_rows(made, pitch, y + row * d->w, d->w, d->w, rows);
     }
 }
@@ -276,7 +338,8 @@ FOR_EVERY_PROCESSOR static int forward(const Forward *f, int64_t first, int64_t 
     for (int64_t channel = first; channel < last; channel++)
         for (int64_t image = 0; image < d->images; image++) {
             int64_t plane = image * d->channels + channel;
-            forward_plane(f, &room, channel, f->x + plane * d->H * d->W, f->y + plane * d->h * d->w);
+            const float *x = f->x + plane * d->H * d->W;
+            forward_plane(f, &room, channel, d->behind, x, f->y + plane * d->h * d->w);
         }
     free(room.frames);
     return 1;
@@ -314,7 +377,7 @@ INLINE Gradients gradients_of(const Depthwise *d)
 
 typedef struct {
     const Depthwise *d;
-    const float *dy, *y, *x, *wide, *shift, *weight, *scale;
+    const float *dy, *y, *x, *wide, *shift, *weight, *scale, *bias;
     const float *product_before, *dbias_before, *wide_product_before, *shift_before;
     float *dx, *product, *dbias, *wide_product, *dshift, *sums, *planes;
 } Backward;
@@ -350,7 +413,9 @@ INLINE void spread(const Depthwise *d, const Gradients *g, const float *frame, c
 typedef struct {
     Gradients layout;
     int64_t some, most; /* rows of dz and of dx at once */
-    float *frame, *made, *t;
+    float *frame, *made, *t, *activated;
+    ForwardRoom again; /* where what stands behind is no clip: z is made once more, */
+    float *z;          /* a plane of it */
 } BackwardRoom;
 
 typedef struct {
@@ -363,20 +428,33 @@ INLINE BackwardRoom backward_room(const Depthwise *d)
     int64_t down = d->strides[0], pitch = room.layout.pitch, whole = room.layout.rows * pitch + LANES;
     room.some = rows_at_once(d->w), room.most = rows_at_once(d->W * down) * down;
     int64_t made = d->strides[1] * (room.most / down * pitch + LANES) + room.some * d->w;
-    room.frame = calloc((size_t)(whole + made + room.most * d->W + LANES), sizeof(float));
-    room.made = room.frame ? room.frame + whole : NULL;
-    room.t = room.frame ? room.made + made : NULL;
+    int64_t t = room.most * d->W + LANES, activated = d->before.kind == CLIP ? 0 : t;
+    int64_t z = d->behind.kind == CLIP ? 0 : d->h * d->w;
+    room.frame = calloc((size_t)(whole + made + t + activated + z), sizeof(float));
+    if (!room.frame)
+        return room;
+    room.made = room.frame + whole, room.t = room.made + made;
+    room.activated = room.t + t, room.z = room.activated + activated;
+    if (z && !(room.again = forward_room(d)).frames) {
+        free(room.frame);
+        room.frame = NULL;
+    }
     return room;
 }
 
 /* Of one plane, with t = conv^T(dz, W): product += sum x t, dbias += sum dz, dx = t scale where x passes, sums += sum dx.
-   dx may be x's own memory. */
+   dx may be x's own memory. y is what a clip behind made; otherwise it is not looked at. */
 INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t channel, const float *dy,
                            const float *y, const float *x, float *dx, Totals *totals)
 {
     const Depthwise *d = b->d;
     const Gradients *layout = &room->layout;
     int64_t taps = d->kernel[0] * d->kernel[1];
+    if (d->behind.kind != CLIP) {
+        const Forward again = {.d = d, .weight = b->weight, .scale = b->scale, .bias = b->bias};
+        forward_plane(&again, &room->again, channel, (Activation){CLIP, -INFINITY, INFINITY}, x, room->z);
+        y = room->z;
+    }
     for (int64_t row = 0; row < d->h; row += room->some) {
         int64_t rows = least(room->some, d->h - row), count = rows * d->w;
         float *to = room->frame + (layout->above + row) * layout->pitch + layout->front;
@@ -387,7 +465,12 @@ INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t 
     for (int64_t row = 0; row < d->H; row += room->most, x += room->most * d->W, dx += room->most * d->W) {
         int64_t rows = least(room->most, d->H - row), count = rows * d->W;
         spread(d, layout, room->frame, b->weight + channel * taps, row, rows, room->made, room->t);
-        totals->product += product(x, room->t, count);
+        const float *met = x;
+        if (d->before.kind != CLIP) {
+            activate(x, d->before, count, room->activated);
+            met = room->activated;
+        }
+        totals->product += product(met, room->t, count);
         pass(room->t, x, d->before, b->scale[channel], count, room->t);
         totals->sums += sum(room->t, count);
         memcpy(dx, room->t, (size_t)count * sizeof(float));
@@ -410,6 +493,7 @@ FOR_EVERY_PROCESSOR static int backward(const Backward *b, int64_t first, int64_
         b->dbias[channel] = b->dbias_before[channel] + (float)totals.dbias;
         b->sums[channel] = (float)totals.sums;
     }
+    free(room.again.frames);
     free(room.frame);
     return 1;
 }
@@ -433,7 +517,7 @@ INLINE Widening widening(const Depthwise *d, const float *weight, const float *s
     return w;
 }
 
-/* planes (GROUP, pixels) of x (inside, pixels): the 1x1 conv and the activation in front of the depthwise one. */
+/* planes (GROUP, pixels) of x (inside, pixels): the 1x1 conv and, if it is a clip, the activation behind it. */
 INLINE void widen(const Depthwise *d, const Widening *w, const float *x, float *planes)
 {
     int64_t pixels = d->H * d->W, inside = d->inside;
@@ -463,8 +547,8 @@ INLINE void widen(const Depthwise *d, const Widening *w, const float *x, float *
                     made += w->weight[k * GROUP + c] * x[k * pixels + i];
                 planes[c * pixels + i] = made;
             }
-        for (int c = 0; c < GROUP; c++)
-            clip(planes + c * pixels + at, d->before, end - at);
+        for (int c = 0; c < GROUP && d->before.kind == CLIP; c++)
+            activate(planes + c * pixels + at, d->before, end - at, planes + c * pixels + at);
     }
 }
 
@@ -548,7 +632,7 @@ FOR_EVERY_PROCESSOR static int widened_forward(const Forward *f)
             widen(d, &w, f->x + image * d->inside * pixels, f->planes);
             for (int64_t c = 0; c < w.count; c++) {
                 float *y = f->y + (image * d->channels + first + c) * small;
-                forward_plane(f, &room, first + c, f->planes + c * pixels, y);
+                forward_plane(f, &room, first + c, d->behind, f->planes + c * pixels, y);
             }
         }
     }
@@ -588,6 +672,7 @@ FOR_EVERY_PROCESSOR static int widened_backward(const Backward *b)
                     b->wide_product_before[channel * inside + k] + products[c * inside + k];
         }
     }
+    free(room.again.frames);
     free(room.frame);
     return 1;
 }
@@ -596,7 +681,7 @@ FOR_EVERY_PROCESSOR static int widened_backward(const Backward *b)
 
 typedef struct {
     int64_t shape[4];
-    Bounds bounds;
+    Activation activation;
 } Gate;
 
 typedef struct {
@@ -605,7 +690,7 @@ typedef struct {
     float *dz, *sums;
 } Gating;
 
-/* dz = dy where y passes, which may be dy's own memory; sums = sum dz. */
+/* dz = dy times the activation's slope at y, in dy's own memory or another; sums = sum dz. */
 FOR_EVERY_PROCESSOR static int gate(const Gating *g, int64_t first, int64_t last)
 {
     const int64_t *shape = g->g->shape, pixels = shape[2] * shape[3];
@@ -615,7 +700,7 @@ FOR_EVERY_PROCESSOR static int gate(const Gating *g, int64_t first, int64_t last
             int64_t begin = (image * shape[1] + channel) * pixels, end = begin + pixels;
             for (int64_t at = begin; at < end; at += BLOCK) {
                 int64_t count = least(BLOCK, end - at);
-                pass(g->dy + at, g->y + at, g->g->bounds, 1, count, g->dz + at);
+                pass(g->dy + at, g->y + at, g->g->activation, 1, count, g->dz + at);
                 sums += sum(g->dz + at, count);
             }
         }
@@ -794,7 +879,7 @@ static OrtStatus *compute_backward(void *kernel, OrtKernelContext *context)
     const Kernel *k = kernel;
     const Depthwise *d = &k->depthwise;
     Backward b = {.d = d};
-    const float **given[] = {&b.dy, &b.y, &b.x, &b.weight, &b.scale, &b.product_before, &b.dbias_before};
+    const float **given[] = {&b.dy, &b.y, &b.x, &b.weight, &b.scale, &b.bias, &b.product_before, &b.dbias_before};
     for (size_t i = 0; i < sizeof given / sizeof *given; i++)
         TRY(input(k, context, i, given[i]));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->H, d->W}, 4, &b.dx));
@@ -822,8 +907,8 @@ static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *conte
     const Kernel *k = kernel;
     const Depthwise *d = &k->depthwise;
     Backward b = {.d = d};
-    const float **given[] = {&b.dy, &b.y, &b.x, &b.wide, &b.shift, &b.weight, &b.scale, &b.wide_product_before,
-                             &b.shift_before, &b.product_before, &b.dbias_before};
+    const float **given[] = {&b.dy, &b.y, &b.x, &b.wide, &b.shift, &b.weight, &b.scale, &b.bias,
+                             &b.wide_product_before, &b.shift_before, &b.product_before, &b.dbias_before};
     for (size_t i = 0; i < sizeof given / sizeof *given; i++)
         TRY(input(k, context, i, given[i]));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->inside, d->H, d->W}, 4, &b.dx));
@@ -847,11 +932,12 @@ static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
     return in_parts(k, context, shape[1], run_gate, &g);
 }
 
-static OrtStatus *bounds_of(const OrtApi *api, const OrtKernelInfo *info, const char *low, const char *high,
-                            Bounds *bounds)
+static OrtStatus *activation_of(const OrtApi *api, const OrtKernelInfo *info, const char *kind, const char *low,
+                                const char *high, Activation *activation)
 {
-    TRY(api->KernelInfoGetAttribute_float(info, low, &bounds->low));
-    return api->KernelInfoGetAttribute_float(info, high, &bounds->high);
+    TRY(numbers(api, info, kind, &activation->kind, 1));
+    TRY(api->KernelInfoGetAttribute_float(info, low, &activation->low));
+    return api->KernelInfoGetAttribute_float(info, high, &activation->high);
 }
 
 static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, Depthwise *d)
@@ -867,14 +953,14 @@ static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, D
         return api->CreateStatus(FAILED, "the kernel has too many taps, or steps too far");
     if (d->inside != d->channels && d->inside > MAX_INSIDE)
         return api->CreateStatus(FAILED, "the 1x1 conv has too many channels");
-    TRY(bounds_of(api, info, "input_low", "input_high", &d->before));
-    return bounds_of(api, info, "low", "high", &d->behind);
+    TRY(activation_of(api, info, "input_kind", "input_low", "input_high", &d->before));
+    return activation_of(api, info, "kind", "low", "high", &d->behind);
 }
 
 static OrtStatus *read_gate(const OrtApi *api, const OrtKernelInfo *info, Gate *g)
 {
     TRY(numbers(api, info, "image_shape", g->shape, 4));
-    return bounds_of(api, info, "low", "high", &g->bounds);
+    return activation_of(api, info, "kind", "low", "high", &g->activation);
 }
 
 static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
@@ -970,9 +1056,9 @@ enum { DEPTHWISE, DEPTHWISE_GRADIENT, WIDENED, WIDENED_GRADIENT, GATE, OPERATORS
 
 static const Operator operators[OPERATORS] = {
     [DEPTHWISE] = OPERATOR("Depthwise", 4, 1, compute_forward, nowhere),
-    [DEPTHWISE_GRADIENT] = OPERATOR("DepthwiseGradient", 7, 4, compute_backward, over_pixels),
+    [DEPTHWISE_GRADIENT] = OPERATOR("DepthwiseGradient", 8, 4, compute_backward, over_pixels),
     [WIDENED] = OPERATOR("WidenedDepthwise", 6, 2, compute_widened_forward, nowhere),
-    [WIDENED_GRADIENT] = OPERATOR("WidenedDepthwiseGradient", 11, 6, compute_widened_backward, nowhere),
+    [WIDENED_GRADIENT] = OPERATOR("WidenedDepthwiseGradient", 12, 6, compute_widened_backward, nowhere),
     [GATE] = OPERATOR("Gate", 2, 2, compute_gate, over_gradient),
 };
 

@@ -107,10 +107,8 @@ class _Builder:
         self.forms = {node.name: self._form(node) for node in self.nodes if node.op == "Conv"}
         self.wanted = gradient_wanted(self.nodes, self.spec.trained) if self.spec.backward else frozenset()
         self.own = {node.name: self._depthwise(node) for node in self.nodes if self._is_own(node)}
-        # Activations that these do along with a conv, by the names of their outputs.
-        self.done_behind = {conv.behind.output for conv in self.own.values() if conv.behind}
-        self.done_before = {conv.before.output for conv in self.own.values() if conv.before}
-        self.done_wide = {conv.wide.output for conv in self.own.values() if conv.wide}
+        self.done_along = {node.name for conv in self.own.values() for node in conv.done_along}
+        self.done_behind = {conv.behind.name for conv in self.own.values() if conv.behind}
 
     def _form(self, node: Node) -> str:
         # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
@@ -137,7 +135,7 @@ class _Builder:
 
     def forward(self) -> None:
         for node in self.nodes:
-            if node.output in self.done_behind or (node.op != "Conv" and node.inputs[0] in self.done_wide):
+            if node.op != "Conv" and node.name in self.done_along:
                 continue
             if node.op == "Conv":
                 self._conv_forward(node)
@@ -151,7 +149,7 @@ class _Builder:
     def _conv_forward(self, node: Node) -> None:
         layer, form = self.layers[node.name], self.forms[node.name]
         self._declare_parameters(layer, form)
-        if node.output in self.done_wide:
+        if node.name in self.done_along:
             return
         if node.name in self.own:
             self.own[node.name].forward(self.emit)
@@ -185,7 +183,7 @@ class _Builder:
             gradient = tape.take(node.output)
             if gradient is None:
                 continue
-            if node.output in self.done_behind | self.done_before:
+            if node.name in self.done_behind:
                 tape.add(node.inputs[0], tape.whole(gradient, node.output))
                 continue
             if node.op != "Conv":

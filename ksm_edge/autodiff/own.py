@@ -1,8 +1,8 @@
 """Operators that standard ONNX has none of, compiled from `ksm_edge/_operators.c`: where they apply, and their nodes.
 
     Depthwise          x, W, scale, bias -> y: the conv, its mask's scale, its bias and the activation behind it
-    DepthwiseGradient  dy, y, x, W, scale, two accumulators -> dx, these, sum dx: through the activation behind, the
-                       conv and, where the conv is all that reads x, the activation in front of it
+    DepthwiseGradient  dy, y, x, W, scale, bias, two accumulators -> dx, these, sum dx: through the activation behind,
+                       the conv and, where the conv is all that reads it, the activation in front of it
     Gate               dy, y -> dz, sum dz: through an activation
 
 Each goes over memory once. What they save over standard operators is passes over memory, and the change into a blocked
@@ -10,10 +10,13 @@ layout and back around every depthwise conv. dx may take the memory of x, and dz
 
     WidenedDepthwise          x, V, v, W, scale, bias -> y, room: Depthwise of what a 1x1 conv (V, v) and its activation
                               make of x
-    WidenedDepthwiseGradient  dy, y, x, V, v, W, scale, four accumulators -> dx, these, room
+    WidenedDepthwiseGradient  dy, y, x, V, v, W, scale, bias, four accumulators -> dx, these, room
 
 What the 1x1 conv makes of an image, the largest tensors of an inverted residual network, is never in memory: GROUP
 channels are made at a time, and again for the gradient. The room for these is an output that nobody reads.
+
+An activation is a clip, whose result tells what gradients it passed, or one of SMOOTH: of these what they were given is
+kept in place of their result, or made again, so that x is what stands in front of such an activation.
 """
 
 from __future__ import annotations
@@ -39,18 +42,27 @@ LARGE_BYTES = 2**19
 # (input, output): where nobody reads the first later, ONNX Runtime gives its memory to the second.
 IN_PLACE = {"DepthwiseGradient": (2, 0), "Gate": (0, 0)}
 FORWARD = ("Depthwise", "WidenedDepthwise")
-EVERYTHING = (-math.inf, math.inf)
-
-Bounds = tuple[float, float]
+SMOOTH = {"HardSwish": 1, "Swish": 2}  # by their numbers there; 0 is a clip
 
 
-def bounds_of(node: Node, constants: Mapping[str, np.ndarray]) -> Bounds | None:
-    """Between which numbers an activation's output lets gradients pass, if that is all there is to it."""
+@dataclass(frozen=True)
+class Activation:
+    """As the operators know them."""
+
+    kind: int = 0
+    low: float = -math.inf  # of a clip, which passes gradients strictly between
+    high: float = math.inf
+
+
+def activation_of(node: Node, constants: Mapping[str, np.ndarray]) -> Activation | None:
+    """The activation that a node is, if the operators know it."""
+    if node.op in SMOOTH:
+        return Activation(SMOOTH[node.op])
     if node.op == "Relu":
-        return 0.0, math.inf
+        return Activation(low=0.0)
     if node.op == "Clip" and all(name in constants for name in node.inputs[1:3]):
         low, high = (float(constants[name]) for name in node.inputs[1:3])
-        return low, high
+        return Activation(low=low, high=high)
     return None
 
 
@@ -60,63 +72,68 @@ class Depthwise:
 
     node: Node
     layer: Layer
-    x: Shape  # of the depthwise conv, also where that is never made as a whole
-    y: Shape
+    x_shape: Shape  # of the conv's input, also where that is never made as a whole
+    y_shape: Shape
     before: Node | None = None
     behind: Node | None = None
-    before_bounds: Bounds = EVERYTHING
-    behind_bounds: Bounds = EVERYTHING
+    activation_before: Activation = Activation()
+    activation_behind: Activation = Activation()
     wide: Node | None = None  # the 1x1 conv in front of `before`, where it is done along
     inside: int = 0  # its in-channels
 
     @property
-    def output(self) -> str:
+    def done_along(self) -> list[Node]:
+        """Nodes of the forward pass that are part of this one; a clip in front is part of the conv in front of it."""
+        smooth = self.before if self.activation_before.kind else None
+        around = [self.wide, self.before, self.behind] if self.wide else [smooth, self.behind]
+        return [node for node in around if node is not None]
+
+    @property
+    def x(self) -> str:
+        if self.wide:
+            return self.wide.inputs[0]
+        return self.before.inputs[0] if self.before and self.activation_before.kind else self.node.inputs[0]
+
+    @property
+    def y(self) -> str:
         return (self.behind or self.node).output
 
     @property
     def attributes(self) -> dict[str, Any]:
-        get = self.node.attributes.get
+        get, before, behind = self.node.attributes.get, self.activation_before, self.activation_behind
         return {
-            "image_shape": [self.x[0], self.inside or self.x[1], *self.x[2:]],
-            "output_shape": list(self.y),
+            "image_shape": [self.x_shape[0], self.inside or self.x_shape[1], *self.x_shape[2:]],
+            "output_shape": list(self.y_shape),
             "kernel_shape": list(self.layer.weight_shape[2:]),
             "strides": get("strides", [1, 1]),
             "pads": get("pads", [0] * 4),
-            **dict(zip(("input_low", "input_high"), self.before_bounds, strict=True)),
-            **dict(zip(("low", "high"), self.behind_bounds, strict=True)),
+            **{"input_kind": [before.kind], "input_low": before.low, "input_high": before.high},
+            **{"kind": [behind.kind], "low": behind.low, "high": behind.high},
         }
 
-    def forward(self, emit: Emitter) -> None:
-        given = [*self._wide_parameters, *(f"{self.layer.name}.{part}" for part in ("weight", "scale", "bias"))]
-        x = (self.wide or self.node).inputs[0]
-        if self.wide:
-            made = [self.output, emit.fresh("room")]
-            emit.many("WidenedDepthwise", x, *given, names=made, domain=OWN, **self.attributes)
-        else:
-            emit("Depthwise", x, *given, name=self.output, domain=OWN, **self.attributes)
-
     @property
-    def _wide_parameters(self) -> list[str]:
-        return [f"{self.wide.name}.weight", f"{self.wide.name}.bias"] if self.wide else []
+    def parameters(self) -> list[str]:
+        wide = [f"{self.wide.name}.weight", f"{self.wide.name}.bias"] if self.wide else []
+        return wide + [f"{self.layer.name}.{part}" for part in ("weight", "scale", "bias")]
+
+    def forward(self, emit: Emitter) -> None:
+        op, room = ("WidenedDepthwise", [emit.fresh("room")]) if self.wide else ("Depthwise", [])
+        emit.many(op, self.x, *self.parameters, names=[self.y, *room], domain=OWN, **self.attributes)
 
     def backward(self, tape: Tape, dy: str) -> None:
         """From the gradient behind the activation behind to the one in front of the activation, or conv, in front."""
-        emit, name, x, C = tape.emit, self.layer.name, (self.wide or self.node).inputs[0], self.x[1]
-        y = self.output if self.behind else dy  # there is nothing to pass
+        emit, name, C = tape.emit, self.layer.name, self.x_shape[1]
+        y = dy if self.behind is None or self.activation_behind.kind else self.y  # else it is not looked at
         totals: dict[str, Shape] = {f"{name}.product": (C,), f"{name}.dbias": (C,)}
         if self.wide:
             totals = {f"{self.wide.name}.product": (C, self.inside), f"{self.wide.name}.dbias": (C,)} | totals
+        op, last = ("WidenedDepthwiseGradient", "room") if self.wide else ("DepthwiseGradient", "dx_sum")
         before = [emit.input(f"acc:{total}", shape) for total, shape in totals.items()]
-        given = [dy, y, x, *self._wide_parameters, f"{name}.weight", f"{name}.scale", *before]
-        made = [emit.fresh("dx"), *(emit.output(total, shape) for total, shape in totals.items())]
-        if self.wide:
-            made.append(emit.fresh("room"))
-            emit.many("WidenedDepthwiseGradient", *given, names=made, domain=OWN, **self.attributes)
-        else:
-            made.append(emit.fresh("dx_sum"))
-            emit.many("DepthwiseGradient", *given, names=made, domain=OWN, **self.attributes)
+        made = [emit.fresh("dx"), *(emit.output(total, shape) for total, shape in totals.items()), emit.fresh(last)]
+        emit.many(op, dy, y, self.x, *self.parameters, *before, names=made, domain=OWN, **self.attributes)
+        if not self.wide:
             tape.sums[made[0]] = made[-1]
-        tape.add(x, made[0])
+        tape.add((self.wide or self.before or self.node).inputs[0], made[0])
 
 
 def can_do(node: Node, layer: Layer) -> bool:
@@ -151,8 +168,8 @@ def depthwise(
     behind = readers.get(node.output, [])
     around = {"before": in_front(node), "behind": behind[0] if len(behind) == 1 else None}
     for where, near in around.items():
-        if near is not None and (bounds := bounds_of(near, constants)) is not None:
-            found |= {where: near, f"{where}_bounds": bounds}
+        if near is not None and (activation := activation_of(near, constants)) is not None:
+            found |= {where: near, f"activation_{where}": activation}
     x = shapes[node.inputs[0]]
     conv = in_front(found["before"]) if "before" in found else None
     if conv is not None and conv.name in wide:
@@ -163,13 +180,13 @@ def depthwise(
     return Depthwise(node, layers[node.name], x, shapes[node.output], **found)
 
 
-def gate(tape: Tape, node: Node, dy: str, bounds: Bounds) -> None:
+def gate(tape: Tape, node: Node, dy: str, activation: Activation) -> None:
     """The gradient in front of an activation, from the one behind it."""
     emit, shape = tape.emit, tape.shapes[node.output]
     dz, dz_sum = emit.fresh("dz"), emit.fresh("dz_sum")
-    low, high = bounds
-    given = {"image_shape": list(shape), "low": low, "high": high}
-    emit.many("Gate", dy, node.output, names=[dz, dz_sum], domain=OWN, **given)
+    y = node.inputs[0] if activation.kind else node.output
+    given = {"image_shape": list(shape), "kind": [activation.kind], "low": activation.low, "high": activation.high}
+    emit.many("Gate", dy, y, names=[dz, dz_sum], domain=OWN, **given)
     tape.sums[dz] = dz_sum
     tape.add(node.inputs[0], dz)
 

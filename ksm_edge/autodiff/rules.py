@@ -39,10 +39,10 @@ def clip(tape: Tape, node: Node, dy: Gradient) -> None:
 
 def _gated_at_once(tape: Tape, node: Node, dy: Gradient) -> bool:
     """Have an operator of this project do it, where it can."""
-    bounds = own.bounds_of(node, tape.emit.constants) if tape.own else None
-    if bounds is None or len(tape.shapes[node.output]) != IMAGE_RANK:
+    activation = own.activation_of(node, tape.emit.constants) if tape.own else None
+    if activation is None or len(tape.shapes[node.output]) != IMAGE_RANK:
         return False
-    own.gate(tape, node, tape.whole(dy, node.output), bounds)
+    own.gate(tape, node, tape.whole(dy, node.output), activation)
     return True
 
 
@@ -84,6 +84,8 @@ def hard_sigmoid(tape: Tape, node: Node, dy: Gradient) -> None:
 
 def hard_swish(tape: Tape, node: Node, dy: Gradient) -> None:
     """y = x h(x), h = clip(x / 6 + 1/2, 0, 1): dy (h + x / 6 where -3 < x < 3). Its output does not say what x was."""
+    if _gated_at_once(tape, node, dy):
+        return
     x = node.inputs[0]
     inside = strictly_between(tape, x, tape.emit.constant(-3.0), tape.emit.constant(3.0))
     sixth = tape.emit("DequantizeLinear", tape.emit("Cast", inside, to=UINT8), tape.emit.constant(1 / 6))
@@ -94,6 +96,8 @@ def hard_swish(tape: Tape, node: Node, dy: Gradient) -> None:
 
 def swish(tape: Tape, node: Node, dy: Gradient) -> None:
     """SiLU, y = x s, s = sigmoid(x): dy s (1 + x (1 - s)) = dy (s + y (1 - s)). s is computed again, not kept."""
+    if _gated_at_once(tape, node, dy):
+        return
     s = tape.emit("Sigmoid", node.inputs[0])
     rest = tape.emit("Mul", node.output, tape.emit("Sub", tape.emit.constant(1.0), s))
     tape.add(node.inputs[0], tape.emit("Mul", tape.scaled(dy), tape.emit("Add", s, rest)))

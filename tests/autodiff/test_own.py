@@ -27,17 +27,21 @@ SIX = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
 HALF = {"low": np.array(-0.5, np.float32), "high": np.array(0.5, np.float32)}
 
 
-def block(
-    kernel: tuple[int, int], *, wide: int = 10, activation: str = "Clip", **attributes: object
-) -> list[Conv | Op]:
+def activation(kind: str, x: str) -> list[Op]:
+    """From x to x_y; Swish as torch exports it."""
+    if kind == "Swish":
+        return [op("Sigmoid", x, f"{x}_s"), op("Mul", f"{x} {x}_s", f"{x}_y")]
+    return [op(kind, f"{x} low high" if kind == "Clip" else x, f"{x}_y")]
+
+
+def block(kernel: tuple[int, int], *, wide: int = 10, act: str = "Clip", **attributes: object) -> list[Conv | Op]:
     """An inverted residual block: 1x1 conv, activation, depthwise conv, activation, 1x1 conv."""
-    bounds = " low high" if activation == "Clip" else ""
     return [
         conv("stem", "image", 6, 3),
         conv("wide", "stem", wide, 6),
-        op(activation, f"wide{bounds}", "wide_y"),
+        *activation(act, "wide"),
         conv("depth", "wide_y", wide, 1, kernel, wide, **attributes),
-        op(activation, f"depth{bounds}", "depth_y"),
+        *activation(act, "depth"),
         conv("narrow", "depth_y", 5, wide),
     ]
 
@@ -85,23 +89,26 @@ def test_gradients_are_the_same_for_every_geometry(
 
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+@pytest.mark.parametrize("act", ["Relu", "Clip", "HardSwish", "Swish"])
 @pytest.mark.parametrize("large", [0, 1 << 30], ids=["widened", "depthwise"])
 def test_gradients_are_the_same_for_several_images_and_threads(
-    images: int, threads: int, activation: str, large: int, monkeypatch: pytest.MonkeyPatch
+    images: int, threads: int, act: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own, "LARGE_BYTES", large)
-    nodes = block((3, 3), wide=40, activation=activation, pads=[1, 1, 1, 1])
-    net = Net(nodes, images=images, constants=HALF, own=True, threads=threads)
+    nodes = block((3, 3), wide=40, act=act, strides=[1, 2], pads=[1, 1, 1, 1])
+    net = Net(nodes, size=19, images=images, constants=HALF, own=True, threads=threads)
     assert_gradients_are_those_of_standard_operators(net)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {2: op("HardSwish", "wide", "wide_y")},  # no bounds: only the depthwise conv and what stands behind it
+        {2: op("HardSwish", "wide", "wide_y")},
         {4: op("HardSwish", "depth", "depth_y")},
-        {2: op("HardSwish", "wide", "wide_y"), 4: op("HardSwish", "depth", "depth_y")},
+        {2: op("HardSigmoid", "wide", "wide_y")},  # not known to them
+        {4: op("HardSigmoid", "depth", "depth_y")},
+        {4: op("HardSwish", "depth", "depth_y"), 5: op("Add", "depth_y wide_y", "sum")},
+        {2: op("HardSwish", "wide", "wide_y"), 5: op("Add", "depth_y wide_y", "sum")},
         {5: op("Add", "depth_y wide_y", "sum")},  # wide_y is read twice
         {5: op("Add", "depth depth_y", "sum")},  # depth is
         {2: op("Clip", "wide low high", "wide_y"), 5: op("Add", "depth_y wide", "sum")},
@@ -150,7 +157,7 @@ def test_numbers_that_are_none_come_through() -> None:
     assert np.isnan(outputs["stem.dbias"]).all()
 
 
-@pytest.mark.parametrize("recipe", ["mobilenet_v2", "mobilenet_v3_small", "resnet18", "squeezenet1_1"])
+@pytest.mark.parametrize("recipe", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"])
 def test_whole_networks_have_the_same_gradients(recipe: str, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     bundle = random_bundle(recipe, 96, tmp_path / "bundle")
@@ -187,7 +194,9 @@ def value(name: str) -> onnx.ValueInfoProto:
 
 def gated(again: bool) -> onnx.ModelProto:
     """A gate whose gradient is read again behind it, or not."""
-    gate = helper.make_node("Gate", ["b", "a"], ["c", "sum"], domain=OWN, image_shape=[1, 4, 5, 5], low=0.0, high=6.0)
+    gate = helper.make_node(
+        "Gate", ["b", "a"], ["c", "sum"], domain=OWN, image_shape=[1, 4, 5, 5], kind=[0], low=0.0, high=6.0
+    )
     nodes = [
         helper.make_node("Relu", ["x"], ["a"]),
         helper.make_node("Neg", ["a"], ["b"]),
@@ -202,3 +211,12 @@ def test_a_gradient_is_written_over_where_nobody_reads_it_again() -> None:
     whole, sums = 4 * 4 * 5 * 5, 4 * 4
     assert peak_bytes(gated(again=False)) == 2 * whole + sums  # a, and b, which becomes c
     assert peak_bytes(gated(again=True)) == 3 * whole + sums
+
+
+def test_smooth_activations_are_right_over_their_whole_range() -> None:
+    """Their slope is computed from a series: far out, around 0 and between."""
+    for kind in ("HardSwish", "Swish"):
+        net = Net([conv("stem", "image", 6, 3), *activation(kind, "stem")], size=12, own=True)
+        net.image = np.random.default_rng(0).standard_normal(net.image.shape) * np.logspace(-3, 1.5, 12)
+        assert operators(net) == ["Gate"]
+        assert_gradients_are_those_of_standard_operators(net)
