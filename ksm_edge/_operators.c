@@ -466,7 +466,9 @@ INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t 
         int64_t rows = least(room->most, d->H - row), count = rows * d->W;
         spread(d, layout, room->frame, b->weight + channel * taps, row, rows, room->made, room->t);
         const float *met = x;
-        if (d->before.kind != CLIP) {
+        if (d->before.kind != CLIP && d->behind.kind != CLIP) {
+            met = room->again.activated + row * d->W;
+        } else if (d->before.kind != CLIP) {
             activate(x, d->before, count, room->activated);
             met = room->activated;
         }
