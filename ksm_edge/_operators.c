@@ -144,9 +144,9 @@ INLINE void activate(const float *x, Activation activation, int64_t count, float
         for (int64_t i = 0; i < count; i++)
             out[i] = x[i] * hard_sigmoid(x[i]);
     else
-        for (int64_t i = 0; i < count; i++) {
-            float raised = x[i] > activation.low ? x[i] : activation.low;
-            out[i] = raised < activation.high ? raised : activation.high;
+        for (int64_t i = 0; i < count; i++) { /* so that what is no number stays none */
+            float raised = x[i] < activation.low ? activation.low : x[i];
+            out[i] = raised > activation.high ? activation.high : raised;
         }
 }
 
@@ -620,7 +620,7 @@ INLINE void meet_and_narrow(const Depthwise *d, const Widening *w, const float *
     }
 }
 
-/* All groups one after the other, in the same room; backward each adds to dx. */
+/* All groups one after the other on one thread, in the same room; backward each adds to dx. */
 FOR_EVERY_PROCESSOR static int widened_forward(const Forward *f)
 {
     const Depthwise *d = f->d;
@@ -823,7 +823,7 @@ static OrtStatus *no_memory(const OrtApi *api)
     return api->CreateStatus(FAILED, "there is no memory left for a few planes");
 }
 
-/* Channels in TASKS parts, on as many threads as the session has. */
+/* Channels in TASKS parts, on as many threads as the session has: but for what has one room for all. */
 typedef struct {
     int (*run)(const void *work, int64_t first, int64_t last);
     const void *work;
@@ -942,7 +942,7 @@ static OrtStatus *activation_of(const OrtApi *api, const OrtKernelInfo *info, co
     return api->KernelInfoGetAttribute_float(info, high, &activation->high);
 }
 
-static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, Depthwise *d)
+static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, int is_widened, Depthwise *d)
 {
     int64_t image[4], result[4];
     TRY(numbers(api, info, "image_shape", image, 4));
@@ -951,10 +951,15 @@ static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, D
     TRY(numbers(api, info, "strides", d->strides, 2));
     TRY(numbers(api, info, "pads", d->pads, 4));
     d->images = image[0], d->inside = image[1], d->channels = result[1], d->H = image[2], d->W = image[3], d->h = result[2], d->w = result[3];
-    if (d->kernel[0] * d->kernel[1] > MAX_TAPS || d->strides[0] > MAX_STRIDE || d->strides[1] > MAX_STRIDE)
-        return api->CreateStatus(FAILED, "the kernel has too many taps, or steps too far");
-    if (d->inside != d->channels && d->inside > MAX_INSIDE)
-        return api->CreateStatus(FAILED, "the 1x1 conv has too many channels");
+    for (int i = 0; i < 2; i++) {
+        int64_t k = d->kernel[i], step = d->strides[i], front = d->pads[i], back = d->pads[i + 2];
+        if (k < 1 || k > MAX_TAPS || step < 1 || step > MAX_STRIDE || front < 0 || front >= k || back < 0 || back >= k)
+            return api->CreateStatus(FAILED, "this kernel, stride or padding is beyond the operator");
+    }
+    if (d->kernel[0] * d->kernel[1] > MAX_TAPS)
+        return api->CreateStatus(FAILED, "the kernel has too many taps");
+    if (is_widened ? d->inside % 2 || d->inside > MAX_INSIDE : d->inside != d->channels)
+        return api->CreateStatus(FAILED, "these channels in front are beyond the operator");
     TRY(activation_of(api, info, "input_kind", "input_low", "input_high", &d->before));
     return activation_of(api, info, "kind", "low", "high", &d->behind);
 }
@@ -1070,8 +1075,9 @@ static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelI
     if (!k)
         return api->CreateStatus(FAILED, "there is no memory left for a kernel");
     k->api = api;
-    OrtStatus *status =
-        op == &operators[GATE] ? read_gate(api, info, &k->gate) : read_depthwise(api, info, &k->depthwise);
+    int is_widened = op == &operators[WIDENED] || op == &operators[WIDENED_GRADIENT];
+    OrtStatus *status = op == &operators[GATE] ? read_gate(api, info, &k->gate)
+                                               : read_depthwise(api, info, is_widened, &k->depthwise);
     if (status)
         free(k);
     else

@@ -9,7 +9,6 @@ graph is made of standard ones, and takes longer.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -21,8 +20,10 @@ def _loops() -> ModuleType | None:
 
 
 def _operators() -> str | None:
-    spec = find_spec("ksm_edge._operators")
-    return None if spec is None else spec.origin
+    try:
+        return import_module("ksm_edge._operators").__file__
+    except ImportError:  # not compiled, or for another machine
+        return None
 
 
 loops, operators = _loops(), _operators()

@@ -43,17 +43,17 @@ def build(
 
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head:weight` (C, F), `head:bias` (C,), and of each trained layer
     `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. A 1x1 weight comes a
-    second time, as a matrix: `LAYER.matrix` (O, I) or `LAYER.turned` (I, O); one of k x k may come as `LAYER.turned`
-    (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from `LAYER.pristine` and `LAYER.mask`,
-    which is M f. The weights of layers that are not trained, pristine ones of the channel form and `LAYER.flipped` are
-    external initializers.
+    second time, where the backward pass reads it so, as a matrix: `LAYER.matrix` (O, I) or `LAYER.turned` (I, O); one of
+    k x k may come as `LAYER.turned` (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from
+    `LAYER.pristine` and `LAYER.mask`, which is M f. The weights of layers that are not trained, pristine ones of the
+    channel form and `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
     the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.
 
     With `spec.backward` off the graph ends at its one output, the backbone's `features` (n, F). Where `spec.part` is
     one of two, what lies between them is called `features` in the front, and `image` in the rest.
-    Raises UnsupportedError for an operator without a rule.
+    Raises UnsupportedError for an operator without a rule. With `spec.own` `dtype` is float32.
     """
     table = {layer.name: layer for layer in layers}
     nodes = read_nodes(backbone)
@@ -106,7 +106,10 @@ class _Builder:
                 )
         self.forms = {node.name: self._form(node) for node in self.nodes if node.op == "Conv"}
         self.wanted = gradient_wanted(self.nodes, self.spec.trained) if self.spec.backward else frozenset()
-        self.own = {node.name: self._depthwise(node) for node in self.nodes if self._is_own(node)}
+        self.own: dict[str, own.Depthwise] = {}
+        for node in self.nodes:
+            if self._is_own(node):
+                self.own[node.name] = self._depthwise(node)
         self.done_along = {node.name for conv in self.own.values() for node in conv.done_along}
         self.done_behind = {conv.behind.name for conv in self.own.values() if conv.behind}
 
@@ -131,7 +134,8 @@ class _Builder:
         wide = [
             n for n in self.spec.trained if self.forms.get(n) == "pointwise" and not self._normalised(self.layers[n])
         ]
-        return own.depthwise(node, self.layers, self.nodes, self.shapes, self.emit.constants, wide)
+        taken = [conv.behind.name for conv in self.own.values() if conv.behind]
+        return own.depthwise(node, self.layers, self.nodes, self.shapes, self.emit.constants, wide, taken)
 
     def forward(self) -> None:
         for node in self.nodes:

@@ -152,8 +152,12 @@ def depthwise(
     shapes: Mapping[str, Shape],
     constants: Mapping[str, np.ndarray],
     wide: Collection[str],
+    taken: Collection[str],
 ) -> Depthwise:
-    """This conv with what is around it that nothing else reads in between. `wide`: 1x1 convs that may be done along."""
+    """This conv with what is around it that nothing else reads in between.
+
+    `wide`: 1x1 convs that may be done along; `taken`: activations that another such conv does along.
+    """
     makers = {other.output: other for other in nodes}
     readers: dict[str, list[Node]] = {}
     for other in nodes:
@@ -168,7 +172,7 @@ def depthwise(
     behind = readers.get(node.output, [])
     around = {"before": in_front(node), "behind": behind[0] if len(behind) == 1 else None}
     for where, near in around.items():
-        if near is not None and (activation := activation_of(near, constants)) is not None:
+        if near is not None and near.name not in taken and (activation := activation_of(near, constants)) is not None:
             found |= {where: near, f"activation_{where}": activation}
     x = shapes[node.inputs[0]]
     conv = in_front(found["before"]) if "before" in found else None

@@ -100,11 +100,14 @@ def _arithmetic(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _depthwise(node: onnx.NodeProto) -> tuple[str, float]:
-    """Of `autodiff.own`: a gradient is two convs, and behind a 1x1 conv, which is made again, that and two more."""
+    """Of `autodiff.own`: a gradient is one conv, and one more where its result is made again; with a 1x1 conv in front
+    that is made again, and has two products.
+    """
     attributes = _attributes(node)
     (n, inside, H, W), (_, C, h, w) = attributes["image_shape"], attributes["output_shape"]
     wide, backward = node.op_type.startswith("Widened"), node.op_type.endswith("Gradient")
-    flops = 2.0 * n * C * h * w * math.prod(attributes["kernel_shape"]) * (2 if backward else 1)
+    again = backward and attributes["kind"][0] > 0
+    flops = 2.0 * n * C * h * w * math.prod(attributes["kernel_shape"]) * (2 if again else 1)
     if not wide:
         return "depthwise", flops
     return "pointwise", flops + 2.0 * n * C * inside * H * W * (3 if backward else 1)

@@ -148,13 +148,29 @@ def test_other_geometries_keep_the_standard_operators(attributes: dict[str, list
     assert_gradients_are_those_of_standard_operators(net)
 
 
-def test_numbers_that_are_none_come_through() -> None:
+@pytest.mark.parametrize("act", ["Relu", "Clip", "HardSwish", "Swish"])
+@pytest.mark.parametrize("large", [0, 1 << 30], ids=["widened", "depthwise"])
+def test_numbers_that_are_none_come_through(act: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that has failed has to be seen to have failed."""
-    net = Net([conv("stem", "image", 4, 3), conv("depth", "stem", 4, 1, (3, 3), 4)], own=True)
+    monkeypatch.setattr(own, "LARGE_BYTES", large)
+    net = Net(block((3, 3), act=act), constants=HALF, own=True)
+    net.image[0, 0, 2, 2] = np.nan
+    assert np.isnan(net.run_onnxruntime()["loss"])
+    net = Net(block((3, 3), act=act), constants=HALF, own=True)
     net.target[0, 0] = np.nan
     outputs = net.run_onnxruntime()
-    assert np.isnan(outputs["depth.product"]).all()
-    assert np.isnan(outputs["stem.dbias"]).all()
+    assert all(np.isnan(outputs[f"{name}.dbias"]).any() for name in ("stem", "wide", "depth"))
+
+
+@pytest.mark.parametrize("act", ["Relu", "HardSwish", "Swish"])
+def test_an_activation_between_two_depthwise_convs_is_done_once(act: str) -> None:
+    first, second = (
+        conv(name, x, 6, 1, (3, 3), 6, pads=[1, 1, 1, 1]) for name, x in (("one", "stem_y"), ("two", "one_y"))
+    )
+    nodes = [conv("stem", "image", 6, 3), *activation(act, "stem"), first, *activation(act, "one"), second]
+    net = Net(nodes, own=True)
+    assert operators(net) == ["Depthwise"] * 2 + ["DepthwiseGradient"] * 2
+    assert_gradients_are_those_of_standard_operators(net)
 
 
 @pytest.mark.parametrize("recipe", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"])
@@ -170,9 +186,7 @@ def test_without_a_compiler_graphs_are_of_standard_operators(tmp_path: Path, mon
     assert gradient_spec(bundle, 3, Settings(), 1).own
     monkeypatch.setattr(native, "operators", None)
     assert not gradient_spec(bundle, 3, Settings(), 1).own
-    net = Net(block((3, 3)), constants=SIX)
-    assert not operators(net)
-    net.run_onnxruntime()  # a session opens without the library
+    Net(block((3, 3)), constants=SIX).run_onnxruntime()  # a session opens without the library
 
 
 def test_less_memory_is_alive(tmp_path: Path) -> None:
