@@ -42,9 +42,9 @@ def build(
     """Turn a frozen backbone (image -> features) into its gradient graph.
 
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head:weight` (C, F), `head:bias` (C,), and of each trained layer
-    `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. A 1x1 weight comes a
-    second time, where the backward pass reads it so, as a matrix: `LAYER.matrix` (O, I) or `LAYER.turned` (I, O); one of
-    k x k may come as `LAYER.turned` (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from
+    `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. Where the backward
+    pass reads it so, a 1x1 weight comes a second time, as `LAYER.matrix` (O, I) or `LAYER.turned` (I, O), and one of
+    k x k as `LAYER.turned` (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from
     `LAYER.pristine` and `LAYER.mask`, which is M f. The weights of layers that are not trained, pristine ones of the
     channel form and `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
