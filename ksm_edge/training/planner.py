@@ -23,7 +23,7 @@ PROCESS_BYTES = 143 * 2**19
 # Arena and heap round up, and keep what they had to split.
 ACTIVATION_SHARE, PARAMETER_SHARE, WHOLE_SHARE = 1.35, 1.15, 1.27
 # Each further worker takes its activations with less to spare, and has a thread and scratch memory of its own.
-WORKER_BYTES, WORKER_SHARE = 4 * 2**20, 1.0
+WORKER_BYTES, WORKER_SHARE = 4 * 2**20, 1.05
 # Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
 # is being put together. Each further worker has its own in use, and the one that it was copied from.
 IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
