@@ -1,5 +1,7 @@
 """What is in C, which needs a compiler: without one it is left out, and numpy and standard operators do its work."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 # What sqrt and comparisons would tell of numbers that are none nobody asks for, and without it they fit into loops of
@@ -12,7 +14,13 @@ AS_WRITTEN = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
 
 setup(
     ext_modules=[
-        Extension(f"ksm_edge.{name}", [f"ksm_edge/{name}.c"], optional=True, extra_compile_args=[*LOOPS, *flags])
+        Extension(
+            f"ksm_edge.{name}",
+            [f"ksm_edge/{name}.c"],
+            depends=glob("ksm_edge/*.h"),
+            optional=True,
+            extra_compile_args=[*LOOPS, *flags],
+        )
         for name, flags in {"_native": AS_NUMPY, "_operators": AS_WRITTEN}.items()
     ]
 )

@@ -1,0 +1,501 @@
+/* A depthwise conv with what stands behind it, its gradient with what stands around it, both with a 1x1 conv in front, and
+   the gradient of an activation: each in one pass over memory where standard operators take up to ten.
+
+   Everything is float32 and (images, channels, rows, columns). One channel of one image, a plane, is worked on at a
+   time. It is copied into a frame, whose rows have zeros between them; so a tap of the kernel is a distance in memory,
+   the same for every pixel, and a conv is one loop over many rows. */
+
+#ifndef KSM_EDGE_DEPTHWISE_H
+#define KSM_EDGE_DEPTHWISE_H
+
+#include "_rows.h"
+
+typedef struct {
+    int64_t images, channels, H, W, h, w; /* of the conv's input and output */
+    int64_t inside; /* channels that a 1x1 conv in front makes `channels` of, where it is done along */
+    int64_t kernel[2], strides[2], pads[4]; /* top, left, bottom, right */
+    Activation before, behind;
+} Depthwise;
+
+/* ---- Forward ---- */
+
+/* With strides the frame is one for each remainder of row and column modulo them, so that taps stay distances. */
+typedef struct {
+    int64_t pitch, rows, size; /* of one of these frames */
+    Taps taps;
+} Frames;
+
+INLINE Frames frames_of(const Depthwise *d)
+{
+    int64_t down = d->strides[0], right = d->strides[1];
+    Frames f = {.pitch = d->w + (d->kernel[1] - 1) / right, .rows = d->h + (d->kernel[0] - 1) / down};
+    f.size = f.pitch * f.rows;
+    for (int64_t i = 0; i < d->kernel[0]; i++)
+        for (int64_t j = 0; j < d->kernel[1]; j++) {
+            int64_t frame = i % down * right + j % right;
+            f.taps.tap[f.taps.count] = f.taps.count;
+            f.taps.offset[f.taps.count++] = frame * f.size + i / down * f.pitch + j / right;
+        }
+    return f;
+}
+
+/* The plane into frames whose margins are zeros. */
+INLINE void frame(const Depthwise *d, const Frames *f, const float *plane, float *frames)
+{
+    int64_t down = d->strides[0], right = d->strides[1], top = d->pads[0], left = d->pads[1];
+    if (down == 1 && right == 1) {
+        copy_rows(plane, d->W, frames + top * f->pitch + left, f->pitch, d->W, d->H);
+        return;
+    }
+    for (int64_t row = 0; row < d->H; row++, plane += d->W) {
+        int64_t i = (row + top) / down;
+        if (i >= f->rows)
+            break;
+        for (int64_t b = 0; b < right; b++) {
+            /* columns j right + b - left of the image, from the first j where there is one */
+            int64_t first = b < left ? (left - b + right - 1) / right : 0;
+            int64_t end = least(f->pitch, (d->W - b + left + right - 1) / right);
+            float *to = frames + ((row + top) % down * right + b) * f->size + i * f->pitch;
+            const float *from = plane + b - left;
+            if (right == 1)
+                for (int64_t j = first; j < end; j++)
+                    to[j] = from[j];
+            else
+                for (int64_t j = first; j < end; j++)
+                    to[j] = from[2 * j];
+        }
+    }
+}
+
+typedef struct {
+    const Depthwise *d;
+    const float *x, *wide, *shift, *weight, *scale, *bias; /* wide, shift: of the 1x1 conv in front */
+    float *y, *planes; /* planes: room for GROUP results of the 1x1 conv */
+} Forward;
+
+/* Where one plane after the other is worked on. */
+typedef struct {
+    Frames layout;
+    int64_t block; /* rows at once */
+    float *frames, *made, *activated; /* the last: a plane, behind an activation that is no clip */
+} ForwardRoom;
+
+INLINE ForwardRoom forward_room(const Depthwise *d)
+{
+    ForwardRoom room = {.layout = frames_of(d)};
+    int64_t whole = d->strides[0] * d->strides[1] * room.layout.size + LANES;
+    room.block = rows_at_once(room.layout.pitch);
+    int64_t made = room.block * room.layout.pitch + LANES, plane = d->before.kind == CLIP ? 0 : d->H * d->W;
+    room.frames = calloc((size_t)(whole + made + plane), sizeof(float));
+    room.made = room.frames ? room.frames + whole : NULL;
+    room.activated = room.frames ? room.made + made : NULL;
+    return room;
+}
+
+/* conv(x, W) scale + bias of one plane, and `behind`, what stands behind it. x is what a clip in front made, or what any
+   other activation there is given. */
+INLINE void forward_plane(const Forward *f, const ForwardRoom *room, int64_t channel, Activation behind, const float *x,
+                          float *y)
+{
+    const Depthwise *d = f->d;
+    int64_t taps = d->kernel[0] * d->kernel[1], pitch = room->layout.pitch;
+    float scale = f->scale[channel], bias = f->bias[channel], *made = room->made;
+    if (d->before.kind != CLIP) {
+        activate(x, d->before, d->H * d->W, room->activated);
+        x = room->activated;
+    }
+    frame(d, &room->layout, x, room->frames);
+    for (int64_t row = 0; row < d->h; row += room->block) {
+        int64_t rows = least(room->block, d->h - row), count = rows * pitch;
+        weighted_sum(room->frames + row * pitch, &room->layout.taps, f->weight + channel * taps, count, made);
+        for (int64_t i = 0; i < count; i++)
+            made[i] = made[i] * scale + bias;
+        activate(made, behind, count, made);
+        copy_rows(made, pitch, y + row * d->w, d->w, d->w, rows);
+    }
+}
+
+/* Returns 0 where memory ran out, as all of these. */
+FOR_EVERY_PROCESSOR static int forward(const Forward *f, int64_t first, int64_t last)
+{
+    const Depthwise *d = f->d;
+    ForwardRoom room = forward_room(d);
+    if (!room.frames)
+        return 0;
+    for (int64_t channel = first; channel < last; channel++)
+        for (int64_t image = 0; image < d->images; image++) {
+            int64_t plane = image * d->channels + channel;
+            const float *x = f->x + plane * d->H * d->W;
+            forward_plane(f, &room, channel, d->behind, x, f->y + plane * d->h * d->w);
+        }
+    free(room.frames);
+    return 1;
+}
+
+/* ---- Backward ---- */
+
+/* One frame of dz, with margins above and in front of every row, which are those behind the row before. For each
+   remainder of the image's rows and columns modulo the strides, the taps that pixels there meet. */
+typedef struct {
+    int64_t pitch, rows, above, front;
+    Taps taps[MAX_CLASSES];
+} Gradients;
+
+INLINE Gradients gradients_of(const Depthwise *d)
+{
+    int64_t down = d->strides[0], right = d->strides[1];
+    Gradients g = {.above = d->kernel[0], .front = d->kernel[1] - 1};
+    g.pitch = (d->w > (d->W + right - 1) / right ? d->w : (d->W + right - 1) / right) + d->kernel[1] - 1;
+    g.rows = g.above + (d->h > (d->H + down - 1) / down ? d->h : (d->H + down - 1) / down) + d->kernel[0];
+    for (int64_t row = 0; row < down; row++)
+        for (int64_t column = 0; column < right; column++) {
+            Taps *taps = &g.taps[row * right + column];
+            for (int64_t i = 0; i < d->kernel[0]; i++)
+                for (int64_t j = 0; j < d->kernel[1]; j++) {
+                    int64_t y = row + d->pads[0] - i, x = column + d->pads[1] - j;
+                    if (y % down || x % right)
+                        continue;
+                    taps->tap[taps->count] = (int)(i * d->kernel[1] + j);
+                    taps->offset[taps->count++] = (g.above + y / down) * g.pitch + g.front + x / right;
+                }
+        }
+    return g;
+}
+
+typedef struct {
+    const Depthwise *d;
+    const float *dy, *y, *x, *wide, *shift, *weight, *scale, *bias;
+    const float *product_before, *dbias_before, *wide_product_before, *shift_before;
+    float *dx, *product, *dbias, *wide_product, *dshift, *sums, *planes;
+} Backward;
+
+/* Rows of the transposed conv, (rows, W), which begin at a multiple of the stride. `made` has room for one remainder's
+   worth of them at the frame's pitch, for each remainder of the columns. */
+INLINE void spread(const Depthwise *d, const Gradients *g, const float *frame, const float *weight, int64_t row,
+                   int64_t rows, float *made, float *out)
+{
+    int64_t down = d->strides[0], right = d->strides[1];
+    const float *from = frame + row / down * g->pitch;
+    for (int64_t a = 0; a < least(down, rows); a++) {
+        int64_t some = (rows - a + down - 1) / down, count = some * g->pitch;
+        float *odd = made + rounded_up(count), *to = out + a * d->W;
+        weighted_sum(from, &g->taps[a * right], weight, count, made);
+        if (right == 1) {
+            copy_rows(made, g->pitch, to, down * d->W, d->W, some);
+            continue;
+        }
+        weighted_sum(from, &g->taps[a * right + 1], weight, count, odd);
+        for (int64_t i = 0; i < some; i++, to += down * d->W) {
+            const float *even_row = made + i * g->pitch, *odd_row = odd + i * g->pitch;
+            for (int64_t j = 0; j < d->W / 2; j++) {
+                to[2 * j] = even_row[j];
+                to[2 * j + 1] = odd_row[j];
+            }
+            if (d->W % 2)
+                to[d->W - 1] = even_row[d->W / 2];
+        }
+    }
+}
+
+typedef struct {
+    Gradients layout;
+    int64_t some, most; /* rows of dz and of dx at once */
+    float *frame, *made, *t, *activated;
+    ForwardRoom again; /* where what stands behind is no clip: z is made once more, */
+    float *z;          /* a plane of it */
+} BackwardRoom;
+
+typedef struct {
+    double product, dbias, sums;
+} Totals;
+
+INLINE BackwardRoom backward_room(const Depthwise *d)
+{
+    BackwardRoom room = {.layout = gradients_of(d)};
+    int64_t down = d->strides[0], pitch = room.layout.pitch, whole = room.layout.rows * pitch + LANES;
+    room.some = rows_at_once(d->w), room.most = rows_at_once(d->W * down) * down;
+    int64_t made = d->strides[1] * (room.most / down * pitch + LANES) + room.some * d->w;
+    int64_t t = room.most * d->W + LANES, activated = d->before.kind == CLIP ? 0 : t;
+    int64_t z = d->behind.kind == CLIP ? 0 : d->h * d->w;
+    room.frame = calloc((size_t)(whole + made + t + activated + z), sizeof(float));
+    if (!room.frame)
+        return room;
+    room.made = room.frame + whole, room.t = room.made + made;
+    room.activated = room.t + t, room.z = room.activated + activated;
+    if (z && !(room.again = forward_room(d)).frames) {
+        free(room.frame);
+        room.frame = NULL;
+    }
+    return room;
+}
+
+/* Of one plane, with t = conv^T(dz, W): product += sum x t, dbias += sum dz, dx = t scale where x passes, sums += sum dx.
+   dx may be x's own memory. y is what a clip behind made; otherwise it is not looked at. */
+INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t channel, const float *dy,
+                           const float *y, const float *x, float *dx, Totals *totals)
+{
+    const Depthwise *d = b->d;
+    const Gradients *layout = &room->layout;
+    int64_t taps = d->kernel[0] * d->kernel[1];
+    if (d->behind.kind != CLIP) {
+        const Forward again = {.d = d, .weight = b->weight, .scale = b->scale, .bias = b->bias};
+        forward_plane(&again, &room->again, channel, (Activation){CLIP, -INFINITY, INFINITY}, x, room->z);
+        y = room->z;
+    }
+    for (int64_t row = 0; row < d->h; row += room->some) {
+        int64_t rows = least(room->some, d->h - row), count = rows * d->w;
+        float *to = room->frame + (layout->above + row) * layout->pitch + layout->front;
+        pass(dy + row * d->w, y + row * d->w, d->behind, 1, count, room->made);
+        totals->dbias += sum(room->made, count);
+        copy_rows(room->made, d->w, to, layout->pitch, d->w, rows);
+    }
+    for (int64_t row = 0; row < d->H; row += room->most, x += room->most * d->W, dx += room->most * d->W) {
+        int64_t rows = least(room->most, d->H - row), count = rows * d->W;
+        spread(d, layout, room->frame, b->weight + channel * taps, row, rows, room->made, room->t);
+        const float *met = x;
+        if (d->before.kind != CLIP && d->behind.kind != CLIP) {
+            met = room->again.activated + row * d->W;
+        } else if (d->before.kind != CLIP) {
+            activate(x, d->before, count, room->activated);
+            met = room->activated;
+        }
+        totals->product += product(met, room->t, count);
+        pass(room->t, x, d->before, b->scale[channel], count, room->t);
+        totals->sums += sum(room->t, count);
+        memcpy(dx, room->t, (size_t)count * sizeof(float));
+    }
+}
+
+FOR_EVERY_PROCESSOR static int backward(const Backward *b, int64_t first, int64_t last)
+{
+    const Depthwise *d = b->d;
+    BackwardRoom room = backward_room(d);
+    if (!room.frame)
+        return 0;
+    for (int64_t channel = first; channel < last; channel++) {
+        Totals totals = {0};
+        for (int64_t image = 0; image < d->images; image++) {
+            int64_t plane = image * d->channels + channel, large = plane * d->H * d->W, small = plane * d->h * d->w;
+            backward_plane(b, &room, channel, b->dy + small, b->y + small, b->x + large, b->dx + large, &totals);
+        }
+        b->product[channel] = b->product_before[channel] + (float)totals.product;
+        b->dbias[channel] = b->dbias_before[channel] + (float)totals.dbias;
+        b->sums[channel] = (float)totals.sums;
+    }
+    free(room.again.frames);
+    free(room.frame);
+    return 1;
+}
+
+/* ---- With a 1x1 conv in front, whose result is never all in memory ---- */
+
+/* GROUP channels of the 1x1 conv, its weight turned to (inside, GROUP) and filled up with zeros. */
+typedef struct {
+    int64_t count; /* of channels that there are */
+    float weight[MAX_INSIDE * GROUP], shift[GROUP];
+} Widening;
+
+INLINE Widening widening(const Depthwise *d, const float *weight, const float *shift, int64_t first)
+{
+    Widening w = {.count = least(GROUP, d->channels - first)};
+    for (int64_t c = 0; c < w.count; c++) {
+        w.shift[c] = shift[first + c];
+        for (int64_t k = 0; k < d->inside; k++)
+            w.weight[k * GROUP + c] = weight[(first + c) * d->inside + k];
+    }
+    return w;
+}
+
+/* planes (GROUP, pixels) of x (inside, pixels): the 1x1 conv and, if it is a clip, the activation behind it. */
+INLINE void widen(const Depthwise *d, const Widening *w, const float *x, float *planes)
+{
+    int64_t pixels = d->H * d->W, inside = d->inside;
+    for (int64_t at = 0; at < pixels; at += BLOCK) {
+        int64_t end = least(at + BLOCK, pixels), i = at;
+        for (; i + 2 * LANES <= end; i += 2 * LANES)
+            for (int tile = 0; tile < GROUP; tile += TILE) {
+                Lanes left[TILE], right[TILE];
+                for (int c = 0; c < TILE; c++)
+                    left[c] = right[c] = (Lanes){0} + w->shift[tile + c];
+                for (int64_t k = 0; k < inside; k++) {
+                    Lanes x_left = load(x + k * pixels + i), x_right = load(x + k * pixels + i + LANES);
+                    for (int c = 0; c < TILE; c++) {
+                        left[c] += w->weight[k * GROUP + tile + c] * x_left;
+                        right[c] += w->weight[k * GROUP + tile + c] * x_right;
+                    }
+                }
+                for (int c = 0; c < TILE; c++) {
+                    store(planes + (tile + c) * pixels + i, left[c]);
+                    store(planes + (tile + c) * pixels + i + LANES, right[c]);
+                }
+            }
+        for (; i < end; i++)
+            for (int c = 0; c < GROUP; c++) {
+                float made = w->shift[c];
+                for (int64_t k = 0; k < inside; k++)
+                    made += w->weight[k * GROUP + c] * x[k * pixels + i];
+                planes[c * pixels + i] = made;
+            }
+        for (int c = 0; c < GROUP && d->before.kind == CLIP; c++)
+            activate(planes + c * pixels + at, d->before, end - at, planes + c * pixels + at);
+    }
+}
+
+/* product (GROUP, inside) += dz x^T, over pixels from `at` on to `end`, whole LANES; LANES of them apart. */
+INLINE void meet(const Depthwise *d, const float *dz, const float *x, int64_t at, int64_t end, Lanes *products)
+{
+    int64_t pixels = d->H * d->W;
+    for (int64_t k = 0; k < d->inside; k += 2)
+        for (int tile = 0; tile < GROUP; tile += TILE) {
+            Lanes even[TILE] = {{0}}, odd[TILE] = {{0}};
+            for (int64_t i = at; i < end; i += LANES) {
+                Lanes x_even = load(x + k * pixels + i), x_odd = load(x + (k + 1) * pixels + i);
+                for (int c = 0; c < TILE; c++) {
+                    Lanes gradient = load(dz + (tile + c) * pixels + i);
+                    even[c] += gradient * x_even;
+                    odd[c] += gradient * x_odd;
+                }
+            }
+            for (int c = 0; c < TILE; c++) {
+                products[k * GROUP + tile + c] += even[c];
+                products[(k + 1) * GROUP + tile + c] += odd[c];
+            }
+        }
+}
+
+/* dx (inside, pixels) += weight^T dz, over the same pixels; `begun`: whether there is anything in dx yet. */
+INLINE void narrow(const Depthwise *d, const Widening *w, const float *dz, int64_t at, int64_t end, int begun, float *dx)
+{
+    int64_t pixels = d->H * d->W;
+    for (int tile = 0; tile < GROUP; tile += TILE, begun = 1)
+        for (int64_t i = at; i < end; i += LANES) {
+            Lanes gradient[TILE];
+            for (int c = 0; c < TILE; c++)
+                gradient[c] = load(dz + (tile + c) * pixels + i);
+            for (int64_t k = 0; k < d->inside; k++) {
+                Lanes total = begun ? load(dx + k * pixels + i) : (Lanes){0};
+                for (int c = 0; c < TILE; c++)
+                    total += w->weight[k * GROUP + tile + c] * gradient[c];
+                store(dx + k * pixels + i, total);
+            }
+        }
+}
+
+/* Both, for all pixels. */
+INLINE void meet_and_narrow(const Depthwise *d, const Widening *w, const float *dz, const float *x, int begun,
+                            float *product, float *dx)
+{
+    int64_t pixels = d->H * d->W, whole = pixels / LANES * LANES;
+    Lanes products[MAX_INSIDE * GROUP] = {{0}};
+    for (int64_t at = 0; at < whole; at += PIXELS) {
+        int64_t end = least(at + PIXELS, whole);
+        meet(d, dz, x, at, end, products);
+        narrow(d, w, dz, at, end, begun, dx);
+    }
+    for (int64_t k = 0; k < d->inside; k++) {
+        for (int c = 0; c < GROUP; c++) {
+            product[c * d->inside + k] += sum_of(products[k * GROUP + c]);
+            for (int64_t i = whole; i < pixels; i++)
+                product[c * d->inside + k] += dz[c * pixels + i] * x[k * pixels + i];
+        }
+        for (int64_t i = whole; i < pixels; i++) {
+            float total = begun ? dx[k * pixels + i] : 0;
+            for (int c = 0; c < GROUP; c++)
+                total += w->weight[k * GROUP + c] * dz[c * pixels + i];
+            dx[k * pixels + i] = total;
+        }
+    }
+}
+
+/* All groups one after the other on one thread, in the same room; backward each adds to dx. */
+FOR_EVERY_PROCESSOR static int widened_forward(const Forward *f)
+{
+    const Depthwise *d = f->d;
+    int64_t pixels = d->H * d->W, small = d->h * d->w;
+    ForwardRoom room = forward_room(d);
+    if (!room.frames)
+        return 0;
+    for (int64_t first = 0; first < d->channels; first += GROUP) {
+        Widening w = widening(d, f->wide, f->shift, first);
+        for (int64_t image = 0; image < d->images; image++) {
+            widen(d, &w, f->x + image * d->inside * pixels, f->planes);
+            for (int64_t c = 0; c < w.count; c++) {
+                float *y = f->y + (image * d->channels + first + c) * small;
+                forward_plane(f, &room, first + c, d->behind, f->planes + c * pixels, y);
+            }
+        }
+    }
+    free(room.frames);
+    return 1;
+}
+
+FOR_EVERY_PROCESSOR static int widened_backward(const Backward *b)
+{
+    const Depthwise *d = b->d;
+    int64_t pixels = d->H * d->W, small = d->h * d->w, inside = d->inside;
+    BackwardRoom room = backward_room(d);
+    if (!room.frame)
+        return 0;
+    for (int64_t first = 0; first < d->channels; first += GROUP) {
+        Widening w = widening(d, b->wide, b->shift, first);
+        Totals totals[GROUP] = {{0}};
+        float products[GROUP * MAX_INSIDE] = {0};
+        for (int64_t image = 0; image < d->images; image++) {
+            const float *x = b->x + image * inside * pixels;
+            widen(d, &w, x, b->planes);
+            for (int64_t c = 0; c < w.count; c++) {
+                int64_t at = (image * d->channels + first + c) * small;
+                float *plane = b->planes + c * pixels;
+                backward_plane(b, &room, first + c, b->dy + at, b->y + at, plane, plane, &totals[c]);
+            }
+            memset(b->planes + w.count * pixels, 0, (size_t)((GROUP - w.count) * pixels) * sizeof(float));
+            meet_and_narrow(d, &w, b->planes, x, first > 0, products, b->dx + image * inside * pixels);
+        }
+        for (int64_t c = 0; c < w.count; c++) {
+            int64_t channel = first + c;
+            b->product[channel] = b->product_before[channel] + (float)totals[c].product;
+            b->dbias[channel] = b->dbias_before[channel] + (float)totals[c].dbias;
+            b->dshift[channel] = b->shift_before[channel] + (float)totals[c].sums;
+            for (int64_t k = 0; k < inside; k++)
+                b->wide_product[channel * inside + k] =
+                    b->wide_product_before[channel * inside + k] + products[c * inside + k];
+        }
+    }
+    free(room.again.frames);
+    free(room.frame);
+    return 1;
+}
+
+/* ---- The gradient of an activation alone ---- */
+
+typedef struct {
+    int64_t shape[4];
+    Activation activation;
+} Gate;
+
+typedef struct {
+    const Gate *g;
+    const float *dy, *y;
+    float *dz, *sums;
+} Gating;
+
+/* dz = dy times the activation's slope at y, in dy's own memory or another; sums = sum dz. */
+FOR_EVERY_PROCESSOR static int gate(const Gating *g, int64_t first, int64_t last)
+{
+    const int64_t *shape = g->g->shape, pixels = shape[2] * shape[3];
+    for (int64_t channel = first; channel < last; channel++) {
+        double sums = 0;
+        for (int64_t image = 0; image < shape[0]; image++) {
+            int64_t begin = (image * shape[1] + channel) * pixels, end = begin + pixels;
+            for (int64_t at = begin; at < end; at += BLOCK) {
+                int64_t count = least(BLOCK, end - at);
+                pass(g->dy + at, g->y + at, g->g->activation, 1, count, g->dz + at);
+                sums += sum(g->dz + at, count);
+            }
+        }
+        g->sums[channel] = (float)sums;
+    }
+    return 1;
+}
+
+#endif
