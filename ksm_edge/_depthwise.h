@@ -10,6 +10,10 @@
 
 #include "_rows.h"
 
+enum { MAX_STRIDE = 2, MAX_CLASSES = MAX_STRIDE * MAX_STRIDE, MAX_INSIDE = 64 };
+enum { GROUP = 8 };    /* channels that are made at once of a 1x1 conv */
+enum { PIXELS = 256 }; /* floats of each of dozens of planes that stay in the innermost cache */
+
 typedef struct {
     int64_t images, channels, H, W, h, w; /* of the conv's input and output */
     int64_t inside; /* channels that a 1x1 conv in front makes `channels` of, where it is done along */

@@ -16,6 +16,7 @@ typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtCustomOpDomain OrtCustomOpDomain;
 typedef struct Operator Operator;
 
+enum { TASKS = 16 };
 enum { INTERFACE = 18, FLOAT = 1, REQUIRED = 0, DEFAULT_MEMORY = 0, FAILED = 1 };
 
 typedef struct {
@@ -108,6 +109,23 @@ static OrtStatus *output(const Kernel *k, OrtKernelContext *context, size_t inde
     return k->api->GetTensorMutableData(value, (void **)data);
 }
 
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+static OrtStatus *inputs(const Kernel *k, OrtKernelContext *context, const float **const *given, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        TRY(input(k, context, i, given[i]));
+    return NULL;
+}
+
+/* Those from `first` on which have a number for each channel. */
+static OrtStatus *vectors(const Kernel *k, OrtKernelContext *context, size_t first, float **const *made, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        TRY(output(k, context, first + i, &k->depthwise.channels, 1, made[i]));
+    return NULL;
+}
+
 static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *values, size_t count)
 {
     return api->KernelInfoGetAttributeArray_int64(info, name, values, &count);
@@ -165,8 +183,7 @@ static OrtStatus *compute_forward(void *kernel, OrtKernelContext *context)
     const Depthwise *d = &k->depthwise;
     Forward f = {.d = d};
     const float **given[] = {&f.x, &f.weight, &f.scale, &f.bias};
-    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
-        TRY(input(k, context, i, given[i]));
+    TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
     return in_parts(k, context, d->channels, run_forward, &f);
 }
@@ -177,12 +194,10 @@ static OrtStatus *compute_backward(void *kernel, OrtKernelContext *context)
     const Depthwise *d = &k->depthwise;
     Backward b = {.d = d};
     const float **given[] = {&b.dy, &b.y, &b.x, &b.weight, &b.scale, &b.bias, &b.product_before, &b.dbias_before};
-    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
-        TRY(input(k, context, i, given[i]));
+    TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->H, d->W}, 4, &b.dx));
     float **made[] = {&b.product, &b.dbias, &b.sums};
-    for (size_t i = 0; i < sizeof made / sizeof *made; i++)
-        TRY(output(k, context, 1 + i, &d->channels, 1, made[i]));
+    TRY(vectors(k, context, 1, made, COUNT(made)));
     return in_parts(k, context, d->channels, run_backward, &b);
 }
 
@@ -192,8 +207,7 @@ static OrtStatus *compute_widened_forward(void *kernel, OrtKernelContext *contex
     const Depthwise *d = &k->depthwise;
     Forward f = {.d = d};
     const float **given[] = {&f.x, &f.wide, &f.shift, &f.weight, &f.scale, &f.bias};
-    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
-        TRY(input(k, context, i, given[i]));
+    TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
     TRY(output(k, context, 1, (int64_t[]){GROUP, d->H, d->W}, 3, &f.planes));
     return widened_forward(&f) ? NULL : no_memory(k->api);
@@ -206,13 +220,11 @@ static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *conte
     Backward b = {.d = d};
     const float **given[] = {&b.dy, &b.y, &b.x, &b.wide, &b.shift, &b.weight, &b.scale, &b.bias,
                              &b.wide_product_before, &b.shift_before, &b.product_before, &b.dbias_before};
-    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
-        TRY(input(k, context, i, given[i]));
+    TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->inside, d->H, d->W}, 4, &b.dx));
     TRY(output(k, context, 1, (int64_t[]){d->channels, d->inside}, 2, &b.wide_product));
     float **made[] = {&b.dshift, &b.product, &b.dbias};
-    for (size_t i = 0; i < sizeof made / sizeof *made; i++)
-        TRY(output(k, context, 2 + i, &d->channels, 1, made[i]));
+    TRY(vectors(k, context, 2, made, COUNT(made)));
     TRY(output(k, context, 5, (int64_t[]){GROUP, d->H, d->W}, 3, &b.planes));
     return widened_backward(&b) ? NULL : no_memory(k->api);
 }
@@ -245,7 +257,8 @@ static OrtStatus *read_depthwise(const OrtApi *api, const OrtKernelInfo *info, i
     TRY(numbers(api, info, "kernel_shape", d->kernel, 2));
     TRY(numbers(api, info, "strides", d->strides, 2));
     TRY(numbers(api, info, "pads", d->pads, 4));
-    d->images = image[0], d->inside = image[1], d->channels = result[1], d->H = image[2], d->W = image[3], d->h = result[2], d->w = result[3];
+    d->images = image[0], d->inside = image[1], d->H = image[2], d->W = image[3];
+    d->channels = result[1], d->h = result[2], d->w = result[3];
     for (int i = 0; i < 2; i++) {
         int64_t k = d->kernel[i], step = d->strides[i], front = d->pads[i], back = d->pads[i + 2];
         if (k < 1 || k > MAX_TAPS || step < 1 || step > MAX_STRIDE || front < 0 || front >= k || back < 0 || back >= k)

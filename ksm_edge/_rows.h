@@ -16,9 +16,8 @@ enum { LANES = 8, TILE = 4 };
 #else
 enum { LANES = 16, TILE = 8 };
 #endif
-enum { TASKS = 16, MAX_TAPS = 49, MAX_STRIDE = 2, MAX_CLASSES = MAX_STRIDE * MAX_STRIDE, MAX_INSIDE = 64 };
-enum { BLOCK = 1024, PIXELS = 256 }; /* floats of one plane, and of each of dozens, that stay in the innermost cache */
-enum { GROUP = 8 }; /* channels that are made at once of a 1x1 conv */
+enum { MAX_TAPS = 49 };
+enum { BLOCK = 1024 }; /* floats that stay in the innermost cache */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 

@@ -26,11 +26,10 @@ from typing import Any
 import numpy as np
 
 from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
-from ksm_edge.autodiff.rules import SPATIAL, transposed_conv
-from ksm_edge.autodiff.tape import Tape
+from ksm_edge.autodiff.rules import transposed_conv
+from ksm_edge.autodiff.tape import OVER_IMAGES, Tape
 from ksm_edge.bundle.layers import Layer
 
-OVER_IMAGES = (0, *SPATIAL)
 # So few that a matrix product for each tap would be all overhead: 13 ms became 3 for 7 x 7 over RGB at 224 pixels.
 FEW_CHANNELS = 3
 FEW_COLUMNS = 27  # I kh kw that are little memory: 3 x 3 over RGB

@@ -83,7 +83,7 @@ def _learn(builder: _Builder, features: str) -> None:
     """Head, loss, and everything backwards from there."""
     shapes, spec = builder.shapes, builder.spec
     loss.forward(builder.emit, features, (shapes[features][0], shapes[features][1]), spec.classes)
-    tape = Tape(builder.emit, shapes, builder.wanted, own=spec.own)
+    tape = Tape(builder.emit, shapes, builder.wanted)
     loss.backward(tape, features, spec.classes)
     builder.backward(tape)
 
@@ -106,10 +106,10 @@ class _Builder:
                 )
         self.forms = {node.name: self._form(node) for node in self.nodes if node.op == "Conv"}
         self.wanted = gradient_wanted(self.nodes, self.spec.trained) if self.spec.backward else frozenset()
-        self.own: dict[str, own.Depthwise] = {}
-        for node in self.nodes:
-            if self._is_own(node):
-                self.own[node.name] = self._depthwise(node)
+        self.own: dict[str, own.Depthwise] = {}  # depthwise convs that operators of this project do
+        if self.spec.own:
+            may = {n: form for n, form in self.forms.items() if n in self.spec.trained and not self._normalised(n)}
+            self.own = own.find(self.nodes, may, self.layers, self.shapes, self.emit.constants)
         self.done_along = {node.name for conv in self.own.values() for node in conv.done_along}
         self.done_behind = {conv.behind.name for conv in self.own.values() if conv.behind}
 
@@ -120,22 +120,6 @@ class _Builder:
         return conv.conv_form(
             node, self.layers[node.name], per_weight=per_weight, fast=self.spec.fast, inside=self.spec.inside
         )
-
-    def _is_own(self, node: Node) -> bool:
-        """Whether an operator of this project does this conv."""
-        return (
-            self.spec.own
-            and self.forms.get(node.name) == "channel"
-            and not self._normalised(self.layers[node.name])
-            and own.can_do(node, self.layers[node.name])
-        )
-
-    def _depthwise(self, node: Node) -> own.Depthwise:
-        wide = [
-            n for n in self.spec.trained if self.forms.get(n) == "pointwise" and not self._normalised(self.layers[n])
-        ]
-        taken = [conv.behind.name for conv in self.own.values() if conv.behind]
-        return own.depthwise(node, self.layers, self.nodes, self.shapes, self.emit.constants, wide, taken)
 
     def forward(self) -> None:
         for node in self.nodes:
@@ -157,7 +141,7 @@ class _Builder:
             return
         if node.name in self.own:
             self.own[node.name].forward(self.emit)
-        elif self._normalised(layer):
+        elif self._normalised(layer.name):
             before = f"~{layer.name}.before_norm"
             self.shapes[before] = self.shapes[node.output]
             conv.forward(self.emit, node, layer, form, before)
@@ -177,8 +161,8 @@ class _Builder:
         if form == "channel":
             changing(f"{layer.name}.scale", vector)
 
-    def _normalised(self, layer: Layer) -> bool:
-        return self.spec.statistics == "batch" and layer.has_norm and layer.name in self.spec.trained
+    def _normalised(self, name: str) -> bool:
+        return self.spec.statistics == "batch" and self.layers[name].has_norm and name in self.spec.trained
 
     def backward(self, tape: Tape) -> None:
         for node in reversed(self.nodes):
@@ -191,14 +175,15 @@ class _Builder:
                 tape.add(node.inputs[0], tape.whole(gradient, node.output))
                 continue
             if node.op != "Conv":
-                RULES[node.op](tape, node, gradient)
+                if not (self.spec.own and own.gate(tape, node, gradient)):
+                    RULES[node.op](tape, node, gradient)
                 continue
             layer = self.layers[node.name]
             dz = tape.whole(gradient, node.output)
             if node.name in self.own:
                 self.own[node.name].backward(tape, dz)
                 continue
-            if self._normalised(layer):
+            if self._normalised(layer.name):
                 dz = norm.backward(tape, layer, f"~{layer.name}.before_norm", dz)
             trained, turned = layer.name in self.spec.trained, self.spec.fast
             conv.backward(tape, node, layer, self.forms[node.name], dz, trained=trained, turned=turned)

@@ -1,4 +1,4 @@
-"""Operators that standard ONNX has none of, compiled from `ksm_edge/_operators.c`: where they apply, and their nodes.
+"""Operators that standard ONNX has none of, written in C (`ksm_edge/_depthwise.h`): where they apply, their nodes.
 
     Depthwise          x, W, scale, bias -> y: the conv, its mask's scale, its bias and the activation behind it
     DepthwiseGradient  dy, y, x, W, scale, bias, two accumulators -> dx, these, sum dx: through the activation behind,
@@ -22,7 +22,7 @@ kept in place of their result, or made again, so that x is what stands in front 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,12 @@ import numpy as np
 import onnx
 
 from ksm_edge.autodiff.graph import OWN, Emitter, Node, Shape
-from ksm_edge.autodiff.tape import Tape
+from ksm_edge.autodiff.tape import Gradient, Tape
 from ksm_edge.bundle.layers import Layer
 
-MOST_TAPS, LONGEST_STRIDE = 49, 2  # of a kernel, as in _operators.c
+MOST_TAPS, LONGEST_STRIDE = 49, 2  # of a kernel, as in _depthwise.h
 GROUP = 8  # channels that are made at a time
+IMAGE_RANK = 4
 # In-channels and result of a 1x1 conv that is done along: where it has more to multiply, or what it makes stays in the
 # cache, ONNX Runtime's products are as quick.
 FEW_INSIDE = 32
@@ -145,54 +146,68 @@ def can_do(node: Node, layer: Layer) -> bool:
     return padded and kh * kw <= MOST_TAPS and max(strides) <= LONGEST_STRIDE and max(dilations) == 1
 
 
-def depthwise(
-    node: Node,
-    layers: Mapping[str, Layer],
+def find(
     nodes: Sequence[Node],
+    forms: Mapping[str, str],
+    layers: Mapping[str, Layer],
     shapes: Mapping[str, Shape],
     constants: Mapping[str, np.ndarray],
-    wide: Collection[str],
-    taken: Collection[str],
-) -> Depthwise:
-    """This conv with what is around it that nothing else reads in between.
+) -> dict[str, Depthwise]:
+    """The depthwise convs that the operators do, by name, each with what is around it and is done along.
 
-    `wide`: 1x1 convs that may be done along; `taken`: activations that another such conv does along.
+    `forms`: of the convs that may be done, see `conv`.
     """
-    makers = {other.output: other for other in nodes}
+    makers = {node.output: node for node in nodes}
     readers: dict[str, list[Node]] = {}
-    for other in nodes:
-        for name in other.inputs:
-            readers.setdefault(name, []).append(other)
+    for node in nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
 
-    def in_front(of: Node) -> Node | None:
+    def in_front(node: Node) -> Node | None:
         """What makes its input for it alone."""
-        return makers.get(of.inputs[0]) if len(readers[of.inputs[0]]) == 1 else None
+        return makers.get(node.inputs[0]) if len(readers[node.inputs[0]]) == 1 else None
 
-    found: dict[str, Any] = {}
-    behind = readers.get(node.output, [])
-    around = {"before": in_front(node), "behind": behind[0] if len(behind) == 1 else None}
-    for where, near in around.items():
-        if near is not None and near.name not in taken and (activation := activation_of(near, constants)) is not None:
-            found |= {where: near, f"activation_{where}": activation}
-    x = shapes[node.inputs[0]]
-    conv = in_front(found["before"]) if "before" in found else None
-    if conv is not None and conv.name in wide:
-        inside = layers[conv.name].weight_shape[1]
-        strides = conv.attributes.get("strides", [1, 1])
-        if inside <= FEW_INSIDE and inside % 2 == 0 and max(strides) == 1 and 4 * math.prod(x[1:]) >= LARGE_BYTES:
-            found |= {"wide": conv, "inside": inside}
-    return Depthwise(node, layers[node.name], x, shapes[node.output], **found)
+    def behind(node: Node) -> Node | None:
+        """What alone reads its output."""
+        found = readers.get(node.output, [])
+        return found[0] if len(found) == 1 else None
+
+    done: dict[str, Depthwise] = {}
+    taken: set[str] = set()  # activations that are done along with the conv in front of them
+    for node in nodes:
+        if forms.get(node.name) != "channel" or not can_do(node, layers[node.name]):
+            continue
+        found: dict[str, Any] = {}
+        for where, near in {"before": in_front(node), "behind": behind(node)}.items():
+            if near is not None and near.name not in taken and (known := activation_of(near, constants)) is not None:
+                found |= {where: near, f"activation_{where}": known}
+        x = shapes[node.inputs[0]]
+        wide = in_front(found["before"]) if "before" in found else None
+        if wide is not None and forms.get(wide.name) == "pointwise" and _is_worth_it(wide, layers[wide.name], x):
+            found |= {"wide": wide, "inside": layers[wide.name].weight_shape[1]}
+        done[node.name] = conv = Depthwise(node, layers[node.name], x, shapes[node.output], **found)
+        taken |= {conv.behind.name} if conv.behind else set()
+    return done
 
 
-def gate(tape: Tape, node: Node, dy: str, activation: Activation) -> None:
-    """The gradient in front of an activation, from the one behind it."""
-    emit, shape = tape.emit, tape.shapes[node.output]
+def _is_worth_it(node: Node, layer: Layer, made: Shape) -> bool:
+    """Whether a 1x1 conv is to be done along, and can be."""
+    inside, strides = layer.weight_shape[1], node.attributes.get("strides", [1, 1])
+    return inside <= FEW_INSIDE and inside % 2 == 0 and max(strides) == 1 and 4 * math.prod(made[1:]) >= LARGE_BYTES
+
+
+def gate(tape: Tape, node: Node, dy: Gradient) -> bool:
+    """Leave the gradient in front of an activation, from the one behind it; False where it is not one of ours."""
+    emit, shape, activation = tape.emit, tape.shapes[node.output], activation_of(node, tape.emit.constants)
+    if activation is None or len(shape) != IMAGE_RANK:
+        return False
     dz, dz_sum = emit.fresh("dz"), emit.fresh("dz_sum")
     y = node.inputs[0] if activation.kind else node.output
     given = {"image_shape": list(shape), "kind": [activation.kind], "low": activation.low, "high": activation.high}
-    emit.many("Gate", dy, y, names=[dz, dz_sum], domain=OWN, **given)
+    emit.many("Gate", tape.whole(dy, node.output), y, names=[dz, dz_sum], domain=OWN, **given)
     tape.sums[dz] = dz_sum
     tape.add(node.inputs[0], dz)
+    return True
 
 
 def declare_shapes(model: onnx.ModelProto) -> None:

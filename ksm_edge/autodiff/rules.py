@@ -13,37 +13,24 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from ksm_edge.autodiff import own
 from ksm_edge.autodiff.graph import Node
 from ksm_edge.autodiff.tape import Gradient, Tape
 from ksm_edge.errors import UnsupportedError
 
 Rule = Callable[[Tape, Node, Gradient], None]
-SPATIAL, IMAGE_RANK = (2, 3), 4
+SPATIAL = (2, 3)
 BOOL, UINT8 = TensorProto.BOOL, TensorProto.UINT8
 
 
 def relu(tape: Tape, node: Node, dy: Gradient) -> None:
-    if not _gated_at_once(tape, node, dy):
-        tape.add(node.inputs[0], gate(tape, _is_positive(tape, node.output), dy))
+    tape.add(node.inputs[0], gate(tape, _is_positive(tape, node.output), dy))
 
 
 def clip(tape: Tape, node: Node, dy: Gradient) -> None:
     """Clip(min, max), ReLU6 being (0, 6): the gradient passes strictly between the bounds."""
-    if _gated_at_once(tape, node, dy):
-        return
     y, low, high = node.output, *node.inputs[1:3]
     above = _is_positive(tape, y) if not tape.emit.constants[low].any() else tape.emit("Greater", y, low)
     tape.add(node.inputs[0], gate(tape, tape.emit("And", above, tape.emit("Less", y, high)), dy))
-
-
-def _gated_at_once(tape: Tape, node: Node, dy: Gradient) -> bool:
-    """Have an operator of this project do it, where it can."""
-    activation = own.activation_of(node, tape.emit.constants) if tape.own else None
-    if activation is None or len(tape.shapes[node.output]) != IMAGE_RANK:
-        return False
-    own.gate(tape, node, tape.whole(dy, node.output), activation)
-    return True
 
 
 def _is_positive(tape: Tape, y: str) -> str:
@@ -84,8 +71,6 @@ def hard_sigmoid(tape: Tape, node: Node, dy: Gradient) -> None:
 
 def hard_swish(tape: Tape, node: Node, dy: Gradient) -> None:
     """y = x h(x), h = clip(x / 6 + 1/2, 0, 1): dy (h + x / 6 where -3 < x < 3). Its output does not say what x was."""
-    if _gated_at_once(tape, node, dy):
-        return
     x = node.inputs[0]
     inside = strictly_between(tape, x, tape.emit.constant(-3.0), tape.emit.constant(3.0))
     sixth = tape.emit("DequantizeLinear", tape.emit("Cast", inside, to=UINT8), tape.emit.constant(1 / 6))
@@ -96,8 +81,6 @@ def hard_swish(tape: Tape, node: Node, dy: Gradient) -> None:
 
 def swish(tape: Tape, node: Node, dy: Gradient) -> None:
     """SiLU, y = x s, s = sigmoid(x): dy s (1 + x (1 - s)) = dy (s + y (1 - s)). s is computed again, not kept."""
-    if _gated_at_once(tape, node, dy):
-        return
     s = tape.emit("Sigmoid", node.inputs[0])
     rest = tape.emit("Mul", node.output, tape.emit("Sub", tape.emit.constant(1.0), s))
     tape.add(node.inputs[0], tape.emit("Mul", tape.scaled(dy), tape.emit("Add", s, rest)))

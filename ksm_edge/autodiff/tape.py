@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
 
+OVER_IMAGES = (0, 2, 3)  # and over rows and columns: what is left is (C,)
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -26,7 +28,6 @@ class Tape:
     emit: Emitter
     shapes: Mapping[str, Shape]  # of every tensor of the forward graph
     wanted: frozenset[str]  # tensors that some trained parameter stands in front of
-    own: bool = False  # whether activations may be gated by `autodiff.own`
     sums: dict[str, str] = field(default_factory=dict)  # of gradients (n, C, h, w) those whose (C,) is there already
     _pending: dict[str, list[Gradient]] = field(default_factory=dict)
     _broadcast: set[str] = field(default_factory=set)
@@ -67,7 +68,7 @@ class Tape:
 
     def channel_sum(self, gradient: str) -> str:
         """(C,) of a gradient (n, C, h, w)."""
-        return self.sums.get(gradient) or self.emit.sum(gradient, (0, 2, 3))
+        return self.sums.get(gradient) or self.emit.sum(gradient, OVER_IMAGES)
 
     def column(self, vector: str) -> str:
         """A (C,) vector as (C, 1, 1), which broadcasts over (n, C, h, w)."""

@@ -39,10 +39,13 @@ def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **for
 
 @pytest.mark.parametrize("recipe", ["resnet18", "squeezenet1_1", "mobilenet_v3_small", "vgg16_bn"])
 def test_gradients_are_the_same(recipe: str, tmp_path: Path) -> None:
-    (tmp_path / "bundle").mkdir()
-    bundle = random_bundle(recipe, 64, tmp_path / "bundle")
-    once, twice = (gradients(bundle, tmp_path / str(fast), fast=fast) for fast in (False, True))
-    assert_same(once, twice)
+    assert_same_with_and_without("fast", recipe, 64, tmp_path)
+
+
+def assert_same_with_and_without(form: str, recipe: str, size: int, folder: Path) -> None:
+    (folder / "bundle").mkdir()
+    bundle = random_bundle(recipe, size, folder / "bundle")
+    assert_same(*(gradients(bundle, folder / str(on), **{form: on}) for on in (False, True)))
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:

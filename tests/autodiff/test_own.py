@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper
 from small_graphs import Conv, Net, Op, conv, op, relative_error
-from test_fast_forms import assert_same, gradients
+from test_fast_forms import assert_same_with_and_without
 from whole_network import random_bundle
 
 from ksm_edge import native
@@ -175,10 +175,7 @@ def test_an_activation_between_two_depthwise_convs_is_done_once(act: str) -> Non
 
 @pytest.mark.parametrize("recipe", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"])
 def test_whole_networks_have_the_same_gradients(recipe: str, tmp_path: Path) -> None:
-    (tmp_path / "bundle").mkdir()
-    bundle = random_bundle(recipe, 96, tmp_path / "bundle")
-    standard, compiled = (gradients(bundle, tmp_path / str(own), own=own) for own in (False, True))
-    assert_same(standard, compiled)
+    assert_same_with_and_without("own", recipe, 96, tmp_path)
 
 
 def test_without_a_compiler_graphs_are_of_standard_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
