@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include "_depthwise.h"
+#include "_winograd.h"
 
 /* ---- ONNX Runtime's C interface: of its table of functions, which only grows at its end, the ones that are used ---- */
 
@@ -84,6 +85,8 @@ typedef struct {
     union {
         Depthwise depthwise;
         Gate gate;
+        Winograd winograd;
+        int64_t kernels[2]; /* out-channels and in-channels */
     };
 } Kernel;
 
@@ -241,6 +244,83 @@ static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
     return in_parts(k, context, shape[1], run_gate, &g);
 }
 
+static int run_winograd_input(const void *work, int64_t first, int64_t last)
+{
+    return winograd_input(work, first, last);
+}
+
+static int run_winograd_input_gradient(const void *work, int64_t first, int64_t last)
+{
+    return winograd_input_gradient(work, first, last);
+}
+
+static int run_winograd_output(const void *work, int64_t first, int64_t last)
+{
+    return winograd_output(work, first, last);
+}
+
+static int run_winograd_output_gradient(const void *work, int64_t first, int64_t last)
+{
+    return winograd_output_gradient(work, first, last);
+}
+
+static int run_contract(const void *work, int64_t first, int64_t last)
+{
+    return contract(work, first, last);
+}
+
+/* Into the domain: (n, C, rows, columns) -> (36, C, tiles). */
+static OrtStatus *compute_into(void *kernel, OrtKernelContext *context, int (*run)(const void *, int64_t, int64_t))
+{
+    const Kernel *k = kernel;
+    const Winograd *g = &k->winograd;
+    Transform f = {.g = g};
+    TRY(input(k, context, 0, &f.from));
+    TRY(output(k, context, 0, (int64_t[]){PLACES, g->channels, tiles_of(g).total}, 3, &f.to));
+    return in_parts(k, context, g->channels, run, &f);
+}
+
+static OrtStatus *compute_winograd_input(void *kernel, OrtKernelContext *context)
+{
+    return compute_into(kernel, context, run_winograd_input);
+}
+
+static OrtStatus *compute_winograd_output_gradient(void *kernel, OrtKernelContext *context)
+{
+    return compute_into(kernel, context, run_winograd_output_gradient);
+}
+
+static OrtStatus *compute_winograd_output(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Winograd *g = &k->winograd;
+    Transform f = {.g = g};
+    TRY(input(k, context, 0, &f.from));
+    TRY(input(k, context, 1, &f.bias));
+    TRY(output(k, context, 0, (int64_t[]){g->images, g->channels, g->h, g->w}, 4, &f.to));
+    return in_parts(k, context, g->channels, run_winograd_output, &f);
+}
+
+static OrtStatus *compute_winograd_input_gradient(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Winograd *g = &k->winograd;
+    Transform f = {.g = g};
+    TRY(input(k, context, 0, &f.from));
+    TRY(output(k, context, 0, (int64_t[]){g->images, g->channels, g->H, g->W}, 4, &f.to));
+    return in_parts(k, context, g->channels, run_winograd_input_gradient, &f);
+}
+
+static OrtStatus *compute_contraction(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    Contraction c = {.kernels = k->kernels[0] * k->kernels[1]};
+    const float **given[] = {&c.weight, &c.gradient, &c.before};
+    TRY(inputs(k, context, given, COUNT(given)));
+    TRY(output(k, context, 0, k->kernels, 2, &c.product));
+    return in_parts(k, context, c.kernels, run_contract, &c);
+}
+
 static OrtStatus *activation_of(const OrtApi *api, const OrtKernelInfo *info, const char *kind, const char *low,
                                 const char *high, Activation *activation)
 {
@@ -276,6 +356,19 @@ static OrtStatus *read_gate(const OrtApi *api, const OrtKernelInfo *info, Gate *
 {
     TRY(numbers(api, info, "image_shape", g->shape, 4));
     return activation_of(api, info, "kind", "low", "high", &g->activation);
+}
+
+static OrtStatus *read_winograd(const OrtApi *api, const OrtKernelInfo *info, int is_output, Winograd *g)
+{
+    int64_t image[4], result[4];
+    TRY(numbers(api, info, "image_shape", image, 4));
+    TRY(numbers(api, info, "output_shape", result, 4));
+    TRY(numbers(api, info, "pads", g->pads, 2));
+    g->images = image[0], g->channels = (is_output ? result : image)[1], g->H = image[2], g->W = image[3];
+    g->h = result[2], g->w = result[3];
+    if (least(g->pads[0], g->pads[1]) < 0 || g->pads[0] >= SIDE - STEP + 1 || g->pads[1] >= SIDE - STEP + 1)
+        return api->CreateStatus(FAILED, "this padding is beyond the operator");
+    return NULL;
 }
 
 static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
@@ -367,7 +460,19 @@ static void keep(int *inputs, int *outputs)
         .outputs = OUTPUTS,                                                                                            \
     }
 
-enum { DEPTHWISE, DEPTHWISE_GRADIENT, WIDENED, WIDENED_GRADIENT, GATE, OPERATORS };
+enum {
+    DEPTHWISE,
+    DEPTHWISE_GRADIENT,
+    WIDENED,
+    WIDENED_GRADIENT,
+    GATE,
+    WINOGRAD_INPUT,
+    WINOGRAD_INPUT_GRADIENT,
+    WINOGRAD_OUTPUT,
+    WINOGRAD_OUTPUT_GRADIENT,
+    CONTRACTION,
+    OPERATORS
+};
 
 static const Operator operators[OPERATORS] = {
     [DEPTHWISE] = OPERATOR("Depthwise", 4, 1, compute_forward, nowhere),
@@ -375,7 +480,25 @@ static const Operator operators[OPERATORS] = {
     [WIDENED] = OPERATOR("WidenedDepthwise", 6, 2, compute_widened_forward, nowhere),
     [WIDENED_GRADIENT] = OPERATOR("WidenedDepthwiseGradient", 12, 6, compute_widened_backward, nowhere),
     [GATE] = OPERATOR("Gate", 2, 2, compute_gate, over_gradient),
+    [WINOGRAD_INPUT] = OPERATOR("WinogradInput", 1, 1, compute_winograd_input, nowhere),
+    [WINOGRAD_INPUT_GRADIENT] = OPERATOR("WinogradInputGradient", 1, 1, compute_winograd_input_gradient, nowhere),
+    [WINOGRAD_OUTPUT] = OPERATOR("WinogradOutput", 2, 1, compute_winograd_output, nowhere),
+    [WINOGRAD_OUTPUT_GRADIENT] = OPERATOR("WinogradOutputGradient", 1, 1, compute_winograd_output_gradient, nowhere),
+    [CONTRACTION] = OPERATOR("Contraction", 3, 1, compute_contraction, nowhere),
 };
+
+static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const OrtKernelInfo *info, Kernel *k)
+{
+    switch (number) {
+    case GATE: return read_gate(api, info, &k->gate);
+    case CONTRACTION: return numbers(api, info, "kernels", k->kernels, 2);
+    case WINOGRAD_INPUT:
+    case WINOGRAD_INPUT_GRADIENT: return read_winograd(api, info, 0, &k->winograd);
+    case WINOGRAD_OUTPUT:
+    case WINOGRAD_OUTPUT_GRADIENT: return read_winograd(api, info, 1, &k->winograd);
+    default: return read_depthwise(api, info, number == WIDENED || number == WIDENED_GRADIENT, &k->depthwise);
+    }
+}
 
 static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel)
 {
@@ -383,9 +506,7 @@ static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelI
     if (!k)
         return api->CreateStatus(FAILED, "there is no memory left for a kernel");
     k->api = api;
-    int is_widened = op == &operators[WIDENED] || op == &operators[WIDENED_GRADIENT];
-    OrtStatus *status = op == &operators[GATE] ? read_gate(api, info, &k->gate)
-                                               : read_depthwise(api, info, is_widened, &k->depthwise);
+    OrtStatus *status = read_attributes(op - operators, api, info, k);
     if (status)
         free(k);
     else

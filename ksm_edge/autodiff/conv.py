@@ -1,9 +1,10 @@
-"""Convolutions: five forms of forward, product and input gradient, each the best measured for its kind.
+"""Convolutions: six forms of forward, product and input gradient, each the best measured for its kind.
 
     pointwise  1x1, dense            product (O, I) = dz x^T, one Gemm with the accumulator as its C
     taps       k x k, or grouped     product (K, O, I), one such matrix per tap of the kernel
     patches    k x k, few channels   product (O, K I), all taps in one: the RGB stem
     contracted the same              product (O, I), the taps' summed with W as weights; V is made from W when needed
+    winograd   3x3, dense            product (O, I), the same sum in another domain: see `winograd`
     channel    depthwise             product (O,) = sum dz conv(x, W), W the pristine weight
 
 The channel form serves masks that are one number per filter. Its weight is a constant of the graph, which ONNX Runtime
@@ -18,15 +19,17 @@ sum dz conv(x, W) = sum x conv^T(dz, W), and the right side is what the input gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 
+from ksm_edge.autodiff import winograd
 from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
 from ksm_edge.autodiff.rules import transposed_conv
+from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.autodiff.tape import OVER_IMAGES, Tape
 from ksm_edge.bundle.layers import Layer
 
@@ -65,25 +68,32 @@ class Geometry:
         }
 
 
-def conv_form(node: Node, layer: Layer, *, per_weight: bool, fast: bool, inside: bool) -> str:
-    """One of the forms above; `per_weight` asks for the product of every single weight.
+def conv_form(node: Node, layer: Layer, y: Shape, spec: GradientSpec) -> str:
+    """One of the forms above for a conv whose output is `y`.
 
-    `fast`: the patches of a large kernel may take memory, kh kw times that of the layer's input for each output pixel.
-    `inside`: weights of k x k layers may be made in the graph.
+    `spec.fast`: the patches of a large kernel may take memory, kh kw times that of the layer's input for each output
+    pixel, and weights four times theirs. `spec.inside`: weights of k x k layers may be made in the graph.
     """
+    # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
+    per_weight = spec.per_weight or layer.name not in spec.trained
     if layer.is_depthwise and not per_weight:
         return "channel"
     _, I, kh, kw = layer.weight_shape
     if layer.groups == 1 and (kh, kw) == (1, 1) and not any(Geometry.of(node, layer).pads):
         return "pointwise"
-    few = I * kh * kw <= FEW_COLUMNS or (fast and I <= FEW_CHANNELS)
+    few = I * kh * kw <= FEW_COLUMNS or (spec.fast and I <= FEW_CHANNELS)
     if few and layer.groups == 1:
         return "patches"
-    return "contracted" if inside and layer.groups == 1 and not per_weight else "taps"
+    if not per_weight and winograd.can_do(node, layer, y, spec):
+        return "winograd"
+    return "contracted" if spec.inside and layer.groups == 1 and not per_weight else "taps"
 
 
-def forward(emit: Emitter, node: Node, layer: Layer, form: str, output: str) -> None:
+def forward(emit: Emitter, node: Node, layer: Layer, form: str, shapes: Mapping[str, Shape], output: str) -> None:
     """The conv with its bias, from x to `output`."""
+    if form == "winograd":
+        winograd.forward(emit, node, layer, (shapes[node.inputs[0]], shapes[node.output]), output)
+        return
     x, geometry = node.inputs[0], Geometry.of(node, layer).attributes
     bias, O = f"{layer.name}.bias", layer.weight_shape[0]
     if form != "channel":
@@ -101,8 +111,8 @@ def backward(tape: Tape, node: Node, layer: Layer, form: str, dz: str, *, traine
     """
     if trained:
         accumulate(tape, f"{layer.name}.dbias", (layer.weight_shape[0],), tape.channel_sum(dz))
-    if form == "channel":
-        _channel(tape, node, layer, dz)
+    if form in BOTH:
+        BOTH[form](tape, node, layer, dz)
         return
     # The product comes first: what only it needs is free before the input gradient is made.
     if trained:
@@ -311,5 +321,7 @@ def _flipped(tape: Tape, node: Node, layer: Layer) -> dict[str, Any]:
     return geometry.attributes | {"strides": [1, 1], "pads": front + back}
 
 
-# How the product of each is accumulated; that of the channel form comes with its input gradient.
+# Product and input gradient of these come from the same tensors.
+BOTH = {"channel": _channel, "winograd": winograd.backward}
+# How the product of each other form is accumulated.
 PRODUCTS = {"pointwise": _pointwise, "taps": _taps, "contracted": _contracted, "patches": _patches}

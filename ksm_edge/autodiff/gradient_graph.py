@@ -15,7 +15,7 @@ from ksm_edge.autodiff import conv, loss, norm, own
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
 from ksm_edge.autodiff.recompute import with_least_kept
 from ksm_edge.autodiff.rules import RULES
-from ksm_edge.autodiff.spec import FRONT, WHOLE, GradientSpec
+from ksm_edge.autodiff.spec import FRONT, WHOLE, GradientSpec, transformed_shape
 from ksm_edge.autodiff.tape import Tape, gradient_wanted
 from ksm_edge.bundle.layers import Layer
 from ksm_edge.errors import UnsupportedError
@@ -45,7 +45,8 @@ def build(
     `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. Where the backward
     pass reads it so, a 1x1 weight comes a second time, as `LAYER.matrix` (O, I) or `LAYER.turned` (I, O), and one of
     k x k as `LAYER.turned` (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from
-    `LAYER.pristine` and `LAYER.mask`, which is M f. The weights of layers that are not trained, pristine ones of the
+    `LAYER.pristine` and `LAYER.mask`, which is M f. Where it is `winograd`, `LAYER.pristine` and `LAYER.weight` are
+    (36, O, I), see `tiles`. The weights of layers that are not trained, pristine ones of the
     channel form and `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
@@ -114,12 +115,7 @@ class _Builder:
         self.done_behind = {conv.behind.name for conv in self.own.values() if conv.behind}
 
     def _form(self, node: Node) -> str:
-        # The weights of a layer that does not learn come fused, so there is no channel scale behind them.
-        frozen = node.name not in self.spec.trained
-        per_weight = self.spec.per_weight or frozen
-        return conv.conv_form(
-            node, self.layers[node.name], per_weight=per_weight, fast=self.spec.fast, inside=self.spec.inside
-        )
+        return conv.conv_form(node, self.layers[node.name], self.shapes[node.output], self.spec)
 
     def forward(self) -> None:
         for node in self.nodes:
@@ -144,10 +140,10 @@ class _Builder:
         elif self._normalised(layer.name):
             before = f"~{layer.name}.before_norm"
             self.shapes[before] = self.shapes[node.output]
-            conv.forward(self.emit, node, layer, form, before)
+            conv.forward(self.emit, node, layer, form, self.shapes, before)
             norm.forward(self.emit, layer, before, node.output)
         else:
-            conv.forward(self.emit, node, layer, form, node.output)
+            conv.forward(self.emit, node, layer, form, self.shapes, node.output)
 
     def _declare_parameters(self, layer: Layer, form: str) -> None:
         trained, shape, vector = layer.name in self.spec.trained, layer.weight_shape, layer.weight_shape[:1]
@@ -156,6 +152,10 @@ class _Builder:
         if form == "contracted":
             changing(f"{layer.name}.pristine", shape)
             changing(f"{layer.name}.mask", (*shape[:2], 1, 1))
+            return
+        if form == "winograd":
+            changing(f"{layer.name}.pristine", transformed_shape(layer))
+            changing(f"{layer.name}.weight", transformed_shape(layer))
             return
         (changing if trained and form != "channel" else fixed)(f"{layer.name}.weight", shape)
         if form == "channel":

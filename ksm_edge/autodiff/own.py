@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ksm_edge.autodiff import winograd
 from ksm_edge.autodiff.graph import OWN, Emitter, Node, Shape
 from ksm_edge.autodiff.tape import Gradient, Tape
 from ksm_edge.bundle.layers import Layer
@@ -43,6 +44,7 @@ LARGE_BYTES = 2**19
 # (input, output): where nobody reads the first later, ONNX Runtime gives its memory to the second.
 IN_PLACE = {"DepthwiseGradient": (2, 0), "Gate": (0, 0)}
 FORWARD = ("Depthwise", "WidenedDepthwise")
+DEPTHWISE = (*FORWARD, "DepthwiseGradient", "WidenedDepthwiseGradient", "Gate")
 SMOOTH = {"HardSwish": 1, "Swish": 2}  # by their numbers there; 0 is a clip
 
 
@@ -218,10 +220,17 @@ def declare_shapes(model: onnx.ModelProto) -> None:
         if node.domain != OWN:
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        n, C, H, W = attributes["image_shape"]
-        first = attributes["output_shape"] if node.op_type in FORWARD else (n, C, H, W)
-        last = (GROUP, H, W) if node.op_type.startswith("Widened") else (C,)
-        for name, shape in ((node.output[0], first), (node.output[-1], last)):
+        for name, shape in _made(node, attributes):
             if name not in known:
                 known.add(name)
                 graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+
+
+def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str, Sequence[int]]]:
+    """Outputs of one of these operators that are no accumulators, with their shapes."""
+    if node.op_type not in DEPTHWISE:
+        return [(node.output[0], winograd.made_shape(node.op_type, attributes))]
+    n, C, H, W = attributes["image_shape"]
+    first = attributes["output_shape"] if node.op_type in FORWARD else (n, C, H, W)
+    last = (GROUP, H, W) if node.op_type.startswith("Widened") else (C,)
+    return [(node.output[0], first), (node.output[-1], last)]

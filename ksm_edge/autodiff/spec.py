@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ksm_edge.autodiff.tiles import PLACES
 from ksm_edge.bundle.layers import Layer
 
 Shape = tuple[int, ...]
@@ -30,14 +31,14 @@ class GradientSpec:
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 
-MASK_ALONE = ("channel", "contracted")  # forms whose graph has the pristine weight, and is given what changes it
+MASK_ALONE = ("channel", "contracted", "winograd")  # whose product is S: the graph has the pristine weight
 
 
 def fused_shape(form: str, layer: Layer) -> Shape:
-    """That of what the graph is given: the weight, or mask times batch-norm's factor, (O,) or (O, I)."""
+    """That of what the trainer makes: the weight, or mask times batch-norm's factor, (O,) or (O, I)."""
     if form == "channel":
         return layer.weight_shape[:1]
-    return layer.weight_shape[:2] if form == "contracted" else layer.weight_shape
+    return layer.weight_shape[:2] if form in MASK_ALONE else layer.weight_shape
 
 
 def product_shape(form: str, layer: Layer) -> Shape:
@@ -45,6 +46,11 @@ def product_shape(form: str, layer: Layer) -> Shape:
     O, I, kh, kw = layer.weight_shape
     shapes = {"taps": (kh * kw, O, I), "patches": (O, kh * kw * I), "channel": (O,)}
     return shapes.get(form, (O, I))
+
+
+def transformed_shape(layer: Layer) -> Shape:
+    """That of the weight in the winograd form, which is there twice: pristine, and as it runs."""
+    return (PLACES, *layer.weight_shape[:2])
 
 
 def turned_shape(form: str, layer: Layer) -> Shape:

@@ -94,7 +94,7 @@ def _arithmetic(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> 
         left = shapes[node.input[0]]
         inner = left[-2] if attributes.get("transA", 0) else left[-1]
         return "pointwise", 2.0 * _size(shapes[node.output[0]]) * inner
-    if node.domain == OWN and node.op_type != "Gate":
+    if node.domain == OWN and "Depthwise" in node.op_type:
         return _depthwise(node)
     return "memory", float(_size(shapes.get(node.output[0], ())))
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from ksm_edge.autodiff.spec import MASK_ALONE, fused_shape, product_shape, turned_shape
+from ksm_edge.autodiff.tiles import transformed
 from ksm_edge.bundle.layers import Layer, LayerWeights
 from ksm_edge.bundle.tensorfile import let_go
 from ksm_edge.fuse import fuse_layer, fuse_norm, fuse_weight_into, fused_bias, norm_factor
@@ -74,6 +75,9 @@ class TrainedLayer:
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(fused_shape(form, layer), np.float32)
         self.turned = np.empty(turned_shape(form, layer), np.float32) if turned else None
+        # In the domain of the winograd form: the pristine weight, and the one that runs.
+        self.places = transformed(weights.weight) if form == "winograd" else None
+        self.run_places = None if self.places is None else np.empty_like(self.places)
         self.bias = np.empty(O, np.float32)
         self.fuse()
 
@@ -83,6 +87,8 @@ class TrainedLayer:
         arrays = {f"{name}.bias": self.bias, f"{name}.dbias": self.dbias, f"{name}.product": self.product}
         if self.form == "contracted":
             arrays |= {f"{name}.pristine": self.pristine.weight, f"{name}.mask": self.weight[:, :, None, None]}
+        elif self.places is not None and self.run_places is not None:
+            arrays |= {f"{name}.pristine": self.places, f"{name}.weight": self.run_places}
         else:
             arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
         if self.form == "pointwise":
@@ -138,7 +144,7 @@ class TrainedLayer:
         O, I, kh, kw = W.shape
         if self.form == "channel":
             return product[:, None].copy()
-        if self.form == "contracted":
+        if self.form in ("contracted", "winograd"):
             return product.copy()
         if self.settings.granularity == "element":
             return W * self._taps().transpose(1, 2, 0).reshape(O, I, kh, kw)
@@ -167,7 +173,7 @@ class TrainedLayer:
         """Per filter, the sum of a weight, shaped like `weight`, times the product: (O,)."""
         if self.form == "channel":
             return weight * self.product
-        if self.form in ("pointwise", "contracted"):
+        if self.form in ("pointwise", "contracted", "winograd"):
             return np.einsum("oi,oi->o", weight.reshape(self.product.shape), self.product)
         O, I, kh, kw = weight.shape
         return np.einsum("oik,koi->o", weight.reshape(O, I, kh * kw), self._taps())
@@ -194,6 +200,7 @@ class TrainedLayer:
         factor = self._factor()
         self._fuse_into(self.weight, factor)
         let_go(self.pristine.weight)
+        self._fuse_places()
         if self.turned is not None:
             self._turn(self.turned)
         if self.batch_norm:
@@ -202,6 +209,10 @@ class TrainedLayer:
             self.bias[:] = fused_bias(
                 self._as_run(self.beta, self.pristine.beta), self.pristine.bias, self.mean, factor
             )
+
+    def _fuse_places(self) -> None:
+        if self.places is not None:
+            np.multiply(self.places, self.weight, out=self.run_places)
 
     def _turn(self, out: np.ndarray) -> None:
         for rows in range(0, len(self.weight), TURNED_ROWS):
@@ -216,6 +227,7 @@ class TrainedLayer:
         if self.form in MASK_ALONE:
             factor, self.bias[:] = fuse_norm(self.layer, self.pristine, state)
             self._mask_into(self.weight, state.mask, factor)
+            self._fuse_places()
         else:
             _, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity, self.weight)
         let_go(self.pristine.weight)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from ksm_edge.autodiff.spec import fused_shape, product_shape
+from ksm_edge.autodiff.spec import fused_shape, product_shape, transformed_shape
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.mask import score_shape
@@ -327,6 +327,7 @@ def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Map
         beside = product_shape(form, layer) if layer.name in trained else layer.weight_shape
         floats += _size(fused_shape(form, layer)) + _size(beside)
         floats += _size(layer.weight_shape) if form == "channel" else 0  # a constant of the graph
+        floats += 2 * _size(transformed_shape(layer)) if form == "winograd" else 0
     scores = _scores(bundle, settings)
     return FLOAT_BYTES * (floats + scores) + 2 * scores * settings.moment_bits // 8
 

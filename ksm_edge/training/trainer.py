@@ -266,9 +266,7 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
 
 def forward_spec(spec: GradientSpec) -> GradientSpec:
     """Its forward pass with the statistics that a pack brings along, reading the same parameters."""
-    # Forward there is nothing in `fast`, so one graph serves both; but weights that are made inside are stems' too.
-    fast = spec.fast or not spec.inside
-    return replace(spec, backward=False, statistics="frozen", classes=0, fast=fast, recompute=False, part=WHOLE)
+    return replace(spec, backward=False, statistics="frozen", classes=0, recompute=False, part=WHOLE)
 
 
 def front_spec(spec: GradientSpec) -> GradientSpec:

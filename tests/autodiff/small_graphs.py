@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ksm_edge.autodiff.gradient_graph import GradientGraph, build
 from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.tiles import transformed
 from ksm_edge.bundle.layers import Layer
 from ksm_edge.runtimes.onnxruntime import gradient_session_options
 from ksm_edge.runtimes.reference import evaluate
@@ -110,7 +111,9 @@ class Net:
         given |= {f"{name}.scale": scale for name, scale in self.scale.items()}
         for name, shape in graph.inputs.items():
             layer, _, kind = name.rpartition(".")
-            if kind in ("matrix", "turned"):
+            if graph.forms.get(layer) == "winograd" and kind in ("weight", "pristine"):
+                given[name] = transformed(self.weights[f"{layer}.weight"])
+            elif kind in ("matrix", "turned"):
                 given[name] = _second(given[f"{layer}.weight"], kind)
             elif name.startswith("head:"):
                 given[name] = rng.standard_normal(shape) / np.sqrt(shape[-1])

@@ -48,11 +48,11 @@ def assert_same_with_and_without(form: str, recipe: str, size: int, folder: Path
     assert_same(*(gradients(bundle, folder / str(on), **{form: on}) for on in (False, True)))
 
 
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], limit: float = 2e-4) -> None:
     assert all(gradient.any() for gradient in one.values())
     for name, gradient in one.items():
         error = np.abs(other[name] - gradient).max() / max(float(np.abs(gradient).max()), 1e-20)
-        assert error < 2e-4, name
+        assert error < limit, name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""3x3 convs by Winograd's F(4x4, 3x3): the same results and gradients as by convs, whatever the geometry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_graphs import Conv, Net, Op, conv, op, relative_error
+from test_fast_forms import SETTINGS, assert_same, gradients
+from whole_network import random_bundle
+
+from ksm_edge import native
+from ksm_edge.autodiff import winograd
+from ksm_edge.autodiff.tiles import KERNEL, transformed
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.training.settings import Settings
+
+pytestmark = pytest.mark.skipif(native.operators is None, reason="installed without a C compiler")
+
+# Of the largest; a conv's own sums are exact to a tenth of that.
+LIMIT = 3e-5
+
+
+@pytest.fixture(autouse=True)
+def however_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "FEWEST_TILES", 1)
+
+
+def two_convs(**attributes: object) -> list[Conv | Op]:
+    return [
+        conv("stem", "image", 6, 3),
+        conv("first", "stem", 5, 6, (3, 3), **attributes),
+        op("Relu", "first", "first_y"),
+        conv("second", "first_y", 7, 5, (3, 3), pads=[1, 1, 1, 1]),
+    ]
+
+
+def assert_as_by_convs(net: Net, made: set[str]) -> None:
+    """float32 in tiles, held to float64 by convs; of products what masks feel: summed over the kernel, times W."""
+    expected, found = dict(net.run_reference()), net.run_onnxruntime()
+    forms = net.gradient_graph(np.float32).forms
+    assert {name for name, form in forms.items() if form == "winograd"} == made
+    for name in made:
+        weight = net.weights[f"{name}.weight"].reshape(*net.weights[f"{name}.weight"].shape[:2], 9)
+        expected[f"{name}.product"] = sum(weight[:, :, k] * expected.pop(f"{name}.product.{k}") for k in range(9))
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        assert relative_error(found[name], array) < LIMIT, name
+
+
+@pytest.mark.parametrize("size", [4, 7, 8, 13, 33, 70])  # less than a register, and more than one, of tiles in a row
+@pytest.mark.parametrize("pads", [[1, 1, 1, 1], [0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 2, 0], [2, 0, 0, 1]], ids=str)
+def test_gradients_are_the_same_for_every_geometry(size: int, pads: list[int]) -> None:
+    assert_as_by_convs(Net(two_convs(pads=pads), size=size, own=True), {"first", "second"})
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_are_the_same_for_several_images_and_threads(images: int, threads: int) -> None:
+    nodes = two_convs(pads=[1, 1, 1, 1])
+    assert_as_by_convs(Net(nodes, size=19, images=images, own=True, threads=threads), {"first", "second"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"strides": [2, 2], "pads": [1, 1, 1, 1]}, "strides"),
+        ({"dilations": [2, 2], "pads": [2, 2, 2, 2]}, "dilations"),
+        ({"pads": [3, 3, 3, 3]}, "more padding than the kernel reaches"),
+    ],
+)
+def test_other_geometries_stay_convs(changes: dict[str, list[int]], reason: str) -> None:
+    assert_as_by_convs(Net(two_convs(**changes), size=16, own=True), {"second"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frozen": ["first", "second"]},
+        {"per_weight": True},
+        {"statistics": "batch"},
+        {"own": False},
+    ],
+    ids=str,
+)
+def test_where_more_or_less_is_wanted_than_a_masks_gradient_they_stay_convs(change: dict[str, object]) -> None:
+    net = Net(two_convs(), **{"own": True, **change})  # type: ignore[arg-type]
+    assert "winograd" not in net.gradient_graph(np.float32).forms.values()
+
+
+def test_large_weights_and_few_tiles_stay_convs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, value in (("LARGEST_BYTES", 4 * 36 * 6 * 5 - 1), ("FEWEST_TILES", 7)):
+        with monkeypatch.context() as m:
+            m.setattr(winograd, limit, value)
+            # 7 x 7 pixels are 2 x 3 tiles, the last one of each row counted.
+            net = Net(two_convs(pads=[1, 1, 1, 1]), own=True)
+            assert net.gradient_graph(np.float32).forms["first"] == "taps"
+
+
+def test_a_kernel_there_is_what_makes_a_conv() -> None:
+    """In one dimension, where it can be written down: y = A' (G w . B' d)."""
+    back = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+    into = np.array(
+        [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0],
+         [0, 4, 0, -5, 0, 1]]
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    w, d = rng.standard_normal(3), rng.standard_normal(6)
+    np.testing.assert_allclose(back @ ((KERNEL @ w) * (into @ d)), np.correlate(d, w), rtol=1e-12)
+    W = rng.standard_normal((4, 5, 3, 3)).astype(np.float32)
+    expected = np.einsum("ap,oipq,bq->aboi", KERNEL, W.astype(float), KERNEL).reshape(36, 4, 5)
+    np.testing.assert_allclose(transformed(W), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=["resnet18", "resnet20_cifar10", "vgg16_bn"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return random_bundle(request.param, 64, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("changes", [{}, {"granularity": "group:3"}, {"granularity": "channel"}], ids=str)
+def test_whole_networks_have_the_same_gradients(changes: dict[str, str], bundle: Bundle, tmp_path: Path) -> None:
+    settings = Settings(**{**SETTINGS.__dict__, **changes})
+    found = (gradients(bundle, tmp_path / str(on), settings, own=on) for on in (False, True))
+    # A few of a hundred thousand ReLUs that were given next to nothing let through what they did not before.
+    assert_same(*found, limit=1e-3)
