@@ -111,10 +111,9 @@ INLINE void forward_plane(const Forward *f, const ForwardRoom *room, int64_t cha
     frame(d, &room->layout, x, room->frames);
     for (int64_t row = 0; row < d->h; row += room->block) {
         int64_t rows = least(room->block, d->h - row), count = rows * pitch;
-        weighted_sum(room->frames + row * pitch, &room->layout.taps, f->weight + channel * taps, count, made);
-        for (int64_t i = 0; i < count; i++)
-            made[i] = made[i] * scale + bias;
-        activate(made, behind, count, made);
+        const float *kernel = f->weight + channel * taps;
+        weighted_sum(room->frames + row * pitch, &room->layout.taps, kernel, scale, bias, count, made);
+        activate(made, behind, rounded_up(count), made);
         copy_rows(made, pitch, y + row * d->w, d->w, d->w, rows);
     }
 }
@@ -183,12 +182,12 @@ INLINE void spread(const Depthwise *d, const Gradients *g, const float *frame, c
     for (int64_t a = 0; a < least(down, rows); a++) {
         int64_t some = (rows - a + down - 1) / down, count = some * g->pitch;
         float *odd = made + rounded_up(count), *to = out + a * d->W;
-        weighted_sum(from, &g->taps[a * right], weight, count, made);
+        weighted_sum(from, &g->taps[a * right], weight, 1, 0, count, made);
         if (right == 1) {
             copy_rows(made, g->pitch, to, down * d->W, d->W, some);
             continue;
         }
-        weighted_sum(from, &g->taps[a * right + 1], weight, count, odd);
+        weighted_sum(from, &g->taps[a * right + 1], weight, 1, 0, count, odd);
         for (int64_t i = 0; i < some; i++, to += down * d->W) {
             const float *even_row = made + i * g->pitch, *odd_row = odd + i * g->pitch;
             for (int64_t j = 0; j < d->W / 2; j++) {

@@ -54,12 +54,44 @@ INLINE void store(float *to, Lanes value)
     *(Lanes *)to = value;
 }
 
+/* Fewer than LANES floats, in halves of halves: a loop over single ones costs as much as the rest of a small plane. */
+INLINE void copy_some(const float *from, float *to, int64_t count)
+{
+#pragma GCC unroll 4
+    for (int64_t half = LANES / 2; half; half /= 2)
+        if (count & half) {
+            memcpy(to, from, (size_t)half * sizeof(float));
+            from += half, to += half;
+        }
+}
+
+/* Up to LANES floats; the others are 0. */
+INLINE Lanes load_some(const float *from, int64_t count)
+{
+    if (count >= LANES)
+        return load(from);
+    Lanes value = {0};
+    copy_some(from, (float *)&value, count);
+    return value;
+}
+
+INLINE void store_some(float *to, Lanes value, int64_t count)
+{
+    if (count >= LANES)
+        store(to, value);
+    else
+        copy_some((const float *)&value, to, count);
+}
+
 INLINE float sum_of(Lanes value)
 {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++)
-        sum += value[i];
-    return sum;
+    float part[LANES];
+    memcpy(part, &value, sizeof part);
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            part[i] += part[i + half];
+    return part[0];
 }
 
 INLINE float sum(const float *row, int64_t count)
@@ -70,10 +102,9 @@ INLINE float sum(const float *row, int64_t count)
         lanes[0] += load(row + i);
         lanes[1] += load(row + i + LANES);
     }
-    float total = sum_of(lanes[0] + lanes[1]);
-    for (; i < count; i++)
-        total += row[i];
-    return total;
+    for (; i < count; i += LANES)
+        lanes[0] += load_some(row + i, count - i);
+    return sum_of(lanes[0] + lanes[1]);
 }
 
 INLINE float product(const float *left, const float *right, int64_t count)
@@ -84,10 +115,9 @@ INLINE float product(const float *left, const float *right, int64_t count)
         lanes[0] += load(left + i) * load(right + i);
         lanes[1] += load(left + i + LANES) * load(right + i + LANES);
     }
-    float total = sum_of(lanes[0] + lanes[1]);
-    for (; i < count; i++)
-        total += left[i] * right[i];
-    return total;
+    for (; i < count; i += LANES)
+        lanes[0] += load_some(left + i, count - i) * load_some(right + i, count - i);
+    return sum_of(lanes[0] + lanes[1]);
 }
 
 /* e^x by its power series around the next multiple of ln 2, to float32's last digits. */
@@ -166,8 +196,7 @@ INLINE void copy_rows(const float *from, int64_t from_pitch, float *to, int64_t 
         int64_t i = 0;
         for (; i + LANES <= width; i += LANES)
             store(to + i, load(from + i));
-        for (; i < width; i++)
-            to[i] = from[i];
+        copy_some(from + i, to + i, width - i);
     }
 }
 
@@ -179,31 +208,34 @@ typedef struct {
     int64_t offset[MAX_TAPS];
 } Taps;
 
-/* out[i] = sum of weight[k] row[offset[k] + i]; what is read and written reaches beyond `count`, to whole LANES. */
-INLINE void weighted(const float *row, const int64_t *offset, const float *weight, int taps, int64_t count, float *out)
+/* out[i] = start + sum of weight[k] row[offset[k] + i]; what is read and written reaches beyond `count`, to whole LANES.
+ */
+INLINE void weighted(const float *row, const int64_t *offset, const float *weight, int taps, float start, int64_t count,
+                     float *out)
 {
     for (int64_t i = 0; i < count; i += LANES) {
-        Lanes total = {0};
+        Lanes total = (Lanes){0} + start;
         for (int k = 0; k < taps; k++)
             total += weight[k] * load(row + offset[k] + i);
         store(out + i, total);
     }
 }
 
-/* The same for taps of a kernel, the loop over them unrolled for the usual counts. */
-INLINE void weighted_sum(const float *row, const Taps *taps, const float *kernel, int64_t count, float *out)
+/* The same for taps of a kernel times `scale`, the loop over them unrolled for the usual counts. */
+INLINE void weighted_sum(const float *row, const Taps *taps, const float *kernel, float scale, float start,
+                         int64_t count, float *out)
 {
     float weight[MAX_TAPS];
     for (int k = 0; k < taps->count; k++)
-        weight[k] = kernel[taps->tap[k]];
+        weight[k] = scale * kernel[taps->tap[k]];
     switch (taps->count) {
-    case 1: weighted(row, taps->offset, weight, 1, count, out); break;
-    case 2: weighted(row, taps->offset, weight, 2, count, out); break;
-    case 4: weighted(row, taps->offset, weight, 4, count, out); break;
-    case 6: weighted(row, taps->offset, weight, 6, count, out); break;
-    case 9: weighted(row, taps->offset, weight, 9, count, out); break;
-    case 25: weighted(row, taps->offset, weight, 25, count, out); break;
-    default: weighted(row, taps->offset, weight, taps->count, count, out);
+    case 1: weighted(row, taps->offset, weight, 1, start, count, out); break;
+    case 2: weighted(row, taps->offset, weight, 2, start, count, out); break;
+    case 4: weighted(row, taps->offset, weight, 4, start, count, out); break;
+    case 6: weighted(row, taps->offset, weight, 6, start, count, out); break;
+    case 9: weighted(row, taps->offset, weight, 9, start, count, out); break;
+    case 25: weighted(row, taps->offset, weight, 25, start, count, out); break;
+    default: weighted(row, taps->offset, weight, taps->count, start, count, out);
     }
 }
 

@@ -35,24 +35,6 @@ INLINE Tiles tiles_of(const Winograd *g)
     return t;
 }
 
-/* Up to LANES floats; the others are 0. */
-INLINE Lanes load_some(const float *from, int64_t count)
-{
-    if (count >= LANES)
-        return load(from);
-    Lanes value = {0};
-    memcpy(&value, from, (size_t)count * sizeof(float));
-    return value;
-}
-
-INLINE void store_some(float *to, Lanes value, int64_t count)
-{
-    if (count >= LANES)
-        store(to, value);
-    else
-        memcpy(to, &value, (size_t)count * sizeof(float));
-}
-
 INLINE void add_to(float *to, Lanes value)
 {
     store(to, load(to) + value);
