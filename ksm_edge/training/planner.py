@@ -283,7 +283,7 @@ def expected_peak_bytes(
     running += [_running_bytes(each, workers, parts) + FLOAT_BYTES * in_front for each in beside]
     stepping = max(running) + LAYER_COPIES * FLOAT_BYTES * largest
     packing = PACKING_BYTES * _scores(bundle, settings)
-    # Weights a second time: turned, or pages of a file as they are stored.
+    # Weights a second time: turned, pages of a file as they are stored, or those of tiles without a mask.
     whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
     spare = COMPACT_BYTES * _scores(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
     parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
@@ -327,7 +327,7 @@ def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Map
         beside = product_shape(form, layer) if layer.name in trained else layer.weight_shape
         floats += _size(fused_shape(form, layer)) + _size(beside)
         floats += _size(layer.weight_shape) if form == "channel" else 0  # a constant of the graph
-        floats += 2 * _size(transformed_shape(layer)) if form == "winograd" else 0
+        floats += _size(transformed_shape(layer)) if form == "winograd" else 0  # as it runs
     scores = _scores(bundle, settings)
     return FLOAT_BYTES * (floats + scores) + 2 * scores * settings.moment_bits // 8
 
