@@ -244,24 +244,9 @@ static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
     return in_parts(k, context, shape[1], run_gate, &g);
 }
 
-static int run_winograd_input(const void *work, int64_t first, int64_t last)
+static int run_transform(const void *work, int64_t first, int64_t last)
 {
-    return winograd_input(work, first, last);
-}
-
-static int run_winograd_input_gradient(const void *work, int64_t first, int64_t last)
-{
-    return winograd_input_gradient(work, first, last);
-}
-
-static int run_winograd_output(const void *work, int64_t first, int64_t last)
-{
-    return winograd_output(work, first, last);
-}
-
-static int run_winograd_output_gradient(const void *work, int64_t first, int64_t last)
-{
-    return winograd_output_gradient(work, first, last);
+    return transform(work, first, last);
 }
 
 static int run_contract(const void *work, int64_t first, int64_t last)
@@ -269,46 +254,20 @@ static int run_contract(const void *work, int64_t first, int64_t last)
     return contract(work, first, last);
 }
 
-/* Into the domain: (n, C, rows, columns) -> (36, C, tiles). */
-static OrtStatus *compute_into(void *kernel, OrtKernelContext *context, int (*run)(const void *, int64_t, int64_t))
+/* (n, C, rows, columns) -> (36, C, tiles) or back */
+static OrtStatus *compute_transform(void *kernel, OrtKernelContext *context)
 {
     const Kernel *k = kernel;
     const Winograd *g = &k->winograd;
     Transform f = {.g = g};
     TRY(input(k, context, 0, &f.from));
-    TRY(output(k, context, 0, (int64_t[]){PLACES, g->channels, tiles_of(g).total}, 3, &f.to));
-    return in_parts(k, context, g->channels, run, &f);
-}
-
-static OrtStatus *compute_winograd_input(void *kernel, OrtKernelContext *context)
-{
-    return compute_into(kernel, context, run_winograd_input);
-}
-
-static OrtStatus *compute_winograd_output_gradient(void *kernel, OrtKernelContext *context)
-{
-    return compute_into(kernel, context, run_winograd_output_gradient);
-}
-
-static OrtStatus *compute_winograd_output(void *kernel, OrtKernelContext *context)
-{
-    const Kernel *k = kernel;
-    const Winograd *g = &k->winograd;
-    Transform f = {.g = g};
-    TRY(input(k, context, 0, &f.from));
-    TRY(input(k, context, 1, &f.bias));
-    TRY(output(k, context, 0, (int64_t[]){g->images, g->channels, g->h, g->w}, 4, &f.to));
-    return in_parts(k, context, g->channels, run_winograd_output, &f);
-}
-
-static OrtStatus *compute_winograd_input_gradient(void *kernel, OrtKernelContext *context)
-{
-    const Kernel *k = kernel;
-    const Winograd *g = &k->winograd;
-    Transform f = {.g = g};
-    TRY(input(k, context, 0, &f.from));
-    TRY(output(k, context, 0, (int64_t[]){g->images, g->channels, g->H, g->W}, 4, &f.to));
-    return in_parts(k, context, g->channels, run_winograd_input_gradient, &f);
+    if (g->way == OUTPUT)
+        TRY(input(k, context, 1, &f.bias));
+    if (g->way == INPUT || g->way == OUTPUT_GRADIENT)
+        TRY(output(k, context, 0, (int64_t[]){PLACES, g->channels, tiles_of(g).total}, 3, &f.to));
+    else
+        TRY(output(k, context, 0, (int64_t[]){g->images, g->channels, g->rows, g->columns}, 4, &f.to));
+    return in_parts(k, context, g->channels, run_transform, &f);
 }
 
 static OrtStatus *compute_contraction(void *kernel, OrtKernelContext *context)
@@ -358,16 +317,18 @@ static OrtStatus *read_gate(const OrtApi *api, const OrtKernelInfo *info, Gate *
     return activation_of(api, info, "kind", "low", "high", &g->activation);
 }
 
-static OrtStatus *read_winograd(const OrtApi *api, const OrtKernelInfo *info, int is_output, Winograd *g)
+static OrtStatus *read_winograd(const OrtApi *api, const OrtKernelInfo *info, Way way, Winograd *g)
 {
-    int64_t image[4], result[4];
+    int64_t image[4], result[4], *plane = way == INPUT || way == INPUT_GRADIENT ? image : result;
     TRY(numbers(api, info, "image_shape", image, 4));
     TRY(numbers(api, info, "output_shape", result, 4));
     TRY(numbers(api, info, "pads", g->pads, 2));
-    g->images = image[0], g->channels = (is_output ? result : image)[1], g->H = image[2], g->W = image[3];
-    g->h = result[2], g->w = result[3];
-    if (least(g->pads[0], g->pads[1]) < 0 || g->pads[0] >= SIDE - STEP + 1 || g->pads[1] >= SIDE - STEP + 1)
+    if (least(g->pads[0], g->pads[1]) < 0 || g->pads[0] > SIDE - STEP || g->pads[1] > SIDE - STEP)
         return api->CreateStatus(FAILED, "this padding is beyond the operator");
+    g->way = way, g->images = plane[0], g->channels = plane[1], g->rows = plane[2], g->columns = plane[3];
+    g->h = result[2], g->w = result[3];
+    if (plane == result)
+        g->pads[0] = g->pads[1] = 0;
     return NULL;
 }
 
@@ -480,10 +441,10 @@ static const Operator operators[OPERATORS] = {
     [WIDENED] = OPERATOR("WidenedDepthwise", 6, 2, compute_widened_forward, nowhere),
     [WIDENED_GRADIENT] = OPERATOR("WidenedDepthwiseGradient", 12, 6, compute_widened_backward, nowhere),
     [GATE] = OPERATOR("Gate", 2, 2, compute_gate, over_gradient),
-    [WINOGRAD_INPUT] = OPERATOR("WinogradInput", 1, 1, compute_winograd_input, nowhere),
-    [WINOGRAD_INPUT_GRADIENT] = OPERATOR("WinogradInputGradient", 1, 1, compute_winograd_input_gradient, nowhere),
-    [WINOGRAD_OUTPUT] = OPERATOR("WinogradOutput", 2, 1, compute_winograd_output, nowhere),
-    [WINOGRAD_OUTPUT_GRADIENT] = OPERATOR("WinogradOutputGradient", 1, 1, compute_winograd_output_gradient, nowhere),
+    [WINOGRAD_INPUT] = OPERATOR("WinogradInput", 1, 1, compute_transform, nowhere),
+    [WINOGRAD_INPUT_GRADIENT] = OPERATOR("WinogradInputGradient", 1, 1, compute_transform, nowhere),
+    [WINOGRAD_OUTPUT] = OPERATOR("WinogradOutput", 2, 1, compute_transform, nowhere),
+    [WINOGRAD_OUTPUT_GRADIENT] = OPERATOR("WinogradOutputGradient", 1, 1, compute_transform, nowhere),
     [CONTRACTION] = OPERATOR("Contraction", 3, 1, compute_contraction, nowhere),
 };
 
@@ -492,10 +453,10 @@ static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const Ort
     switch (number) {
     case GATE: return read_gate(api, info, &k->gate);
     case CONTRACTION: return numbers(api, info, "kernels", k->kernels, 2);
-    case WINOGRAD_INPUT:
-    case WINOGRAD_INPUT_GRADIENT: return read_winograd(api, info, 0, &k->winograd);
-    case WINOGRAD_OUTPUT:
-    case WINOGRAD_OUTPUT_GRADIENT: return read_winograd(api, info, 1, &k->winograd);
+    case WINOGRAD_INPUT: return read_winograd(api, info, INPUT, &k->winograd);
+    case WINOGRAD_INPUT_GRADIENT: return read_winograd(api, info, INPUT_GRADIENT, &k->winograd);
+    case WINOGRAD_OUTPUT: return read_winograd(api, info, OUTPUT, &k->winograd);
+    case WINOGRAD_OUTPUT_GRADIENT: return read_winograd(api, info, OUTPUT_GRADIENT, &k->winograd);
     default: return read_depthwise(api, info, number == WIDENED || number == WIDENED_GRADIENT, &k->depthwise);
     }
 }

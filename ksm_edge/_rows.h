@@ -208,8 +208,7 @@ typedef struct {
     int64_t offset[MAX_TAPS];
 } Taps;
 
-/* out[i] = start + sum of weight[k] row[offset[k] + i]; what is read and written reaches beyond `count`, to whole LANES.
- */
+/* out[i] = start + sum of weight[k] row[offset[k] + i]; what is read and written reaches to whole LANES. */
 INLINE void weighted(const float *row, const int64_t *offset, const float *weight, int taps, float start, int64_t count,
                      float *out)
 {

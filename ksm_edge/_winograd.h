@@ -15,9 +15,14 @@
 
 enum { STEP = 4, SIDE = 6, PLACES = SIDE * SIDE }; /* of a tile: its results, what they are made from */
 
+/* x -> V, dV -> dx, M -> y, dy -> D */
+typedef enum { INPUT, INPUT_GRADIENT, OUTPUT, OUTPUT_GRADIENT } Way;
+
 typedef struct {
-    int64_t images, channels, H, W, h, w; /* of the conv's input and output */
-    int64_t pads[2];                      /* top, left */
+    Way way;
+    int64_t images, channels, rows, columns; /* of x and dx, or of y and dy */
+    int64_t h, w;                            /* of y */
+    int64_t pads[2];                         /* top, left; of y none */
 } Winograd;
 
 typedef struct {
@@ -126,7 +131,7 @@ typedef struct {
 INLINE TransformRoom transform_room(const Winograd *g)
 {
     TransformRoom room = {.tiles = tiles_of(g)};
-    int64_t phases = STEP * STEP * room.tiles.phase, between = SIDE * SIDE * room.tiles.phase;
+    int64_t phases = STEP * STEP * room.tiles.phase, between = SIDE * STEP * room.tiles.phase;
     room.phases = calloc((size_t)(phases + between + STEP * room.tiles.pitch), sizeof(float));
     room.between = room.phases ? room.phases + phases : NULL;
     room.line = room.phases ? room.between + between : NULL;
@@ -156,23 +161,6 @@ INLINE void spread_plane(const TransformRoom *room, int64_t stride, float *v)
         }
 }
 
-FOR_EVERY_PROCESSOR static int winograd_input(const Transform *f, int64_t first, int64_t last)
-{
-    const Winograd *g = f->g;
-    TransformRoom room = transform_room(g);
-    if (!room.phases)
-        return 0;
-    for (int64_t channel = first; channel < last; channel++)
-        for (int64_t image = 0; image < g->images; image++) {
-            const float *plane = f->from + (image * g->channels + channel) * g->H * g->W;
-            take_apart(&room.tiles, plane, g->H, g->W, g->pads[0], g->pads[1], room.line, room.phases);
-            float *v = f->to + channel * room.tiles.total + image * room.tiles.count;
-            spread_plane(&room, g->channels * room.tiles.total, v);
-        }
-    free(room.phases);
-    return 1;
-}
-
 /* dV (36, C, tiles) -> dx (n, C, H, W): tiles overlap, and what they say of a pixel is added up. */
 INLINE void gather_plane(const TransformRoom *room, int64_t stride, const float *dv)
 {
@@ -198,23 +186,6 @@ INLINE void gather_plane(const TransformRoom *room, int64_t stride, const float 
         }
 }
 
-FOR_EVERY_PROCESSOR static int winograd_input_gradient(const Transform *f, int64_t first, int64_t last)
-{
-    const Winograd *g = f->g;
-    TransformRoom room = transform_room(g);
-    if (!room.phases)
-        return 0;
-    for (int64_t channel = first; channel < last; channel++)
-        for (int64_t image = 0; image < g->images; image++) {
-            const float *dv = f->from + channel * room.tiles.total + image * room.tiles.count;
-            gather_plane(&room, g->channels * room.tiles.total, dv);
-            float *plane = f->to + (image * g->channels + channel) * g->H * g->W;
-            put_together(&room.tiles, room.phases, g->H, g->W, g->pads[0], g->pads[1], 0, room.line, plane);
-        }
-    free(room.phases);
-    return 1;
-}
-
 /* M (36, O, tiles) -> y (n, O, h, w), with the bias */
 INLINE void finish_plane(const TransformRoom *room, int64_t stride, const float *m)
 {
@@ -236,23 +207,6 @@ INLINE void finish_plane(const TransformRoom *room, int64_t stride, const float 
                 store(phase_at(t, room->phases, row, column) + i, out[column]);
         }
     }
-}
-
-FOR_EVERY_PROCESSOR static int winograd_output(const Transform *f, int64_t first, int64_t last)
-{
-    const Winograd *g = f->g;
-    TransformRoom room = transform_room(g);
-    if (!room.phases)
-        return 0;
-    for (int64_t channel = first; channel < last; channel++)
-        for (int64_t image = 0; image < g->images; image++) {
-            const float *m = f->from + channel * room.tiles.total + image * room.tiles.count;
-            finish_plane(&room, g->channels * room.tiles.total, m);
-            float *plane = f->to + (image * g->channels + channel) * g->h * g->w;
-            put_together(&room.tiles, room.phases, g->h, g->w, 0, 0, f->bias[channel], room.line, plane);
-        }
-    free(room.phases);
-    return 1;
 }
 
 /* dy (n, O, h, w) -> D (36, O, tiles) */
@@ -278,18 +232,29 @@ INLINE void begin_plane(const TransformRoom *room, int64_t stride, float *d)
     }
 }
 
-FOR_EVERY_PROCESSOR static int winograd_output_gradient(const Transform *f, int64_t first, int64_t last)
+FOR_EVERY_PROCESSOR static int transform(const Transform *f, int64_t first, int64_t last)
 {
     const Winograd *g = f->g;
     TransformRoom room = transform_room(g);
+    const Tiles *t = &room.tiles;
+    int64_t stride = g->channels * t->total, top = g->pads[0], left = g->pads[1];
     if (!room.phases)
         return 0;
     for (int64_t channel = first; channel < last; channel++)
         for (int64_t image = 0; image < g->images; image++) {
-            const float *plane = f->from + (image * g->channels + channel) * g->h * g->w;
-            take_apart(&room.tiles, plane, g->h, g->w, 0, 0, room.line, room.phases);
-            float *d = f->to + channel * room.tiles.total + image * room.tiles.count;
-            begin_plane(&room, g->channels * room.tiles.total, d);
+            int64_t plane = (image * g->channels + channel) * g->rows * g->columns;
+            int64_t tiles = channel * t->total + image * t->count;
+            float bias = g->way == OUTPUT ? f->bias[channel] : 0;
+            if (g->way == INPUT || g->way == OUTPUT_GRADIENT)
+                take_apart(t, f->from + plane, g->rows, g->columns, top, left, room.line, room.phases);
+            switch (g->way) {
+            case INPUT: spread_plane(&room, stride, f->to + tiles); break;
+            case INPUT_GRADIENT: gather_plane(&room, stride, f->from + tiles); break;
+            case OUTPUT: finish_plane(&room, stride, f->from + tiles); break;
+            case OUTPUT_GRADIENT: begin_plane(&room, stride, f->to + tiles);
+            }
+            if (g->way == INPUT_GRADIENT || g->way == OUTPUT)
+                put_together(t, room.phases, g->rows, g->columns, top, left, bias, room.line, f->to + plane);
         }
     free(room.phases);
     return 1;
