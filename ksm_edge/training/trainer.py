@@ -266,7 +266,9 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
 
 def forward_spec(spec: GradientSpec) -> GradientSpec:
     """Its forward pass with the statistics that a pack brings along, reading the same parameters."""
-    return replace(spec, backward=False, statistics="frozen", classes=0, recompute=False, part=WHOLE)
+    # A batch's own statistics leave out the form by tiles, whose weights would then not be there.
+    fast = spec.fast and spec.statistics == "frozen"
+    return replace(spec, backward=False, statistics="frozen", classes=0, fast=fast, recompute=False, part=WHOLE)
 
 
 def front_spec(spec: GradientSpec) -> GradientSpec:

@@ -99,13 +99,17 @@ def test_a_short_budget_has_large_weights_made_in_the_graph(tmp_path: Path, monk
     assert inside == [True, False, False]
 
 
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_forward_pass_reads_what_training_keeps(form: tuple[bool, bool, bool], tmp_path: Path) -> None:
+def test_the_forward_pass_reads_what_training_keeps(
+    form: tuple[bool, bool, bool], statistics: str, tmp_path: Path
+) -> None:
     """Also where the form of a large stem depends on the memory there is."""
     bundle = random_bundle("resnet18", 64, tmp_path)
     backbone = onnx.load(bundle.graph_path, load_external_data=False)
     fast, inside, recompute = form
-    spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), fast=fast, inside=inside, recompute=recompute)
+    settings = replace(SETTINGS, statistics=statistics)
+    spec = replace(gradient_spec(bundle, 3, settings, 1), fast=fast, inside=inside, recompute=recompute)
     learns, judges = (build(backbone, bundle.layers, s) for s in (spec, forward_spec(spec)))
     assert set(judges.inputs) <= set(learns.inputs)
     assert all(learns.inputs[name] == shape for name, shape in judges.inputs.items())
