@@ -46,8 +46,8 @@ def build(
     pass reads it so, a 1x1 weight comes a second time, as `LAYER.matrix` (O, I) or `LAYER.turned` (I, O), and one of
     k x k as `LAYER.turned` (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from
     `LAYER.pristine` and `LAYER.mask`, which is M f. Where it is `winograd`, `LAYER.pristine` and `LAYER.weight` are
-    (36, O, I), see `tiles`. The weights of layers that are not trained, pristine ones of the
-    channel form and `LAYER.flipped` are external initializers.
+    (36, O, I), see `tiles`. The weights of layers that are not trained, pristine ones of the channel form and
+    `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
     the plain outputs `LAYER.batch_mean`, `LAYER.batch_var`.

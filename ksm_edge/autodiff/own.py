@@ -44,7 +44,6 @@ LARGE_BYTES = 2**19
 # (input, output): where nobody reads the first later, ONNX Runtime gives its memory to the second.
 IN_PLACE = {"DepthwiseGradient": (2, 0), "Gate": (0, 0)}
 FORWARD = ("Depthwise", "WidenedDepthwise")
-DEPTHWISE = (*FORWARD, "DepthwiseGradient", "WidenedDepthwiseGradient", "Gate")
 SMOOTH = {"HardSwish": 1, "Swish": 2}  # by their numbers there; 0 is a clip
 
 
@@ -228,7 +227,7 @@ def declare_shapes(model: onnx.ModelProto) -> None:
 
 def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str, Sequence[int]]]:
     """Outputs of one of these operators that are no accumulators, with their shapes."""
-    if node.op_type not in DEPTHWISE:
+    if node.op_type in winograd.OPERATORS:
         return [(node.output[0], winograd.made_shape(node.op_type, attributes))]
     n, C, H, W = attributes["image_shape"]
     first = attributes["output_shape"] if node.op_type in FORWARD else (n, C, H, W)

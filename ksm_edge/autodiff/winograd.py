@@ -21,6 +21,7 @@ from ksm_edge.autodiff.tiles import PLACES, tiles
 from ksm_edge.bundle.layers import Layer
 
 INTO = ("WinogradInput", "WinogradOutputGradient")
+OPERATORS = (*INTO, "WinogradInputGradient", "WinogradOutput", "Contraction")
 # With fewer tiles the weights take longer to read than a conv without them; 36 numbers a kernel, twice, take memory.
 FEWEST_TILES = 16
 LARGEST_BYTES = 2**22
@@ -28,11 +29,8 @@ LARGEST_PAD = 2
 
 
 def can_do(node: Node, layer: Layer, output: Shape, spec: GradientSpec) -> bool:
-    """Whether this conv is one, and gains by it.
-
-    Sums are exact to some 5e-6 instead of 5e-7, which the gradients of a batch's own statistics would make too much of.
-    """
-    if not (spec.own and spec.fast and spec.statistics == "frozen"):
+    """Whether this conv is wanted to be one, can be, and gains by it."""
+    if not (spec.own and spec.fast and spec.tiles):
         return False
     O, I, *kernel = layer.weight_shape
     get = node.attributes.get

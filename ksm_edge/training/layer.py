@@ -76,8 +76,7 @@ class TrainedLayer:
         self.weight = np.empty(fused_shape(form, layer), np.float32)
         self.turned = np.empty(turned_shape(form, layer), np.float32) if turned else None
         # In the domain of the winograd form: the pristine weight, and the one that runs.
-        self.places = transformed(weights.weight) if form == "winograd" else None
-        self.run_places = None if self.places is None else np.empty_like(self.places)
+        self.places = (U := transformed(weights.weight), np.empty_like(U)) if form == "winograd" else None
         self.bias = np.empty(O, np.float32)
         self.fuse()
 
@@ -87,8 +86,8 @@ class TrainedLayer:
         arrays = {f"{name}.bias": self.bias, f"{name}.dbias": self.dbias, f"{name}.product": self.product}
         if self.form == "contracted":
             arrays |= {f"{name}.pristine": self.pristine.weight, f"{name}.mask": self.weight[:, :, None, None]}
-        elif self.places is not None and self.run_places is not None:
-            arrays |= {f"{name}.pristine": self.places, f"{name}.weight": self.run_places}
+        elif self.places:
+            arrays |= dict(zip((f"{name}.pristine", f"{name}.weight"), self.places, strict=True))
         else:
             arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
         if self.form == "pointwise":
@@ -144,7 +143,7 @@ class TrainedLayer:
         O, I, kh, kw = W.shape
         if self.form == "channel":
             return product[:, None].copy()
-        if self.form in ("contracted", "winograd"):
+        if self.form in MASK_ALONE:
             return product.copy()
         if self.settings.granularity == "element":
             return W * self._taps().transpose(1, 2, 0).reshape(O, I, kh, kw)
@@ -173,7 +172,7 @@ class TrainedLayer:
         """Per filter, the sum of a weight, shaped like `weight`, times the product: (O,)."""
         if self.form == "channel":
             return weight * self.product
-        if self.form in ("pointwise", "contracted", "winograd"):
+        if self.form == "pointwise" or self.form in MASK_ALONE:
             return np.einsum("oi,oi->o", weight.reshape(self.product.shape), self.product)
         O, I, kh, kw = weight.shape
         return np.einsum("oik,koi->o", weight.reshape(O, I, kh * kw), self._taps())
@@ -211,8 +210,9 @@ class TrainedLayer:
             )
 
     def _fuse_places(self) -> None:
-        if self.places is not None:
-            np.multiply(self.places, self.weight, out=self.run_places)
+        if self.places:
+            pristine, run = self.places
+            np.multiply(pristine, self.weight, out=run)
 
     def _turn(self, out: np.ndarray) -> None:
         for rows in range(0, len(self.weight), TURNED_ROWS):

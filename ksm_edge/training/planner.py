@@ -118,7 +118,7 @@ def make_plan(
 
     def beside(graph: CompiledGraph) -> list[CompiledGraph]:
         """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
-        specs = [forward_spec(graph.spec), front_spec(graph.spec)] if settings.views else []
+        specs = [forward_spec(graph.spec, graph.forms), front_spec(graph.spec)] if settings.views else []
         return [compiled(bundle, spec) for spec in specs]
 
     def peak(candidate: Candidate) -> int:
@@ -153,7 +153,7 @@ def make_plan(
         expected_peak_bytes=need,
         settings=kind,
         graph=graph,
-        forward=compiled(bundle, forward_spec(graph.spec)),
+        forward=compiled(bundle, forward_spec(graph.spec, graph.forms)),
         front=compiled(bundle, front_spec(graph.spec)) if settings.views else None,
     )
 
@@ -173,6 +173,7 @@ def _unmeasured_plan(bundle: Bundle, classes: int, settings: Settings, engine: E
     """That of an engine which takes what memory it wants: as many images at a time as keep a GPU busy."""
     images = settings.batch if settings.statistics == "batch" else min(settings.batch, IMAGES_ON_A_GPU)
     spec = replace(gradient_spec(bundle, classes, settings, images), fast=False, own=False)  # for autograd
+    graph = compiled(bundle, spec)
     return Plan(
         batch=settings.batch,
         micro_batch=images,
@@ -180,8 +181,8 @@ def _unmeasured_plan(bundle: Bundle, classes: int, settings: Settings, engine: E
         activation_bytes=None,
         expected_peak_bytes=None,
         settings=settings,
-        graph=compiled(bundle, spec),
-        forward=compiled(bundle, forward_spec(spec)),
+        graph=graph,
+        forward=compiled(bundle, forward_spec(spec, graph.forms)),
     )
 
 

@@ -260,17 +260,22 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
         settings.statistics,
         per_weight,
         own=native.operators is not None,
+        # Exact to some 5e-6 where convs are to 5e-7: gradients of a batch's own statistics would make too much of that.
+        tiles=settings.statistics == "frozen",
         part=part,
     )
 
 
-def forward_spec(spec: GradientSpec) -> GradientSpec:
-    """Its forward pass with the statistics that a pack brings along, reading the same parameters."""
-    # A batch's own statistics leave out the form by tiles, whose weights would then not be there.
-    fast = spec.fast and spec.statistics == "frozen"
-    return replace(spec, backward=False, statistics="frozen", classes=0, fast=fast, recompute=False, part=WHOLE)
+def forward_spec(spec: GradientSpec, forms: Mapping[str, str]) -> GradientSpec:
+    """The forward pass of a graph, reading the same parameters, with the statistics that a pack brings along.
+
+    `forms`: of the graph's layers.
+    """
+    # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
+    read = replace(spec, fast=spec.fast or not spec.inside, tiles="winograd" in forms.values())
+    return replace(read, backward=False, statistics="frozen", classes=0, recompute=False, part=WHOLE)
 
 
 def front_spec(spec: GradientSpec) -> GradientSpec:
     """What makes the images of the rest: forward, and without parameters."""
-    return replace(forward_spec(spec), part=FRONT)
+    return replace(forward_spec(spec, {}), part=FRONT)

@@ -110,7 +110,8 @@ def test_the_forward_pass_reads_what_training_keeps(
     fast, inside, recompute = form
     settings = replace(SETTINGS, statistics=statistics)
     spec = replace(gradient_spec(bundle, 3, settings, 1), fast=fast, inside=inside, recompute=recompute)
-    learns, judges = (build(backbone, bundle.layers, s) for s in (spec, forward_spec(spec)))
+    learns = build(backbone, bundle.layers, spec)
+    judges = build(backbone, bundle.layers, forward_spec(spec, learns.forms))
     assert set(judges.inputs) <= set(learns.inputs)
     assert all(learns.inputs[name] == shape for name, shape in judges.inputs.items())
 

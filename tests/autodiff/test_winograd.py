@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ksm_edge.autodiff import winograd
 from ksm_edge.autodiff.tiles import KERNEL, transformed
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.training.settings import Settings
+from ksm_edge.training.trainer import gradient_spec
 
 pytestmark = pytest.mark.skipif(native.operators is None, reason="installed without a C compiler")
 
@@ -63,14 +65,15 @@ def test_gradients_are_the_same_for_several_images_and_threads(images: int, thre
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    "changes",
     [
-        ({"strides": [2, 2], "pads": [1, 1, 1, 1]}, "strides"),
-        ({"dilations": [2, 2], "pads": [2, 2, 2, 2]}, "dilations"),
-        ({"pads": [3, 3, 3, 3]}, "more padding than the kernel reaches"),
+        {"strides": [2, 2], "pads": [1, 1, 1, 1]},
+        {"dilations": [2, 2], "pads": [2, 2, 2, 2]},
+        {"pads": [3, 3, 3, 3]},  # more than the kernel reaches
     ],
+    ids=str,
 )
-def test_other_geometries_stay_convs(changes: dict[str, list[int]], reason: str) -> None:
+def test_other_geometries_stay_convs(changes: dict[str, list[int]]) -> None:
     assert_as_by_convs(Net(two_convs(**changes), size=16, own=True), {"second"})
 
 
@@ -79,7 +82,7 @@ def test_other_geometries_stay_convs(changes: dict[str, list[int]], reason: str)
     [
         {"frozen": ["first", "second"]},
         {"per_weight": True},
-        {"statistics": "batch"},
+        {"tiles": False},
         {"own": False},
     ],
     ids=str,
@@ -118,9 +121,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return random_bundle(request.param, 64, tmp_path_factory.mktemp(request.param))
 
 
+def test_a_batchs_own_statistics_keep_convs(bundle: Bundle) -> None:
+    by_tiles = {s: gradient_spec(bundle, 3, Settings(statistics=s), 2).tiles for s in ("frozen", "batch")}
+    assert by_tiles == {"frozen": True, "batch": False}
+
+
 @pytest.mark.parametrize("changes", [{}, {"granularity": "group:3"}, {"granularity": "channel"}], ids=str)
 def test_whole_networks_have_the_same_gradients(changes: dict[str, str], bundle: Bundle, tmp_path: Path) -> None:
-    settings = Settings(**{**SETTINGS.__dict__, **changes})
-    found = (gradients(bundle, tmp_path / str(on), settings, own=on) for on in (False, True))
+    found = (gradients(bundle, tmp_path / str(on), replace(SETTINGS, **changes), tiles=on) for on in (False, True))
     # A few of a hundred thousand ReLUs that were given next to nothing let through what they did not before.
     assert_same(*found, limit=1e-3)

@@ -59,7 +59,8 @@ def judge(subject: Trainer, workers: int = 1) -> Judge:
     bundle, spec = subject.bundle, gradient_spec(subject.bundle, CLASSES, subject.settings, subject.micro_batch)
     folder = bundle.path / "forward"
     folder.mkdir(exist_ok=True)
-    return Judge(subject, compile_graph(bundle, forward_spec(spec), folder), Engine(threads=workers, workers=workers))
+    forward = forward_spec(spec, {name: layer.form for name, layer in subject.layers.items()})
+    return Judge(subject, compile_graph(bundle, forward, folder), Engine(threads=workers, workers=workers))
 
 
 def batch(step: int, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
