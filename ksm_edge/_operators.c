@@ -1,10 +1,11 @@
-/* Operators of the gradient graph that ONNX Runtime has none of, for its sessions: what they compute is in _depthwise.h,
-   here is how ONNX Runtime calls them. */
+/* Operators of the gradient graph that ONNX Runtime has none of, for its sessions: what they compute is in the three
+   headers, here is how ONNX Runtime calls them. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "_depthwise.h"
+#include "_windows.h"
 #include "_winograd.h"
 
 /* ---- ONNX Runtime's C interface: of its table of functions, which only grows at its end, the ones that are used ---- */
@@ -86,6 +87,7 @@ typedef struct {
         Depthwise depthwise;
         Gate gate;
         Winograd winograd;
+        Sliding sliding;
         int64_t kernels[2]; /* out-channels and in-channels */
     };
 } Kernel;
@@ -280,6 +282,37 @@ static OrtStatus *compute_contraction(void *kernel, OrtKernelContext *context)
     return in_parts(k, context, c.kernels, run_contract, &c);
 }
 
+static int run_windows(const void *work, int64_t first, int64_t last)
+{
+    return windows(work, first, last);
+}
+
+static int run_pool_gradient(const void *work, int64_t first, int64_t last)
+{
+    return pool_gradient(work, first, last);
+}
+
+static OrtStatus *compute_windows(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Sliding *s = &k->sliding;
+    Windows f = {.s = s};
+    TRY(input(k, context, 0, &f.x));
+    TRY(output(k, context, 0, (int64_t[]){s->images, s->taps * s->channels, s->h, s->w}, 4, &f.made));
+    return in_parts(k, context, s->channels, run_windows, &f);
+}
+
+static OrtStatus *compute_pool_gradient(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Sliding *s = &k->sliding;
+    Pooling f = {.s = s};
+    const float **given[] = {&f.dy, &f.x, &f.y};
+    TRY(inputs(k, context, given, COUNT(given)));
+    TRY(output(k, context, 0, (int64_t[]){s->images, s->channels, s->H, s->W}, 4, &f.dx));
+    return in_parts(k, context, s->channels, run_pool_gradient, &f);
+}
+
 static OrtStatus *activation_of(const OrtApi *api, const OrtKernelInfo *info, const char *kind, const char *low,
                                 const char *high, Activation *activation)
 {
@@ -329,6 +362,26 @@ static OrtStatus *read_winograd(const OrtApi *api, const OrtKernelInfo *info, Wa
     g->h = result[2], g->w = result[3];
     if (plane == result)
         g->pads[0] = g->pads[1] = 0;
+    return NULL;
+}
+
+static OrtStatus *read_sliding(const OrtApi *api, const OrtKernelInfo *info, Sliding *s)
+{
+    int64_t image[4], result[4];
+    TRY(numbers(api, info, "image_shape", image, 4));
+    TRY(numbers(api, info, "output_shape", result, 4));
+    TRY(numbers(api, info, "kernel_shape", s->kernel, 2));
+    TRY(numbers(api, info, "strides", s->strides, 2));
+    TRY(numbers(api, info, "dilations", s->dilations, 2));
+    TRY(numbers(api, info, "pads", s->pads, 2));
+    TRY(numbers(api, info, "first", &s->first, 1));
+    for (int i = 0; i < 2; i++)
+        if (s->kernel[i] < 1 || s->strides[i] < 1 || s->dilations[i] < 1 || s->pads[i] < 0)
+            return api->CreateStatus(FAILED, "this kernel, stride, dilation or padding is beyond the operator");
+    s->images = image[0], s->channels = image[1], s->H = image[2], s->W = image[3], s->h = result[2], s->w = result[3];
+    s->taps = result[1] / s->channels;
+    if (s->first < 0 || s->first + s->taps > s->kernel[0] * s->kernel[1])
+        return api->CreateStatus(FAILED, "the kernel does not have so many taps");
     return NULL;
 }
 
@@ -432,6 +485,8 @@ enum {
     WINOGRAD_OUTPUT,
     WINOGRAD_OUTPUT_GRADIENT,
     CONTRACTION,
+    WINDOWS,
+    MAX_POOL_GRADIENT,
     OPERATORS
 };
 
@@ -446,6 +501,8 @@ static const Operator operators[OPERATORS] = {
     [WINOGRAD_OUTPUT] = OPERATOR("WinogradOutput", 2, 1, compute_transform, nowhere),
     [WINOGRAD_OUTPUT_GRADIENT] = OPERATOR("WinogradOutputGradient", 1, 1, compute_transform, nowhere),
     [CONTRACTION] = OPERATOR("Contraction", 3, 1, compute_contraction, nowhere),
+    [WINDOWS] = OPERATOR("Windows", 1, 1, compute_windows, nowhere),
+    [MAX_POOL_GRADIENT] = OPERATOR("MaxPoolGradient", 3, 1, compute_pool_gradient, nowhere),
 };
 
 static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const OrtKernelInfo *info, Kernel *k)
@@ -453,6 +510,8 @@ static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const Ort
     switch (number) {
     case GATE: return read_gate(api, info, &k->gate);
     case CONTRACTION: return numbers(api, info, "kernels", k->kernels, 2);
+    case WINDOWS:
+    case MAX_POOL_GRADIENT: return read_sliding(api, info, &k->sliding);
     case WINOGRAD_INPUT: return read_winograd(api, info, INPUT, &k->winograd);
     case WINOGRAD_INPUT_GRADIENT: return read_winograd(api, info, INPUT_GRADIENT, &k->winograd);
     case WINOGRAD_OUTPUT: return read_winograd(api, info, OUTPUT, &k->winograd);

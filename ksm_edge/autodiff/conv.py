@@ -19,6 +19,7 @@ sum dz conv(x, W) = sum x conv^T(dz, W), and the right side is what the input gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ksm_edge.autodiff import winograd
+from ksm_edge.autodiff import windows, winograd
 from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
 from ksm_edge.autodiff.rules import transposed_conv
 from ksm_edge.autodiff.spec import GradientSpec
@@ -148,10 +149,12 @@ def _pointwise(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
 def _subsampled(tape: Tape, node: Node, layer: Layer) -> tuple[str, Shape]:
     """The pixels of x that a strided 1x1 conv reads, and their shape."""
     x, strides = node.inputs[0], Geometry.of(node, layer).strides
-    n, C, H, W = tape.shapes[x]
     if strides == (1, 1):
-        return x, (n, C, H, W)
-    return tape.emit.slice(x, (0, 0), (H, W), strides), (n, C, *tape.shapes[node.output][2:])
+        return x, tape.shapes[x]
+    shape = _window_shape(tape, node)
+    if tape.own:
+        return _met(tape, node, layer, 0, 1), shape
+    return tape.emit.slice(x, (0, 0), tape.shapes[x][2:], strides), shape
 
 
 def _by_channel(tape: Tape, x: str, shape: Shape) -> str:
@@ -193,7 +196,10 @@ def _patches(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
     """All taps' products (O, K I) at once: their windows as one input of K I channels, tap by tap."""
     O, I, kh, kw = layer.weight_shape
     n, _, h, w = _window_shape(tape, node)
-    patches = tape.emit("Concat", *_windows(tape, node, layer), axis=1)
+    if tape.own:
+        patches = _met(tape, node, layer, 0, kh * kw)
+    else:
+        patches = tape.emit("Concat", *_windows(tape, node, layer), axis=1)
     columns = _by_channel(tape, patches, (n, kh * kw * I, h, w))
     rows = _by_channel(tape, dz, (n, O, h, w))
     _accumulate_gemm(tape, f"{layer.name}.product", (O, kh * kw * I), rows, columns)
@@ -206,6 +212,10 @@ def _window_shape(tape: Tape, node: Node) -> Shape:
 
 def _windows(tape: Tape, node: Node, layer: Layer) -> Iterator[str]:
     """For each tap the pixels that it met, (n, C, h, w): a strided window of the padded input."""
+    if tape.own:
+        for k in range(math.prod(layer.weight_shape[2:])):
+            yield _met(tape, node, layer, k, 1)
+        return
     emit, geometry, x = tape.emit, Geometry.of(node, layer), node.inputs[0]
     (_, _, H, W), (_, _, h, w) = tape.shapes[x], tape.shapes[node.output]
     top, left, bottom, right = geometry.pads
@@ -221,6 +231,12 @@ def _windows(tape: Tape, node: Node, layer: Layer) -> Iterator[str]:
         if first not in phases:
             phases[first] = x if (sy, sx) == (1, 1) else emit.slice(x, first, whole, (sy, sx))
         yield emit.slice(phases[first], (top, left), (top + h, left + w))
+
+
+def _met(tape: Tape, node: Node, layer: Layer, first: int, taps: int) -> str:
+    """The windows of some taps, (n, taps C, h, w), by the operator that makes them from the input itself."""
+    shapes = tape.shapes[node.inputs[0]], tape.shapes[node.output]
+    return windows.met(tape.emit, node.inputs[0], shapes, Geometry.of(node, layer).attributes, first, taps)
 
 
 def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shape: Shape) -> None:

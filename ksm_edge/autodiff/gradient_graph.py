@@ -84,7 +84,7 @@ def _learn(builder: _Builder, features: str) -> None:
     """Head, loss, and everything backwards from there."""
     shapes, spec = builder.shapes, builder.spec
     loss.forward(builder.emit, features, (shapes[features][0], shapes[features][1]), spec.classes)
-    tape = Tape(builder.emit, shapes, builder.wanted)
+    tape = Tape(builder.emit, shapes, builder.wanted, spec.own)
     loss.backward(tape, features, spec.classes)
     builder.backward(tape)
 
@@ -127,7 +127,8 @@ class _Builder:
                 self.emit("Mul", node.inputs[0], self.emit("Sigmoid", node.inputs[0]), name=node.output)
             else:
                 # A pool's indices cost as much as many pools: only where a gradient will go by them.
-                names = node.outputs if node.output in self.wanted else node.outputs[:1]
+                by_indices = node.output in self.wanted and not self.spec.own
+                names = node.outputs if by_indices else node.outputs[:1]
                 self.emit.many(node.op, *node.inputs, names=names, **node.attributes)
 
     def _conv_forward(self, node: Node) -> None:
@@ -175,7 +176,7 @@ class _Builder:
                 tape.add(node.inputs[0], tape.whole(gradient, node.output))
                 continue
             if node.op != "Conv":
-                if not (self.spec.own and own.gate(tape, node, gradient)):
+                if not (tape.own and own.gate(tape, node, gradient)):
                     RULES[node.op](tape, node, gradient)
                 continue
             layer = self.layers[node.name]

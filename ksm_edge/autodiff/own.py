@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ksm_edge.autodiff import winograd
+from ksm_edge.autodiff import windows, winograd
 from ksm_edge.autodiff.graph import OWN, Emitter, Node, Shape
 from ksm_edge.autodiff.tape import Gradient, Tape
 from ksm_edge.bundle.layers import Layer
@@ -229,6 +229,8 @@ def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str
     """Outputs of one of these operators that are no accumulators, with their shapes."""
     if node.op_type in winograd.OPERATORS:
         return [(node.output[0], winograd.made_shape(node.op_type, attributes))]
+    if node.op_type in windows.OPERATORS:
+        return [(node.output[0], windows.made_shape(node.op_type, attributes))]
     n, C, H, W = attributes["image_shape"]
     first = attributes["output_shape"] if node.op_type in FORWARD else (n, C, H, W)
     last = (GROUP, H, W) if node.op_type.startswith("Widened") else (C,)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from ksm_edge.autodiff import windows
 from ksm_edge.autodiff.graph import Node
 from ksm_edge.autodiff.tape import Gradient, Tape
 from ksm_edge.errors import UnsupportedError
@@ -176,9 +177,16 @@ def transposed_conv(
 
 
 def max_pool(tape: Tape, node: Node, dy: Gradient) -> None:
-    """Each window's gradient goes to the element that won; the forward pass wrote down which (flat index)."""
+    """Each window's gradient goes to the element that won; the forward pass wrote down which (flat index).
+
+    The operator of this project finds that again.
+    """
     x, indices = node.inputs[0], node.outputs[1]
     shape = tape.shapes[x]
+    if tape.own:
+        shapes, gradient = (shape, tape.shapes[node.output]), tape.whole(dy, node.output)
+        tape.add(x, windows.max_pool_gradient(tape.emit, gradient, x, node.output, shapes, node.attributes))
+        return
     zero = numpy_helper.from_array(np.zeros(1, tape.emit.dtype))
     zeros = tape.emit("ConstantOfShape", tape.emit.shape([int(np.prod(shape))]), value=zero)
     flat = tape.emit.reshape(tape.whole(dy, node.output), [-1])

@@ -28,6 +28,7 @@ class Tape:
     emit: Emitter
     shapes: Mapping[str, Shape]  # of every tensor of the forward graph
     wanted: frozenset[str]  # tensors that some trained parameter stands in front of
+    own: bool = False  # with operators of `_operators.c`
     sums: dict[str, str] = field(default_factory=dict)  # of gradients (n, C, h, w) those whose (C,) is there already
     _pending: dict[str, list[Gradient]] = field(default_factory=dict)
     _broadcast: set[str] = field(default_factory=set)
