@@ -5,8 +5,8 @@
     python benchmarks/rivals.py ksm DATA --bundle BUNDLE      # what the device's trainer must agree with
 
 Prints one JSON object. Images, split, order, augmentation, targets, number of steps and the rates' schedule are those
-of `ksm-edge adapt`; the best epoch is chosen on the same validation split, and the test set is read once, at the end.
-`accuracy.py` runs this.
+of `ksm-edge adapt`; the epoch is chosen by the same rule on the same validation split, and the test set is read once,
+at the end. `accuracy.py` runs this.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ksm_edge.mask import INITIAL_SCORE, THRESHOLD
 from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.runtimes.pytorch import Attributes, features, read_graph
 from ksm_edge.training.adam import rate_factor
+from ksm_edge.training.choice import as_good
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.suited import rate_scale
 from ksm_edge.training.targets import target_rows
@@ -202,7 +203,7 @@ def with_masks(network: Network) -> Network:
 def learn(
     network: torch.nn.Module, bundle: Bundle, images: ImageSet, settings: Settings, rate: float, statistics: str
 ) -> dict[str, Any]:
-    """Adam on whatever learns, head and KSM's batch-norm at their own rates; leaves the best epoch's in place."""
+    """Adam on whatever learns, head and KSM's batch-norm at their own rates; leaves the chosen epoch's in place."""
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, _ = cache.prepare(images.train, lambda done, total: None)
         train, held_out = stratified_split([item.label for item in items], settings.validation, settings.seed)
@@ -218,7 +219,7 @@ def learn(
                 own = next((own for part, own in rates.items() if part in name), rate)
                 groups.setdefault(own, []).append(parameter)
         adam = torch.optim.Adam([{"params": group, "at": own} for own, group in groups.items()])
-        history, best, kept, done = [], -1.0, None, 0
+        history, best, chosen, kept, done = [], -1.0, 0, None, 0
         for epoch in range(settings.epochs):
             network.train(statistics == "batch")
             losses, done = _epoch(network, adam, cache, learned_from, bundle, settings, epoch, done, steps, images)
@@ -226,12 +227,12 @@ def learn(
             found = accuracy(network, ((b.images, b.labels) for b in judged))
             history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)), "validation_accuracy": found})
             print(json.dumps(history[-1]), file=sys.stderr)
-            if found >= best:
-                best, kept = found, copy.deepcopy(network.state_dict())
+            best = max(best, found)
+            if as_good(found, best, len(judged_on)):
+                chosen, kept = epoch, copy.deepcopy(network.state_dict())
         network.load_state_dict(kept)
-        chosen = max(h["epoch"] for h in history if h["validation_accuracy"] == best)
-        return {"validation_accuracy": best, "best_epoch": chosen, "epochs": settings.epochs, "steps": steps,
-                "history": history}  # fmt: skip
+        return {"validation_accuracy": history[chosen]["validation_accuracy"], "best_epoch": chosen + 1,
+                "epochs": settings.epochs, "steps": steps, "history": history}  # fmt: skip
 
 
 def _epoch(

@@ -226,18 +226,16 @@ class Job:
             self._observer.note(f"no checkpoint could be written to {self.checkpoint}: {error.strerror}; going on")
 
     def _judge_epoch(self) -> None:
-        """Judge the pack as it would be written, on the validation split; the best one is kept."""
+        """Judge the pack as it would be written, on the validation split; the one to end with is kept."""
         progress = self.progress
         give_back()
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
         validation = self._accuracy(pack) if self.held_out else None
         with interrupt_held_back():
             progress.finish_epoch(validation)
-            # Equal accuracy: the later epoch, whose rates are lower. Without a split: the last. None that is not yet
-            # thinned: its pack would be larger than was asked for.
-            if self.trainer.is_thinned and (validation is None or validation >= progress.best_accuracy):
-                progress.best_accuracy = -1.0 if validation is None else validation
-                progress.best_epoch, self.best = progress.epoch, encode(pack, **self.settings.pack_bits)
+            # None that is not yet thinned: its pack would be larger than was asked for.
+            if self.trainer.is_thinned and progress.choose(validation, len(self.held_out)):
+                self.best = encode(pack, **self.settings.pack_bits)
         give_back()
         self._observer.epoch(progress.history[-1], self.settings.epochs)
 

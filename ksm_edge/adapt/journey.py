@@ -158,13 +158,12 @@ def prepared(
 def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     progress = job.progress
     assert job.best is not None  # every finished epoch leaves one
-    accuracy = progress.best_accuracy if job.held_out else None
     best = decode(job.best)
     record = {
         "data_digest": job.images.digest(),
         "images": len(job.train) + len(job.held_out),
         "validation_images": len(job.held_out),
-        "validation_accuracy": accuracy,
+        "validation_accuracy": progress.best_accuracy,
         "epoch": progress.best_epoch,
         "steps": progress.steps_done,
         "settings": asdict(job.settings),
@@ -178,7 +177,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     return Adapted(
         pack_path=out,
         pack_bytes=size,
-        validation_accuracy=accuracy,
+        validation_accuracy=progress.best_accuracy,
         best_epoch=progress.best_epoch,
         steps=progress.steps_done,
         epochs=job.settings.epochs,

@@ -18,8 +18,9 @@ import safetensors
 from ksm_edge.atomic import atomic_write
 from ksm_edge.bundle.tensorfile import write_tensors
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError, UsageError
+from ksm_edge.training.choice import as_good
 
-VERSION = 7
+VERSION = 8
 BEST = "best_pack"
 
 
@@ -33,8 +34,8 @@ class Progress:
     loss_sum: float = 0.0  # of the epoch's steps so far
     correct: int = 0  # answers, and of how many images, in the epoch so far
     count: int = 0
-    best_accuracy: float = -1.0  # on the validation split; below 0: none yet
-    best_epoch: int = -1
+    highest_accuracy: float = -1.0  # on the validation split, of the epochs that may be chosen; below 0: none yet
+    best_epoch: int = -1  # the chosen one, see `choice`
     history: list[dict[str, float]] = field(default_factory=list)  # one record per finished epoch
 
     def add(self, loss: float, correct: int, count: int) -> None:
@@ -52,6 +53,23 @@ class Progress:
         record["train_accuracy"] = self.correct / self.count
         self.history.append(record if validation is None else record | {"validation_accuracy": validation})
         self.step, self.loss_sum, self.correct, self.count = 0, 0.0, 0, 0
+
+    def choose(self, validation: float | None, images: int) -> bool:
+        """Whether the epoch that just ended, with its accuracy on so many images, is the chosen one from here on.
+
+        Where there are none to judge by, it is.
+        """
+        if validation is not None:
+            self.highest_accuracy = max(self.highest_accuracy, validation)
+            if not as_good(validation, self.highest_accuracy, images):
+                return False
+        self.best_epoch = self.epoch
+        return True
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The chosen epoch's on the validation split."""
+        return self.history[self.best_epoch - 1].get("validation_accuracy")
 
 
 def save_checkpoint(

@@ -146,7 +146,7 @@ def test_ctrl_c_in_the_middle_of_anything_leaves_a_whole_state(
 def test_only_an_epoch_that_ended_thinned_can_be_the_best(
     bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    falling = iter([0.9, 0.6, 0.3])
+    falling = iter([0.9, 0.6, 0.3])  # by more than the error of as few images as there are
     monkeypatch.setattr("ksm_edge.adapt.job.Job._accuracy", lambda job, pack: next(falling))
     found = adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=3, thin=0.5))
     assert (found.best_epoch, found.validation_accuracy) == (2, 0.6)  # thinned in the second epoch
