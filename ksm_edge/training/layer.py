@@ -71,6 +71,7 @@ class TrainedLayer:
             self.learning["score"] = (CompactAdam if settings.moment_bits == 8 else Adam)(self.score, scores=True)
         self.settled = False  # True: kept kernels stay kept, see `settle`
         self.in_pack_bits = False  # True: the graph reads what a pack would hold
+        self._ran: SoftMask | None = None  # the mask of the weight that the graph reads
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(fused_shape(form, layer), np.float32)
@@ -127,14 +128,16 @@ class TrainedLayer:
     def gradients(self) -> dict[str, np.ndarray]:
         """Gradients of beta and gamma (O,), and under `score` that of the soft mask, score-shaped."""
         factor = self._factor()
+        felt = self._products()
+        if "score" in self.learning and felt.ndim == 2:
+            felt = reduce_kernels(felt, self.settings.granularity)
         result = {"beta": self.dbeta, "gamma": self.dgamma} if self.batch_norm else {"beta": self.dbias}
         if not self.batch_norm:
-            df = self._masked_sum(factor) + (self.pristine.bias - self.mean) * self.dbias
+            df = self._masked_sum(felt) + (self.pristine.bias - self.mean) * self.dbias
             result["gamma"] = df / np.sqrt(self.var + np.float32(self.layer.eps))
         if "score" in self.learning:
-            product = self._products()
-            product *= factor.reshape(-1, *[1] * (product.ndim - 1))
-            result["score"] = product if product.ndim == 4 else reduce_kernels(product, self.settings.granularity)
+            felt *= factor.reshape(-1, *[1] * (felt.ndim - 1))
+            result["score"] = felt
         return result
 
     def _products(self) -> np.ndarray:
@@ -158,24 +161,15 @@ class TrainedLayer:
             return self.product.reshape(O, kh * kw, I).transpose(1, 0, 2)
         return self.product.reshape(kh * kw, O, I)
 
-    def _masked_sum(self, factor: np.ndarray) -> np.ndarray:
-        """sum_i M S, (O,), from the weight that ran, W M f, by dividing by f; where f is 0, from W and M themselves."""
-        total = self._sum_with_product(self.weight)
-        dead = factor == 0
-        if dead.any():
-            plain = np.empty_like(self.weight)
-            self._fuse_into(plain, np.ones_like(factor))
-            total[dead] = self._sum_with_product(plain)[dead]
-        return total / np.where(dead, 1, factor)
-
-    def _sum_with_product(self, weight: np.ndarray) -> np.ndarray:
-        """Per filter, the sum of a weight, shaped like `weight`, times the product: (O,)."""
-        if self.form == "channel":
-            return weight * self.product
-        if self.form == "pointwise" or self.form in MASK_ALONE:
-            return np.einsum("oi,oi->o", weight.reshape(self.product.shape), self.product)
-        O, I, kh, kw = weight.shape
-        return np.einsum("oik,koi->o", weight.reshape(O, I, kh * kw), self._taps())
+    def _masked_sum(self, felt: np.ndarray) -> np.ndarray:
+        """sum_i M S, (O,): that of all as if nothing were cut, and what that says too much of the few that are."""
+        O = len(felt)
+        total = felt.reshape(O, -1).sum(axis=1)
+        if self._ran is None:
+            return total
+        too_much = (1 - self._ran.cut_scale) * felt.reshape(-1)[self._ran.cut]
+        filters = self._ran.cut // (felt.size // O)
+        return total - np.bincount(filters, too_much, minlength=O).astype(felt.dtype)
 
     def mask(self) -> SoftMask:
         """The layer's soft mask, from its scores as they are now."""
@@ -197,7 +191,11 @@ class TrainedLayer:
     def fuse(self) -> None:
         """Make the weight and bias that the graph reads, in place; the pristine weight then leaves memory."""
         factor = self._factor()
-        self._fuse_into(self.weight, factor)
+        self._ran = self._mask_as_run()
+        if self.form in MASK_ALONE:
+            self._mask_into(self.weight, self._ran, factor)
+        else:
+            fuse_weight_into(self.weight, self.pristine.weight, self._ran, factor, self.settings.granularity)
         let_go(self.pristine.weight)
         self._fuse_places()
         if self.turned is not None:
@@ -232,16 +230,15 @@ class TrainedLayer:
             _, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity, self.weight)
         let_go(self.pristine.weight)
 
-    def _fuse_into(self, out: np.ndarray, factor: np.ndarray) -> None:
-        """W M f as `fuse.fused_weight` makes it, or M f where the graph knows W."""
-        mask = self.mask() if "score" in self.learning else None
-        if mask is not None and self.in_pack_bits:
-            bits = self.settings.scale_bits  # the scale has no gradient: only its values change
-            mask = replace(mask, cut_scale=dequantize_scale(quantize_scale(mask.cut_scale, bits), bits))
-        if self.form in MASK_ALONE:
-            self._mask_into(out, mask, factor)
-        else:
-            fuse_weight_into(out, self.pristine.weight, mask, factor, self.settings.granularity)
+    def _mask_as_run(self) -> SoftMask | None:
+        """The mask that the graph's weight carries, with `in_pack_bits` as a pack would hold it."""
+        if "score" not in self.learning:
+            return None
+        mask = self.mask()
+        if not self.in_pack_bits:
+            return mask
+        bits = self.settings.scale_bits  # the scale has no gradient: only its values change
+        return replace(mask, cut_scale=dequantize_scale(quantize_scale(mask.cut_scale, bits), bits))
 
     def _mask_into(self, out: np.ndarray, mask: SoftMask | None, factor: np.ndarray) -> None:
         """M f, (O,) for depthwise layers or (O, I)."""

@@ -30,7 +30,8 @@ def trained(name: str, granularity: str = "kernel", *, weights: LayerWeights | N
     """A layer in the middle of a training: random scores of which some are cut, moved gamma and beta."""
     settings = replace(Settings(granularity=granularity), **changes)  # type: ignore[arg-type]
     layer = TABLE[name]
-    form, masked = form_of(layer, granularity), settings.method == "ksm"
+    masked = settings.method == "ksm"
+    form = form_of(layer, granularity if masked else "kernel")
     result = TrainedLayer(layer, weights or tiny_weights()[name], form, settings, masked=masked)
     rng = np.random.default_rng(seed)
     result.score[...] = rng.normal(8e-3, 5e-3, result.score.shape)
@@ -111,8 +112,9 @@ def expected(layer: TrainedLayer, dweight: np.ndarray, dbias: np.ndarray) -> dic
 
 @each
 @every
-def test_gradients_are_the_chain_rule(name: str, granularity: str) -> None:
-    layer = trained(name, granularity)
+@pytest.mark.parametrize("method", ["ksm", "norm"])
+def test_gradients_are_the_chain_rule(name: str, granularity: str, method: str) -> None:
+    layer = trained(name, granularity, method=method)
     wanted = expected(layer, *accumulate(layer))
     found = layer.gradients()
     assert found.keys() == wanted.keys()
