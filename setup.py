@@ -12,15 +12,17 @@ AS_NUMPY = ["-ffp-contract=off"]
 # Rows of a few floats are copied faster in place than by a call; Lanes are never handed to a function that is called.
 AS_WRITTEN = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
 
+
+
+def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
+    headers = glob("ksm_edge/*.h")
+    return Extension(name, sources, depends=headers, optional=True, extra_compile_args=[*LOOPS, *flags])
+
+
 setup(
     ext_modules=[
-        Extension(
-            f"ksm_edge.{name}",
-            [f"ksm_edge/{name}.c"],
-            depends=glob("ksm_edge/*.h"),
-            optional=True,
-            extra_compile_args=[*LOOPS, *flags],
-        )
-        for name, flags in {"_native": AS_NUMPY, "_operators": AS_WRITTEN}.items()
+        extension("ksm_edge._native", ["ksm_edge/_native.c"], AS_NUMPY),
+        # The same loops for wider registers are compiled by themselves.
+        extension("ksm_edge._operators", ["ksm_edge/_operators.c", *sorted(glob("ksm_edge/_loops_*.c"))], AS_WRITTEN),
     ]
 )

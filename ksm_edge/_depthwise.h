@@ -118,9 +118,9 @@ INLINE void forward_plane(const Forward *f, const ForwardRoom *room, int64_t cha
     }
 }
 
-/* Returns 0 where memory ran out, as all of these. */
-FOR_EVERY_PROCESSOR static int forward(const Forward *f, int64_t first, int64_t last)
+static int forward(const void *work, int64_t first, int64_t last)
 {
+    const Forward *f = work;
     const Depthwise *d = f->d;
     ForwardRoom room = forward_room(d);
     if (!room.frames)
@@ -269,8 +269,9 @@ INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t 
     }
 }
 
-FOR_EVERY_PROCESSOR static int backward(const Backward *b, int64_t first, int64_t last)
+static int backward(const void *work, int64_t first, int64_t last)
 {
+    const Backward *b = work;
     const Depthwise *d = b->d;
     BackwardRoom room = backward_room(d);
     if (!room.frame)
@@ -309,33 +310,41 @@ INLINE Widening widening(const Depthwise *d, const float *weight, const float *s
     return w;
 }
 
+/* TILE channels of one or two LANES of pixels from `i` on. */
+INLINE void widen_some(const Depthwise *d, const Widening *w, const float *x, int tile, int64_t i, int some,
+                       float *planes)
+{
+    int64_t pixels = d->H * d->W;
+    Lanes made[TILE][2];
+    for (int c = 0; c < TILE; c++)
+        for (int l = 0; l < some; l++)
+            made[c][l] = (Lanes){0} + w->shift[tile + c];
+    for (int64_t k = 0; k < d->inside; k++)
+        for (int c = 0; c < TILE; c++)
+            for (int l = 0; l < some; l++)
+                made[c][l] += w->weight[k * GROUP + tile + c] * load(x + k * pixels + i + l * LANES);
+    for (int c = 0; c < TILE; c++)
+        for (int l = 0; l < some; l++)
+            store(planes + (tile + c) * pixels + i + l * LANES, made[c][l]);
+}
+
 /* planes (GROUP, pixels) of x (inside, pixels): the 1x1 conv and, if it is a clip, the activation behind it. */
 INLINE void widen(const Depthwise *d, const Widening *w, const float *x, float *planes)
 {
-    int64_t pixels = d->H * d->W, inside = d->inside;
+    int64_t pixels = d->H * d->W;
     for (int64_t at = 0; at < pixels; at += BLOCK) {
-        int64_t end = least(at + BLOCK, pixels), i = at;
-        for (; i + 2 * LANES <= end; i += 2 * LANES)
-            for (int tile = 0; tile < GROUP; tile += TILE) {
-                Lanes left[TILE], right[TILE];
-                for (int c = 0; c < TILE; c++)
-                    left[c] = right[c] = (Lanes){0} + w->shift[tile + c];
-                for (int64_t k = 0; k < inside; k++) {
-                    Lanes x_left = load(x + k * pixels + i), x_right = load(x + k * pixels + i + LANES);
-                    for (int c = 0; c < TILE; c++) {
-                        left[c] += w->weight[k * GROUP + tile + c] * x_left;
-                        right[c] += w->weight[k * GROUP + tile + c] * x_right;
-                    }
-                }
-                for (int c = 0; c < TILE; c++) {
-                    store(planes + (tile + c) * pixels + i, left[c]);
-                    store(planes + (tile + c) * pixels + i + LANES, right[c]);
-                }
-            }
-        for (; i < end; i++)
+        int64_t end = least(at + BLOCK, pixels), whole = at + (end - at) / LANES * LANES;
+        for (int tile = 0; tile < GROUP; tile += TILE) {
+            int64_t i = at;
+            for (; i + LANES < whole; i += 2 * LANES)
+                widen_some(d, w, x, tile, i, 2, planes);
+            if (i < whole)
+                widen_some(d, w, x, tile, i, 1, planes);
+        }
+        for (int64_t i = whole; i < end; i++)
             for (int c = 0; c < GROUP; c++) {
                 float made = w->shift[c];
-                for (int64_t k = 0; k < inside; k++)
+                for (int64_t k = 0; k < d->inside; k++)
                     made += w->weight[k * GROUP + c] * x[k * pixels + i];
                 planes[c * pixels + i] = made;
             }
@@ -366,22 +375,37 @@ INLINE void meet(const Depthwise *d, const float *dz, const float *x, int64_t at
         }
 }
 
+/* Of TILE channels, to one or two LANES of pixels from `i` on. */
+INLINE void narrow_some(const Depthwise *d, const Widening *w, const float *dz, int tile, int64_t i, int some,
+                        int begun, float *dx)
+{
+    int64_t pixels = d->H * d->W;
+    Lanes gradient[TILE][2], total[2];
+    for (int c = 0; c < TILE; c++)
+        for (int l = 0; l < some; l++)
+            gradient[c][l] = load(dz + (tile + c) * pixels + i + l * LANES);
+    for (int64_t k = 0; k < d->inside; k++) {
+        float *to = dx + k * pixels + i;
+        for (int l = 0; l < some; l++)
+            total[l] = begun ? load(to + l * LANES) : (Lanes){0};
+        for (int c = 0; c < TILE; c++)
+            for (int l = 0; l < some; l++)
+                total[l] += w->weight[k * GROUP + tile + c] * gradient[c][l];
+        for (int l = 0; l < some; l++)
+            store(to + l * LANES, total[l]);
+    }
+}
+
 /* dx (inside, pixels) += weight^T dz, over the same pixels; `begun`: whether there is anything in dx yet. */
 INLINE void narrow(const Depthwise *d, const Widening *w, const float *dz, int64_t at, int64_t end, int begun, float *dx)
 {
-    int64_t pixels = d->H * d->W;
-    for (int tile = 0; tile < GROUP; tile += TILE, begun = 1)
-        for (int64_t i = at; i < end; i += LANES) {
-            Lanes gradient[TILE];
-            for (int c = 0; c < TILE; c++)
-                gradient[c] = load(dz + (tile + c) * pixels + i);
-            for (int64_t k = 0; k < d->inside; k++) {
-                Lanes total = begun ? load(dx + k * pixels + i) : (Lanes){0};
-                for (int c = 0; c < TILE; c++)
-                    total += w->weight[k * GROUP + tile + c] * gradient[c];
-                store(dx + k * pixels + i, total);
-            }
-        }
+    for (int tile = 0; tile < GROUP; tile += TILE, begun = 1) {
+        int64_t i = at;
+        for (; i + LANES < end; i += 2 * LANES)
+            narrow_some(d, w, dz, tile, i, 2, begun, dx);
+        if (i < end)
+            narrow_some(d, w, dz, tile, i, 1, begun, dx);
+    }
 }
 
 /* Both, for all pixels. */
@@ -411,7 +435,7 @@ INLINE void meet_and_narrow(const Depthwise *d, const Widening *w, const float *
 }
 
 /* All groups one after the other on one thread, in the same room; backward each adds to dx. */
-FOR_EVERY_PROCESSOR static int widened_forward(const Forward *f)
+static int widened_forward(const Forward *f)
 {
     const Depthwise *d = f->d;
     int64_t pixels = d->H * d->W, small = d->h * d->w;
@@ -432,7 +456,7 @@ FOR_EVERY_PROCESSOR static int widened_forward(const Forward *f)
     return 1;
 }
 
-FOR_EVERY_PROCESSOR static int widened_backward(const Backward *b)
+static int widened_backward(const Backward *b)
 {
     const Depthwise *d = b->d;
     int64_t pixels = d->H * d->W, small = d->h * d->w, inside = d->inside;
@@ -483,8 +507,9 @@ typedef struct {
 } Gating;
 
 /* dz = dy times the activation's slope at y, in dy's own memory or another; sums = sum dz. */
-FOR_EVERY_PROCESSOR static int gate(const Gating *g, int64_t first, int64_t last)
+static int gate(const void *work, int64_t first, int64_t last)
 {
+    const Gating *g = work;
     const int64_t *shape = g->g->shape, pixels = shape[2] * shape[3];
     for (int64_t channel = first; channel < last; channel++) {
         double sums = 0;

@@ -1,12 +1,17 @@
-/* Operators of the gradient graph that ONNX Runtime has none of, for its sessions: what they compute is in the three
-   headers, here is how ONNX Runtime calls them. */
+/* Operators of the gradient graph that ONNX Runtime has none of, for its sessions: what they compute is in _loops.h and
+   the headers that it names, here is how ONNX Runtime calls them. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "_depthwise.h"
-#include "_windows.h"
-#include "_winograd.h"
+/* For any processor of its kind: of SSE 16 registers of 4 floats, of NEON 32 of them, two by two. */
+#if defined(__aarch64__) || defined(__ARM_NEON)
+enum { LANES = 8, TILE = 4 };
+#else
+enum { LANES = 4, TILE = 4 };
+#endif
+
+#include "_loops.h"
 
 /* ---- ONNX Runtime's C interface: of its table of functions, which only grows at its end, the ones that are used ---- */
 
@@ -136,6 +141,36 @@ static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const ch
     return api->KernelInfoGetAttributeArray_int64(info, name, values, &count);
 }
 
+/* ---- Loops, by what the processor has ---- */
+
+static const Loops plain = ALL_LOOPS, *loops = &plain;
+
+typedef struct {
+    const char *name;
+    const Loops *loops;
+} Choice;
+
+/* The widest first. */
+static const Choice choices[] = {
+#ifdef WIDER_LOOPS
+    {"avx512", &ksm_edge_avx512},
+    {"avx2", &ksm_edge_avx2},
+#endif
+    {"plain", &plain},
+};
+
+static int can_run(const Choice *choice)
+{
+#ifdef WIDER_LOOPS
+    if (choice->loops == &ksm_edge_avx512)
+        return __builtin_cpu_supports("x86-64-v4");
+    if (choice->loops == &ksm_edge_avx2)
+        return __builtin_cpu_supports("x86-64-v3");
+#endif
+    (void)choice;
+    return 1;
+}
+
 static OrtStatus *no_memory(const OrtApi *api)
 {
     return api->CreateStatus(FAILED, "there is no memory left for a few planes");
@@ -143,7 +178,7 @@ static OrtStatus *no_memory(const OrtApi *api)
 
 /* Channels in TASKS parts, on as many threads as the session has: but for what has one room for all. */
 typedef struct {
-    int (*run)(const void *work, int64_t first, int64_t last);
+    Run *run;
     const void *work;
     int64_t channels;
     int done[TASKS];
@@ -156,8 +191,7 @@ static void part(void *parts, size_t number)
     p->done[i] = p->run(p->work, i * p->channels / TASKS, (i + 1) * p->channels / TASKS);
 }
 
-static OrtStatus *in_parts(const Kernel *k, OrtKernelContext *context, int64_t channels,
-                           int (*run)(const void *, int64_t, int64_t), const void *work)
+static OrtStatus *in_parts(const Kernel *k, OrtKernelContext *context, int64_t channels, Run *run, const void *work)
 {
     Parts parts = {run, work, channels, {0}};
     TRY(k->api->KernelContext_ParallelFor(context, part, TASKS, 0, &parts));
@@ -165,21 +199,6 @@ static OrtStatus *in_parts(const Kernel *k, OrtKernelContext *context, int64_t c
         if (!parts.done[i])
             return no_memory(k->api);
     return NULL;
-}
-
-static int run_forward(const void *work, int64_t first, int64_t last)
-{
-    return forward(work, first, last);
-}
-
-static int run_backward(const void *work, int64_t first, int64_t last)
-{
-    return backward(work, first, last);
-}
-
-static int run_gate(const void *work, int64_t first, int64_t last)
-{
-    return gate(work, first, last);
 }
 
 static OrtStatus *compute_forward(void *kernel, OrtKernelContext *context)
@@ -190,7 +209,7 @@ static OrtStatus *compute_forward(void *kernel, OrtKernelContext *context)
     const float **given[] = {&f.x, &f.weight, &f.scale, &f.bias};
     TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
-    return in_parts(k, context, d->channels, run_forward, &f);
+    return in_parts(k, context, d->channels, loops->forward, &f);
 }
 
 static OrtStatus *compute_backward(void *kernel, OrtKernelContext *context)
@@ -203,7 +222,7 @@ static OrtStatus *compute_backward(void *kernel, OrtKernelContext *context)
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->H, d->W}, 4, &b.dx));
     float **made[] = {&b.product, &b.dbias, &b.sums};
     TRY(vectors(k, context, 1, made, COUNT(made)));
-    return in_parts(k, context, d->channels, run_backward, &b);
+    return in_parts(k, context, d->channels, loops->backward, &b);
 }
 
 static OrtStatus *compute_widened_forward(void *kernel, OrtKernelContext *context)
@@ -215,7 +234,7 @@ static OrtStatus *compute_widened_forward(void *kernel, OrtKernelContext *contex
     TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
     TRY(output(k, context, 1, (int64_t[]){GROUP, d->H, d->W}, 3, &f.planes));
-    return widened_forward(&f) ? NULL : no_memory(k->api);
+    return loops->widened_forward(&f) ? NULL : no_memory(k->api);
 }
 
 static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *context)
@@ -231,7 +250,7 @@ static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *conte
     float **made[] = {&b.dshift, &b.product, &b.dbias};
     TRY(vectors(k, context, 2, made, COUNT(made)));
     TRY(output(k, context, 5, (int64_t[]){GROUP, d->H, d->W}, 3, &b.planes));
-    return widened_backward(&b) ? NULL : no_memory(k->api);
+    return loops->widened_backward(&b) ? NULL : no_memory(k->api);
 }
 
 static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
@@ -243,17 +262,7 @@ static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
     TRY(input(k, context, 1, &g.y));
     TRY(output(k, context, 0, shape, 4, &g.dz));
     TRY(output(k, context, 1, &shape[1], 1, &g.sums));
-    return in_parts(k, context, shape[1], run_gate, &g);
-}
-
-static int run_transform(const void *work, int64_t first, int64_t last)
-{
-    return transform(work, first, last);
-}
-
-static int run_contract(const void *work, int64_t first, int64_t last)
-{
-    return contract(work, first, last);
+    return in_parts(k, context, shape[1], loops->gate, &g);
 }
 
 /* (n, C, rows, columns) -> (36, C, tiles) or back */
@@ -269,7 +278,7 @@ static OrtStatus *compute_transform(void *kernel, OrtKernelContext *context)
         TRY(output(k, context, 0, (int64_t[]){PLACES, g->channels, tiles_of(g).total}, 3, &f.to));
     else
         TRY(output(k, context, 0, (int64_t[]){g->images, g->channels, g->rows, g->columns}, 4, &f.to));
-    return in_parts(k, context, g->channels, run_transform, &f);
+    return in_parts(k, context, g->channels, loops->transform, &f);
 }
 
 static OrtStatus *compute_contraction(void *kernel, OrtKernelContext *context)
@@ -279,17 +288,7 @@ static OrtStatus *compute_contraction(void *kernel, OrtKernelContext *context)
     const float **given[] = {&c.weight, &c.gradient, &c.before};
     TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, k->kernels, 2, &c.product));
-    return in_parts(k, context, c.kernels, run_contract, &c);
-}
-
-static int run_windows(const void *work, int64_t first, int64_t last)
-{
-    return windows(work, first, last);
-}
-
-static int run_pool_gradient(const void *work, int64_t first, int64_t last)
-{
-    return pool_gradient(work, first, last);
+    return in_parts(k, context, c.kernels, loops->contract, &c);
 }
 
 static OrtStatus *compute_windows(void *kernel, OrtKernelContext *context)
@@ -299,7 +298,7 @@ static OrtStatus *compute_windows(void *kernel, OrtKernelContext *context)
     Windows f = {.s = s};
     TRY(input(k, context, 0, &f.x));
     TRY(output(k, context, 0, (int64_t[]){s->images, s->taps * s->channels, s->h, s->w}, 4, &f.made));
-    return in_parts(k, context, s->channels, run_windows, &f);
+    return in_parts(k, context, s->channels, loops->windows, &f);
 }
 
 static OrtStatus *compute_pool_gradient(void *kernel, OrtKernelContext *context)
@@ -310,7 +309,7 @@ static OrtStatus *compute_pool_gradient(void *kernel, OrtKernelContext *context)
     const float **given[] = {&f.dy, &f.x, &f.y};
     TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){s->images, s->channels, s->H, s->W}, 4, &f.dx));
-    return in_parts(k, context, s->channels, run_pool_gradient, &f);
+    return in_parts(k, context, s->channels, loops->pool_gradient, &f);
 }
 
 static OrtStatus *activation_of(const OrtApi *api, const OrtKernelInfo *info, const char *kind, const char *low,
@@ -551,9 +550,48 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
     return api->AddCustomOpDomain(options, domain);
 }
 
-/* Importable as every module of the package is; there is nothing in it for Python. */
+/* ---- For Python: which loops there are, and which are run ---- */
+
+static PyObject *py_loops(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    PyObject *names = PyList_New(0);
+    for (size_t i = 0; names && i < COUNT(choices); i++) {
+        PyObject *name = can_run(&choices[i]) ? PyUnicode_FromString(choices[i].name) : NULL;
+        if (name && PyList_Append(names, name))
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *py_run_with(PyObject *module, PyObject *name)
+{
+    (void)module;
+    const char *wanted = PyUnicode_AsUTF8(name);
+    for (size_t i = 0; wanted && i < COUNT(choices); i++)
+        if (!strcmp(choices[i].name, wanted) && can_run(&choices[i])) {
+            loops = choices[i].loops;
+            Py_RETURN_NONE;
+        }
+    if (wanted)
+        PyErr_Format(PyExc_ValueError, "%R: no loops that can run here", name);
+    return NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"loops", py_loops, METH_NOARGS, "Names of the loops that this processor can run, the widest first."},
+    {"run_with", py_run_with, METH_O, "Run those of that name from here on, in place of the widest."},
+    {NULL, NULL, 0, NULL},
+};
+
+/* ONNX Runtime opens the same file: what is chosen here is chosen for it. */
 PyMODINIT_FUNC PyInit__operators(void)
 {
-    static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "ksm_edge._operators", .m_size = 0};
+    static struct PyModuleDef definition = {
+        PyModuleDef_HEAD_INIT, .m_name = "ksm_edge._operators", .m_size = -1, .m_methods = methods};
+    for (size_t i = COUNT(choices); i-- > 0;)
+        if (can_run(&choices[i]))
+            loops = choices[i].loops;
     return PyModule_Create(&definition);
 }

@@ -1,5 +1,7 @@
-/* Loops over floats that lie in a row, for the operators of _depthwise.h: sums, activations and their gradients, and a
-   kernel's taps. */
+/* Loops over floats that lie in a row, for all operators: sums, activations and their gradients, and a kernel's taps.
+
+   Whoever includes this says how many floats LANES are, a register or two, and of how many channels TILE, times two
+   LANES, sums stay in registers beside what they are made from. */
 
 #ifndef KSM_EDGE_ROWS_H
 #define KSM_EDGE_ROWS_H
@@ -10,23 +12,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* LANES floats are a register or a few; TILE channels by two times as many floats are held in registers. */
-#if defined(__aarch64__) || defined(__ARM_NEON)
-enum { LANES = 8, TILE = 4 };
-#else
-enum { LANES = 16, TILE = 8 };
-#endif
 enum { MAX_TAPS = 49 };
 enum { BLOCK = 1024 }; /* floats that stay in the innermost cache */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
+
+/* A part of an operator's work, the channels from `first` to before `last`. Returns 0 where memory ran out. */
+typedef int Run(const void *work, int64_t first, int64_t last);
 
 /* A clip tells by its result what gradients it passed: those strictly between its bounds. What the others were given is
    kept, or made again. */

@@ -80,8 +80,9 @@ INLINE void window(const Sliding *s, const float *plane, int64_t tap, float *mad
     }
 }
 
-FOR_EVERY_PROCESSOR static int windows(const Windows *f, int64_t first, int64_t last)
+static int windows(const void *work, int64_t first, int64_t last)
 {
+    const Windows *f = work;
     const Sliding *s = f->s;
     for (int64_t image = 0; image < s->images; image++)
         for (int64_t tap = 0; tap < s->taps; tap++)
@@ -140,8 +141,9 @@ INLINE void pool_plane(const Sliding *s, const PoolRoom *room, const float *dy, 
         interleave(room->dx + row * room->pitch, room->phase, step, s->W, dx + row * s->W);
 }
 
-FOR_EVERY_PROCESSOR static int pool_gradient(const Pooling *f, int64_t first, int64_t last)
+static int pool_gradient(const void *work, int64_t first, int64_t last)
 {
+    const Pooling *f = work;
     const Sliding *s = f->s;
     int64_t step = s->strides[1], pitch = (s->W + step - 1) / step, phase = s->H * pitch;
     PoolRoom room = {pitch, phase, malloc((size_t)(2 * step * phase) * sizeof(float)), NULL, NULL};

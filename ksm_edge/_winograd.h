@@ -232,8 +232,9 @@ INLINE void begin_plane(const TransformRoom *room, int64_t stride, float *d)
     }
 }
 
-FOR_EVERY_PROCESSOR static int transform(const Transform *f, int64_t first, int64_t last)
+static int transform(const void *work, int64_t first, int64_t last)
 {
+    const Transform *f = work;
     const Winograd *g = f->g;
     TransformRoom room = transform_room(g);
     const Tiles *t = &room.tiles;
@@ -268,8 +269,9 @@ typedef struct {
     float *product; /* (O I): before + sum of weight gradient */
 } Contraction;
 
-FOR_EVERY_PROCESSOR static int contract(const Contraction *c, int64_t first, int64_t last)
+static int contract(const void *work, int64_t first, int64_t last)
 {
+    const Contraction *c = work;
     for (int64_t i = first; i < last; i += LANES) {
         int64_t count = last - i;
         Lanes total = load_some(c->before + i, count);

@@ -74,6 +74,7 @@ GEOMETRIES = [
 ]
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("size", [7, 12, 33, 40])  # less than a register holds, and more than are worked on at once
 @pytest.mark.parametrize(("kernel", "attributes"), GEOMETRIES, ids=str)
 @pytest.mark.parametrize("large", [0, 1 << 30], ids=["widened", "depthwise"])
@@ -87,6 +88,7 @@ def test_gradients_are_the_same_for_every_geometry(
     assert operators(net) == expected
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("act", ["Relu", "Clip", "HardSwish", "Swish"])
@@ -148,6 +150,7 @@ def test_other_geometries_keep_the_standard_operators(attributes: dict[str, list
     assert_gradients_are_those_of_standard_operators(net)
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("act", ["Relu", "Clip", "HardSwish", "Swish"])
 @pytest.mark.parametrize("large", [0, 1 << 30], ids=["widened", "depthwise"])
 def test_numbers_that_are_none_come_through(act: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +179,14 @@ def test_an_activation_between_two_depthwise_convs_is_done_once(act: str) -> Non
 @pytest.mark.parametrize("recipe", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"])
 def test_whole_networks_have_the_same_gradients(recipe: str, tmp_path: Path) -> None:
     assert_same_with_and_without("own", recipe, 96, tmp_path)
+
+
+def test_the_widest_loops_that_run_here_are_taken_and_others_are_refused() -> None:
+    from ksm_edge import _operators
+
+    assert _operators.loops()[-1] == "plain"
+    with pytest.raises(ValueError, match="'avx1024': no loops that can run here"):
+        _operators.run_with("avx1024")
 
 
 def test_without_a_compiler_graphs_are_of_standard_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +235,7 @@ def test_a_gradient_is_written_over_where_nobody_reads_it_again() -> None:
     assert peak_bytes(gated(again=True)) == 3 * whole + sums
 
 
+@pytest.mark.usefixtures("loops")
 def test_smooth_activations_are_right_over_their_whole_range() -> None:
     """Their slope is computed from a series: far out, around 0 and between."""
     for kind in ("HardSwish", "Swish"):

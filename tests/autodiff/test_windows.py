@@ -42,6 +42,7 @@ def assert_same(net: Net, operators: set[str]) -> None:
         assert relative_error(found[name], array) < LIMIT, name
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("channels", [3, 5], ids=["all taps at once", "tap by tap"])
 @pytest.mark.parametrize("size", [7, 12, 41])
 @pytest.mark.parametrize("name", CONVS)
@@ -58,6 +59,7 @@ def pooled(**attributes: object) -> list[Op]:
             conv("last", "pool", 4, 5)]  # fmt: skip
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("size", [7, 12, 41])
 @pytest.mark.parametrize("name", POOLS)
 def test_gradients_of_max_pools_are_the_same_for_every_geometry(name: str, size: int) -> None:

@@ -51,6 +51,7 @@ def assert_as_by_convs(net: Net, made: set[str]) -> None:
         assert relative_error(found[name], array) < LIMIT, name
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("size", [4, 7, 8, 13, 33, 70])  # less than a register, and more than one, of tiles in a row
 @pytest.mark.parametrize("pads", [[1, 1, 1, 1], [0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 2, 0], [2, 0, 0, 1]], ids=str)
 def test_gradients_are_the_same_for_every_geometry(size: int, pads: list[int]) -> None:
