@@ -13,7 +13,6 @@ AS_NUMPY = ["-ffp-contract=off"]
 AS_WRITTEN = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
 
 
-
 def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
     headers = glob("ksm_edge/*.h")
     return Extension(name, sources, depends=headers, optional=True, extra_compile_args=[*LOOPS, *flags])

@@ -263,21 +263,45 @@ static int transform(const void *work, int64_t first, int64_t last)
 
 /* ---- What a kernel's mask feels ---- */
 
+enum { KERNEL = 3 }; /* a side of one */
+
 typedef struct {
-    const float *weight, *gradient, *before; /* W and dW in that domain, (36, O I); (O I) */
+    const float *weight, *gradient, *before; /* W (O I, 3, 3); dU (36, O I); (O I) */
     int64_t kernels;
-    float *product; /* (O I): before + sum of weight gradient */
+    float *product; /* (O I): before + sum of W G' dU G */
 } Contraction;
+
+/* G' u, of one column. */
+INLINE void to_taps(const Lanes u[SIDE], Lanes w[KERNEL])
+{
+    Lanes a = (u[1] + u[2]) * (1.0f / 6), b = u[2] - u[1], c = u[3] + u[4], e = u[3] - u[4];
+    w[0] = 0.25f * u[0] - a + c * (1.0f / 24);
+    w[1] = b * (1.0f / 6) + e * (1.0f / 12);
+    w[2] = c * (1.0f / 6) - a + u[5];
+}
 
 static int contract(const void *work, int64_t first, int64_t last)
 {
     const Contraction *c = work;
     for (int64_t i = first; i < last; i += LANES) {
-        int64_t count = last - i;
-        Lanes total = load_some(c->before + i, count);
-        for (int64_t place = 0; place < PLACES; place++)
-            total += load_some(c->weight + place * c->kernels + i, count) *
-                     load_some(c->gradient + place * c->kernels + i, count);
+        int64_t count = least(LANES, last - i);
+        float taps[KERNEL * KERNEL][LANES] = {{0}}; /* of so many kernels, each tap's in a row */
+        Lanes in[SIDE], out[KERNEL], half[KERNEL][SIDE], total = load_some(c->before + i, count);
+        for (int64_t k = 0; k < count; k++)
+            for (int tap = 0; tap < KERNEL * KERNEL; tap++)
+                taps[tap][k] = c->weight[(i + k) * KERNEL * KERNEL + tap];
+        for (int column = 0; column < SIDE; column++) {
+            for (int row = 0; row < SIDE; row++)
+                in[row] = load_some(c->gradient + (row * SIDE + column) * c->kernels + i, count);
+            to_taps(in, out);
+            for (int row = 0; row < KERNEL; row++)
+                half[row][column] = out[row];
+        }
+        for (int row = 0; row < KERNEL; row++) {
+            to_taps(half[row], out);
+            for (int column = 0; column < KERNEL; column++)
+                total += out[column] * load(taps[row * KERNEL + column]);
+        }
         store_some(c->product + i, total, count);
     }
     return 1;

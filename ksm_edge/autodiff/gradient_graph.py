@@ -43,10 +43,10 @@ def build(
 
     Inputs: `image` (n, 3, S, S), `target` (n, C), `head:weight` (C, F), `head:bias` (C,), and of each trained layer
     `LAYER.weight` and `LAYER.bias`, or `LAYER.scale` and `LAYER.bias` where the form is `channel`. Where the backward
-    pass reads it so, a 1x1 weight comes a second time, as `LAYER.matrix` (O, I) or `LAYER.turned` (I, O), and one of
-    k x k as `LAYER.turned` (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from
-    `LAYER.pristine` and `LAYER.mask`, which is M f. Where it is `winograd`, `LAYER.pristine` and `LAYER.weight` are
-    (36, O, I), see `tiles`. The weights of layers that are not trained, pristine ones of the channel form and
+    pass reads it so, a 1x1 weight comes a second time, as `LAYER.matrix` (O, I), and one of k x k as `LAYER.turned`
+    (I, O, kh, kw), flipped. Where the form is `contracted` the weight is made from `LAYER.pristine` and `LAYER.mask`,
+    which is M f. Where it is `winograd`, `LAYER.weight` is (36, O, I), see `tiles`, and the backward pass reads
+    `LAYER.pristine` too. The weights of layers that are not trained, pristine ones of the channel form and
     `LAYER.flipped` are external initializers.
     Outputs: `loss`, `logits`, and accumulators, each with an input `acc:NAME`: `LAYER.product` (or `LAYER.product.K`
     per tap), `LAYER.dbias`, `head:dweight`, `head:dbias`; with batch statistics also `LAYER.dgamma`, `LAYER.dbeta` and
@@ -155,7 +155,6 @@ class _Builder:
             changing(f"{layer.name}.mask", (*shape[:2], 1, 1))
             return
         if form == "winograd":
-            changing(f"{layer.name}.pristine", transformed_shape(layer))
             changing(f"{layer.name}.weight", transformed_shape(layer))
             return
         (changing if trained and form != "channel" else fixed)(f"{layer.name}.weight", shape)

@@ -50,11 +50,11 @@ def product_shape(form: str, layer: Layer) -> Shape:
 
 
 def transformed_shape(layer: Layer) -> Shape:
-    """That of the weight in the winograd form, which is there twice: pristine, and as it runs."""
+    """That of the weight that runs in the winograd form."""
     return (PLACES, *layer.weight_shape[:2])
 
 
-def turned_shape(form: str, layer: Layer) -> Shape:
-    """That of the weight as transposed convs read it: (I, O), or (I, O, kh, kw)."""
+def turned_shape(layer: Layer) -> Shape:
+    """That of the weight as transposed convs read it, flipped."""
     O, I, kh, kw = layer.weight_shape
-    return (I, O) if form == "pointwise" else (I, O, kh, kw)
+    return (I, O, kh, kw)

@@ -15,11 +15,14 @@ KERNEL = np.array(
 )  # fmt: skip
 
 
-def transformed(weight: np.ndarray) -> np.ndarray:
-    """U = G W G', (36, O, I) float32, of W (O, I, 3, 3); a kernel's mask multiplies U as it does W."""
-    O, I = weight.shape[:2]
-    places = np.kron(KERNEL, KERNEL) @ weight.reshape(O * I, 9).T
-    return places.reshape(PLACES, O, I).astype(np.float32)
+_PLACES_OF_TAPS = np.kron(KERNEL, KERNEL).astype(np.float32)  # (36, 9)
+
+
+def transform_into(places: np.ndarray, weight: np.ndarray, mask: np.ndarray) -> None:
+    """U = G W G' times the mask of each kernel (O, I), into (36, O, I), of W (O, I, 3, 3); all float32."""
+    O, I = mask.shape
+    np.matmul(_PLACES_OF_TAPS, weight.reshape(O * I, 9).T, out=places.reshape(PLACES, O * I))
+    places *= mask
 
 
 def tiles(h: int, w: int) -> int:

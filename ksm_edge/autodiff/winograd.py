@@ -1,12 +1,12 @@
 """Nodes of a 3x3 conv in the domain of Winograd's F(4x4, 3x3), in which its operators are written (`_winograd.h`).
 
     forward    y = WinogradOutput(U WinogradInput(x))
-    product    S = Contraction(U0, D V'), (O, I), with V = WinogradInput(x) again and D = WinogradOutputGradient(dy)
+    product    S = Contraction(W, D V'), (O, I), with V = WinogradInput(x) again and D = WinogradOutputGradient(dy)
     input      dx = WinogradInputGradient(U' D)
 
-A kernel takes part in 36 multiplications for 16 results instead of in 144. U0 is the pristine weight there and U the
-one that runs: as the mask is one number for a kernel, it is the same number there, and what it feels is the sum over
-36 places as it is over nine taps. So the gradient of the weight itself is never made.
+A kernel takes part in 36 multiplications for 16 results instead of in 144. U is the weight that runs there: as the mask
+is one number for a kernel, it is the same number there. What it feels is the sum over the kernel's nine taps, to which
+Contraction brings D V' a few kernels at a time. So the gradient of the weight itself is never in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ksm_edge.bundle.layers import Layer
 
 INTO = ("WinogradInput", "WinogradOutputGradient")
 OPERATORS = (*INTO, "WinogradInputGradient", "WinogradOutput", "Contraction")
-# With fewer tiles the weights take longer to read than a conv without them; 36 numbers a kernel, twice, take memory.
+# With fewer tiles the weights take longer to read than a conv without them; 36 numbers a kernel take memory.
 FEWEST_TILES = 16
 LARGEST_BYTES = 2**22
 LARGEST_PAD = 2
@@ -55,7 +55,8 @@ def backward(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
     columns = emit("WinogradInput", x, domain=OWN, **geometry)
     gradient = emit("FusedMatMul", rows, columns, domain=CONTRIB, transB=1)
     before, total = emit.input(f"acc:{name}.product", kernels), emit.output(f"{name}.product", kernels)
-    emit("Contraction", f"{name}.pristine", gradient, before, name=total, domain=OWN, kernels=list(kernels))
+    pristine = emit.input(f"{name}.pristine", layer.weight_shape)
+    emit("Contraction", pristine, gradient, before, name=total, domain=OWN, kernels=list(kernels))
     if x in tape.wanted:
         spread = emit("FusedMatMul", f"{name}.weight", rows, domain=CONTRIB, transA=1)
         tape.add(x, emit("WinogradInputGradient", spread, domain=OWN, **geometry))

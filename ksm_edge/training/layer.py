@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ksm_edge.autodiff.spec import MASK_ALONE, fused_shape, product_shape, turned_shape
-from ksm_edge.autodiff.tiles import transformed
+from ksm_edge.autodiff.spec import MASK_ALONE, fused_shape, product_shape, transformed_shape, turned_shape
+from ksm_edge.autodiff.tiles import transform_into
 from ksm_edge.bundle.layers import Layer, LayerWeights
 from ksm_edge.bundle.tensorfile import let_go
 from ksm_edge.fuse import fuse_layer, fuse_norm, fuse_weight_into, fused_bias, norm_factor
@@ -55,7 +55,7 @@ class TrainedLayer:
     ) -> None:
         """`masked`: it learns scores.
 
-        `turned`: the graph also reads the weight as (I, O), or as (I, O, kh, kw) and flipped.
+        `turned`: the graph also reads the weight as (I, O, kh, kw) and flipped.
         """
         self.layer, self.pristine, self.form, self.settings = layer, weights, form, settings
         O = layer.weight_shape[0]
@@ -75,9 +75,9 @@ class TrainedLayer:
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(fused_shape(form, layer), np.float32)
-        self.turned = np.empty(turned_shape(form, layer), np.float32) if turned else None
-        # In the domain of the winograd form: the pristine weight, and the one that runs.
-        self.places = (U := transformed(weights.weight), np.empty_like(U)) if form == "winograd" else None
+        self.turned = np.empty(turned_shape(layer), np.float32) if turned else None
+        # In the domain of the winograd form the weight that runs.
+        self.places = np.empty(transformed_shape(layer), np.float32) if form == "winograd" else None
         self.bias = np.empty(O, np.float32)
         self.fuse()
 
@@ -87,8 +87,8 @@ class TrainedLayer:
         arrays = {f"{name}.bias": self.bias, f"{name}.dbias": self.dbias, f"{name}.product": self.product}
         if self.form == "contracted":
             arrays |= {f"{name}.pristine": self.pristine.weight, f"{name}.mask": self.weight[:, :, None, None]}
-        elif self.places:
-            arrays |= dict(zip((f"{name}.pristine", f"{name}.weight"), self.places, strict=True))
+        elif self.places is not None:
+            arrays |= {f"{name}.pristine": self.pristine.weight, f"{name}.weight": self.places}
         else:
             arrays[f"{name}.scale" if self.form == "channel" else f"{name}.weight"] = self.weight
         if self.form == "pointwise":
@@ -196,8 +196,8 @@ class TrainedLayer:
             self._mask_into(self.weight, self._ran, factor)
         else:
             fuse_weight_into(self.weight, self.pristine.weight, self._ran, factor, self.settings.granularity)
-        let_go(self.pristine.weight)
         self._fuse_places()
+        let_go(self.pristine.weight)
         if self.turned is not None:
             self._turn(self.turned)
         if self.batch_norm:
@@ -208,17 +208,13 @@ class TrainedLayer:
             )
 
     def _fuse_places(self) -> None:
-        if self.places:
-            pristine, run = self.places
-            np.multiply(pristine, self.weight, out=run)
+        if self.places is not None:
+            transform_into(self.places, self.pristine.weight, self.weight)
 
     def _turn(self, out: np.ndarray) -> None:
         for rows in range(0, len(self.weight), TURNED_ROWS):
             part = slice(rows, rows + TURNED_ROWS)
-            if out.ndim == 2:
-                out[:, part] = self.weight[part, :, 0, 0].T
-            else:
-                out[:, part] = self.weight[part, :, ::-1, ::-1].swapaxes(0, 1)
+            out[:, part] = self.weight[part, :, ::-1, ::-1].swapaxes(0, 1)
 
     def show(self, state: LayerState) -> None:
         """Put a pack's weight and bias in place of the layer's own, until the next `fuse`."""

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ksm_edge.autodiff.gradient_graph import GradientGraph, build
 from ksm_edge.autodiff.spec import GradientSpec
-from ksm_edge.autodiff.tiles import transformed
+from ksm_edge.autodiff.tiles import KERNEL, PLACES
 from ksm_edge.bundle.layers import Layer
 from ksm_edge.runtimes.onnxruntime import gradient_session_options
 from ksm_edge.runtimes.reference import evaluate
@@ -112,8 +112,10 @@ class Net:
         given |= {f"{name}.scale": scale for name, scale in self.scale.items()}
         for name, shape in graph.inputs.items():
             layer, _, kind = name.rpartition(".")
-            if graph.forms.get(layer) == "winograd" and kind in ("weight", "pristine"):
+            if graph.forms.get(layer) == "winograd" and kind == "weight":
                 given[name] = transformed(self.weights[f"{layer}.weight"])
+            elif kind == "pristine":
+                given[name] = self.weights[f"{layer}.weight"]
             elif kind in ("matrix", "turned"):
                 given[name] = _second(given[f"{layer}.weight"], kind)
             elif name.startswith("head:"):
@@ -196,11 +198,14 @@ def finite_difference(net: Net, name: str, direction: np.ndarray, step: float = 
     return (loss[0] - loss[1]) / (2 * step)
 
 
+def transformed(weight: np.ndarray) -> np.ndarray:
+    """U = G W G', (36, O, I), of W (O, I, 3, 3)."""
+    return np.einsum("ap,oipq,bq->aboi", KERNEL, weight, KERNEL).reshape(PLACES, *weight.shape[:2])
+
+
 def _second(weight: np.ndarray, kind: str) -> np.ndarray:
     """A weight as the backward pass reads it."""
-    if kind == "matrix":
-        return weight[:, :, 0, 0]
-    return weight[:, :, 0, 0].T if weight.shape[2:] == (1, 1) else weight[:, :, ::-1, ::-1].swapaxes(0, 1)
+    return weight[:, :, 0, 0] if kind == "matrix" else weight[:, :, ::-1, ::-1].swapaxes(0, 1)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,16 @@ from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 SETTINGS = Settings(batch=2)
 
 
-def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: bool) -> dict[str, np.ndarray]:
+Gradients = dict[str, np.ndarray]
+
+
+def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: bool) -> Gradients:
     """Of one step, with kernels cut and a head that lets something through."""
+    return next(steps(bundle, folder, settings, **forms))
+
+
+def steps(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: bool) -> Iterator[Gradients]:
+    """Gradients of one draw of images after the other, all at the same parameters."""
     folder.mkdir()
     spec = replace(gradient_spec(bundle, 3, settings, settings.batch if settings.statistics == "batch" else 1), **forms)
     trainer, rng = Trainer(bundle, compile_graph(bundle, spec, folder), settings, steps=10), np.random.default_rng(0)
@@ -32,9 +41,11 @@ def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **for
         layer.fuse()
     trainer.run_head[:] = rng.standard_normal(trainer.run_head.shape)
     size = bundle.input.size
-    images = rng.standard_normal((2, 3, size, size)).astype(np.float32)
-    trainer.accumulate(images, np.eye(3, dtype=np.float32)[[0, 2]] / 2)
-    return {f"{name}.{k}": g for name, layer in trainer.layers.items() for k, g in layer.gradients().items()}
+    while True:
+        images = rng.standard_normal((2, 3, size, size)).astype(np.float32)
+        trainer.accumulate(images, np.eye(3, dtype=np.float32)[[0, 2]] / 2)
+        found = ((name, layer.gradients()) for name, layer in trainer.layers.items())
+        yield {f"{name}.{k}": np.array(g) for name, of_layer in found for k, g in of_layer.items()}
 
 
 @pytest.mark.parametrize("recipe", ["resnet18", "squeezenet1_1", "mobilenet_v3_small", "vgg16_bn"])
@@ -48,11 +59,18 @@ def assert_same_with_and_without(form: str, recipe: str, size: int, folder: Path
     assert_same(*(gradients(bundle, folder / str(on), **{form: on}) for on in (False, True)))
 
 
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], limit: float = 2e-4) -> None:
+def assert_same(one: Gradients, other: Gradients, limit: float = 2e-4) -> None:
     assert all(gradient.any() for gradient in one.values())
-    for name, gradient in one.items():
-        error = np.abs(other[name] - gradient).max() / max(float(np.abs(gradient).max()), 1e-20)
+    for name, error in errors(one, other).items():
         assert error < limit, name
+
+
+def errors(one: Gradients, other: Gradients) -> dict[str, float]:
+    """The largest difference of each over its largest number."""
+    return {
+        name: float(np.abs(other[name] - gradient).max() / max(float(np.abs(gradient).max()), 1e-20))
+        for name, gradient in one.items()
+    }
 
 
 @pytest.mark.parametrize(

