@@ -25,6 +25,7 @@ BATCHES_SEEN = 8  # put through the front at once, whose session opens once for 
 OURS, SMALLEST, FULL = "ksm_edge", "ksm_edge, least memory", "torch, full fine-tuning"
 FASTEST = "ksm_edge, --fast"
 STANDARD = "ksm_edge, standard operators"  # as where no compiler was found
+TUNED = "ksm_edge, --tune"  # by the forms that are the fastest on this machine
 NO_STEM = "ksm_edge, all but the stem"  # 7 x 7 over RGB in ResNets, with a max pool behind it
 OURS_IN_TORCH, OURS_ON_GPU = "ksm_edge, by torch", "ksm_edge, by torch on a GPU"
 CHANNELS_LAST = "torch, full fine-tuning, channels-last"
@@ -57,7 +58,13 @@ def _seen(step: Callable[[], float], given: Given) -> Found:
 
 
 def _ours(
-    given: Given, *, smallest: bool = False, stem: bool = True, runtime: str = "onnxruntime", operators: bool = True
+    given: Given,
+    *,
+    smallest: bool = False,
+    stem: bool = True,
+    runtime: str = "onnxruntime",
+    operators: bool = True,
+    tune: bool = False,
 ) -> Found:
     import numpy as np
 
@@ -72,7 +79,7 @@ def _ours(
     if not operators:
         native.operators = None
     try:
-        bundle, plan = _planned(given, smallest=smallest, stem=stem, runtime=runtime)
+        bundle, plan = _planned(given, smallest=smallest, stem=stem, runtime=runtime, tune=tune)
     except UnsupportedError as error:
         return {"absent": str(error)}
     trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned once, later
@@ -110,7 +117,7 @@ def _ours(
     return found | ({} if views is None else {"front_ms": round(front_ms, 3)})
 
 
-def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str) -> tuple[Any, Any]:
+def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str, tune: bool) -> tuple[Any, Any]:
     """The bundle and the plan for it; UnsupportedError where the runtime is not here."""
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.errors import BudgetError
@@ -126,7 +133,9 @@ def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str) -> tuple
             make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
         except BudgetError as error:
             budget = error.needed_bytes
-    plan = make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget, runtime=runtime)
+    plan = make_plan(
+        bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget, runtime=runtime, tune=tune
+    )
     return bundle, plan
 
 
@@ -284,6 +293,7 @@ RIVALS: dict[str, Callable[[Given], Found]] = {
     OURS: _ours,
     SMALLEST: lambda given: _ours(given, smallest=True),
     STANDARD: lambda given: _ours(given, operators=False),
+    TUNED: lambda given: _ours(given, tune=True),
     NO_STEM: lambda given: _ours(given, stem=False),
     FASTEST: lambda given: _ours({**given, **_fast()}),
     OURS_IN_TORCH: lambda given: _ours(given, runtime="pytorch"),

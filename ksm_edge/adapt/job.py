@@ -104,7 +104,7 @@ class Job:
             "plan": self.plan.choices,
             "threads": self.plan.engine.threads,
             # Without them scores and gradients are the same, but for their last bits.
-            "compiled": {"loops": native.loops is not None, "operators": self.plan.graph.spec.own},
+            "compiled": {"loops": native.loops is not None, "operators": native.operators is not None},
             "parent": None if self.descent is None else self.descent.sha256,
         }
 

@@ -42,6 +42,7 @@ class Adapted:
     steps: int
     epochs: int
     threads: int  # those it was begun with, where it was gone on from a checkpoint
+    plan: dict[str, Any]  # `Plan.choices`
     timing: Timing
     skipped: list[tuple[str, str]]  # images that could not be read, with the reason
     history: list[dict[str, float]]  # one record per epoch
@@ -69,6 +70,7 @@ def adapt(
     threads: int = 1,
     budget_bytes: int | None = None,
     runtime: str = "onnxruntime",
+    tune: bool = False,
     resume: bool = False,
     observer: Observer | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -77,7 +79,8 @@ def adapt(
     """Learn the task that `images` shows and write its pack to `out`.
 
     `budget_bytes` bounds the expected resident memory of the process. `runtime` is one of `ENGINES`: onnxruntime, or
-    pytorch or cuda, which know no budget. `provenance` goes into the pack's record.
+    pytorch or cuda, which know no budget. `tune` measures first which forms of the computation are the fastest here,
+    once for all trainings like this one. `provenance` goes into the pack's record.
     `parent` is a pack to go on from: with more images of its classes, or of others as well.
     Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit.
     Raises DataError, BudgetError, UnsupportedError.
@@ -93,6 +96,7 @@ def adapt(
         threads=threads,
         budget_bytes=budget_bytes,
         runtime=runtime,
+        tune=tune,
         resume=resume,
         observer=observer,
         parent=parent,
@@ -118,6 +122,7 @@ def prepared(
     threads: int = 1,
     budget_bytes: int | None = None,
     runtime: str = "onnxruntime",
+    tune: bool = False,
     resume: bool = False,
     observer: Observer | None = None,
     parent: Path | None = None,
@@ -143,6 +148,7 @@ def prepared(
             budget_bytes=budget_bytes,
             before=before.get("plan"),
             runtime=runtime,
+            tune=tune,
         )
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         job = Job(bundle, images, cache, learned_from, judged_on, skipped, plan, checkpoint, observer, descent)
@@ -182,6 +188,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         steps=progress.steps_done,
         epochs=job.settings.epochs,
         threads=job.plan.engine.threads,
+        plan=job.plan.choices,
         timing=job.timing,
         skipped=job.skipped,
         history=progress.history,

@@ -110,7 +110,8 @@ class _Builder:
         self.own: dict[str, own.Depthwise] = {}  # depthwise convs that operators of this project do
         if self.spec.own:
             may = {n: form for n, form in self.forms.items() if n in self.spec.trained and not self._normalised(n)}
-            self.own = own.find(self.nodes, may, self.layers, self.shapes, self.emit.constants)
+            around = self.layers, self.shapes, self.emit.constants
+            self.own = own.find(self.nodes, may, *around, widened=self.spec.widened)
         self.done_along = {node.name for conv in self.own.values() for node in conv.done_along}
         self.done_behind = {conv.behind.name for conv in self.own.values() if conv.behind}
 

@@ -153,10 +153,12 @@ def find(
     layers: Mapping[str, Layer],
     shapes: Mapping[str, Shape],
     constants: Mapping[str, np.ndarray],
+    *,
+    widened: bool = True,
 ) -> dict[str, Depthwise]:
     """The depthwise convs that the operators do, by name, each with what is around it and is done along.
 
-    `forms`: of the convs that may be done, see `conv`.
+    `forms`: of the convs that may be done, see `conv`; `widened`: 1x1 convs may be done along.
     """
     makers = {node.output: node for node in nodes}
     readers: dict[str, list[Node]] = {}
@@ -183,7 +185,7 @@ def find(
             if near is not None and near.name not in taken and (known := activation_of(near, constants)) is not None:
                 found |= {where: near, f"activation_{where}": known}
         x = shapes[node.inputs[0]]
-        wide = in_front(found["before"]) if "before" in found else None
+        wide = in_front(found["before"]) if widened and "before" in found else None
         if wide is not None and forms.get(wide.name) == "pointwise" and _is_worth_it(wide, layers[wide.name], x):
             found |= {"wide": wide, "inside": layers[wide.name].weight_shape[1]}
         done[node.name] = conv = Depthwise(node, layers[node.name], x, shapes[node.output], **found)

@@ -28,7 +28,8 @@ class GradientSpec:
     inside: bool = False  # fused weights of k x k layers are made in the graph when they are needed, and not kept
     part: str = WHOLE  # or FRONT: image -> what the rest begins with, forward alone; REST: from there on
     own: bool = False  # with operators of `_operators.c`, see `autodiff.own`
-    tiles: bool = False  # with `own` and `fast`: 3x3 convs by Winograd's tiles, see `autodiff.winograd`
+    widened: bool = True  # with `own`: 1x1 convs are done along with the depthwise convs behind them
+    tile_bytes: int = 0  # with `own` and `fast`: 3x3 convs by tiles whose weights take up to so much, see `winograd`
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 

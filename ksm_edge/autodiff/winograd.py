@@ -22,21 +22,19 @@ from ksm_edge.bundle.layers import Layer
 
 INTO = ("WinogradInput", "WinogradOutputGradient")
 OPERATORS = (*INTO, "WinogradInputGradient", "WinogradOutput", "Contraction")
-# With fewer tiles the weights take longer to read than a conv without them; 36 numbers a kernel take memory.
-FEWEST_TILES = 16
-LARGEST_BYTES = 2**22
+FEWEST_TILES = 16  # with fewer the weights take longer to read than a conv without them
 LARGEST_PAD = 2
 
 
 def can_do(node: Node, layer: Layer, output: Shape, spec: GradientSpec) -> bool:
     """Whether this conv is wanted to be one, can be, and gains by it."""
-    if not (spec.own and spec.fast and spec.tiles):
+    if not (spec.own and spec.fast):
         return False
     O, I, *kernel = layer.weight_shape
     get = node.attributes.get
     steps = (*get("strides", [1, 1]), *get("dilations", [1, 1]))
     plain = layer.groups == 1 and kernel == [3, 3] and set(steps) == {1} and max(get("pads", [0])) <= LARGEST_PAD
-    return plain and 4 * PLACES * O * I <= LARGEST_BYTES and tiles(*output[2:]) >= FEWEST_TILES
+    return plain and spec.tile_bytes >= 4 * PLACES * O * I and tiles(*output[2:]) >= FEWEST_TILES
 
 
 def forward(emit: Emitter, node: Node, layer: Layer, shapes: tuple[Shape, Shape], output: str) -> None:

@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what memory they want",
     )
     parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure first, once for a backbone and these options, which forms of the computation are the fastest on "
+        "this board; they change last bits",
+    )
+    parser.add_argument(
         "--epochs", type=positive, metavar="N", help="passes over the images (default: 8, more for few images)"
     )
     parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
@@ -160,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
                 threads=threads,
                 budget_bytes=budget,
                 runtime=args.runtime,
+                tune=args.tune,
                 resume=args.resume,
                 observer=observer,
                 provenance={"device": device.name, "emulated": device.is_emulated},
@@ -230,6 +237,8 @@ def _say_defaults(
     held = f", held by a {enforced_by()}" if enforced_by() else ""
     say(f"Device    {device.title}{where}; threads {threads}, {promised}{held}")
     say(f"Backbone  {bundle.recipe}, {len(bundle.layers)} layers, input {bundle.input.size}x{bundle.input.size}")
+    if args.tune and not args.resume:
+        say("Tuning    which forms of the computation are the fastest here: the first time takes a minute or a few")
 
 
 def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, wall_seconds: float) -> dict[str, Any]:
@@ -248,6 +257,7 @@ def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, w
         "steps": result.steps,
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
+        "plan": result.plan,
         "validation_accuracy": result.validation_accuracy,
         "pack_path": str(result.pack_path),
         "pack_bytes": result.pack_bytes,

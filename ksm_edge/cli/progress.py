@@ -14,6 +14,7 @@ from ksm_edge.adapt.views import stored_bytes
 from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.training.checkpoint import Progress
 from ksm_edge.training.planner import Plan
+from ksm_edge.training.tuning import Tuned
 
 SHOWN_SKIPS = 10
 
@@ -59,6 +60,8 @@ class ProgressBar(Observer):
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
         say(f"Plan      {steps} steps of {plan.batch} images, {at_once} at a time{_memory(plan)}")
+        if plan.tuned is not None:
+            say(f"Forms     {_forms(plan, plan.tuned)}")
         if plan.front is not None:
             views = plan.settings.kept_views
             size = stored_bytes(plan.front, train, views) / 2**20
@@ -111,6 +114,14 @@ def _memory(plan: Plan) -> str:
     short += ", most of the forward pass computed twice" if spec.recompute else ""
     short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
     return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
+
+
+def _forms(plan: Plan, tuned: Tuned) -> str:
+    """What was measured, and what came of it."""
+    if any(plan.choices[name] != value for name, value in tuned.form.items()):
+        return f"not the fastest here, {tuned.name}: that would take more memory than there is"
+    times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in tuned.ms.items())
+    return f"{tuned.name}, in {tuned.share:.0%} of the usual time (a micro-batch by {times})"
 
 
 def _bar(total: int, what: str, *, done: int = 0, leave: bool = True) -> tqdm[Any]:

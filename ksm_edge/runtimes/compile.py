@@ -40,7 +40,7 @@ class CompiledGraph:
 
 def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
     """The gradient graph from the cache, made there first if need be. UnsupportedError names what has no rule."""
-    given = json.dumps(_spec_table(spec))
+    given = json.dumps(spec_table(spec))
     return cache.found_or_made(
         cache.key_of(bundle, given),
         lambda folder: read_compiled(folder, spec),
@@ -89,7 +89,8 @@ def _externals(bundle: Bundle, names: Mapping[str, Shape], spec: GradientSpec) -
     return {name: np.ascontiguousarray(arrays[name]) for name in names}
 
 
-def _spec_table(spec: GradientSpec) -> dict[str, object]:
+def spec_table(spec: GradientSpec) -> dict[str, object]:
+    """As JSON takes it."""
     return asdict(replace(spec, trained=frozenset())) | {"trained": sorted(spec.trained)}
 
 

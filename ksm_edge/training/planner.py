@@ -15,20 +15,23 @@ from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import MOMENT_BITS, Settings
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers
+from ksm_edge.training.tuning import Tuned, measured
 
 # The shares and bytes below were chosen so that of the adaptations of benchmarks/memory.py none took more than was
 # expected, and the one that was expected to take the most beside what it took was as near as it could be.
 # Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
 PROCESS_BYTES = 143 * 2**19
+# Of these what opens images, which is over by then where views of them are kept.
+OPENING_BYTES = 5 * 2**20
 # Arena and heap round up, and keep what they had to split.
-ACTIVATION_SHARE, PARAMETER_SHARE, WHOLE_SHARE = 1.35, 1.15, 1.27
-# Each further worker takes its activations with less to spare, and has a thread and scratch memory of its own.
-WORKER_BYTES, WORKER_SHARE = 4 * 2**20, 1.05
+ACTIVATION_SHARE, PARAMETER_SHARE = 1.21, 1.17
+# Each further worker takes its activations, with a thread and scratch memory of its own.
+WORKER_SHARE = 1.34
 # Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
 # is being put together. Each further worker has its own in use, and the one that it was copied from.
 IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
 # The update works on one layer after the other, with more arrays of its size than room that activations have left.
-LAYER_COPIES = 1
+LAYER_COPIES = 1.65
 # Moments in few bits save less than they are smaller by: of the rest's share there is less to spare.
 COMPACT_BYTES = 1  # a score
 # Packing looks at all masks at once: places and scales of what is cut, and the coder's bits. Measured where one score
@@ -40,19 +43,25 @@ COMFORTABLE_BYTES = 16 * 2**20
 IMAGES_ON_A_GPU = 32
 FLOAT_BYTES = 4
 RGB = 3  # in-channels of a stem, whose weight is small
+FEW_COLUMNS = 27  # and 3 x 3 over these, which is one product in any form
 
-# Ways to compute, each as (fast, inside, recompute) of `GradientSpec`, from the fastest on. With moments in few bits
-# the same again: that takes little time, but changes more than last bits, and comes when nothing else is left.
-FORMS = (
-    (True, False, False),
-    (False, False, False),
-    (True, False, True),
-    (False, False, True),
-    (False, True, False),
-    (False, True, True),
+Form = Mapping[str, Any]  # of `GradientSpec` what decides how things are computed, not what
+
+# Ways to compute, from the fastest on. With moments in few bits the same again: that takes little time, but changes
+# more than last bits, and comes when nothing else is left.
+FORMS: tuple[Form, ...] = tuple(
+    {"fast": fast, "inside": inside, "recompute": recompute}
+    for fast, inside, recompute in (
+        (True, False, False),
+        (False, False, False),
+        (True, False, True),
+        (False, False, True),
+        (False, True, False),
+        (False, True, True),
+    )
 )
-# Those that several workers have: where less is kept, how the arena places it decides, up to 17 MiB a worker.
-FORMS_AT_ONCE = FORMS[:2]
+# What of a form changes last bits: a training keeps to it.
+CHOSEN = ("fast", "inside", "own", "widened", "tile_bytes")
 
 Candidate = tuple[Settings, int, CompiledGraph]  # settings, workers, graph
 
@@ -70,6 +79,7 @@ class Plan:
     graph: CompiledGraph
     forward: CompiledGraph  # its forward pass, for validation
     front: CompiledGraph | None = None  # with kept views, what lies in front of `graph`
+    tuned: Tuned | None = None  # where forms were measured
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -79,8 +89,7 @@ class Plan:
             "micro_batch": self.micro_batch,
             "runtime": self.engine.runtime,
             "workers": self.engine.workers,
-            "fast": spec.fast,
-            "inside": spec.inside,
+            **{name: getattr(spec, name) for name in CHOSEN},
             "moment_bits": self.settings.moment_bits,
         }
 
@@ -94,12 +103,14 @@ def make_plan(
     budget_bytes: int | None,
     before: Mapping[str, Any] | None = None,
     runtime: str = "onnxruntime",
+    tune: bool = False,
 ) -> Plan:
     """The plan for these settings, within the budget if there is one: the fastest that fits.
 
-    `before`: the `choices` of a training to be gone on with, as others would change what it learns. Raises BudgetError,
-    naming the smallest budget that would do, before anything is started; UsageError for a budget where `runtime` cannot
-    promise one, and UnsupportedError where it cannot run here.
+    `before`: the `choices` of a training to be gone on with, as others would change what it learns. `tune`: which forms
+    are the fastest is measured on this machine, see `tuning`. Raises BudgetError, naming the smallest budget that would
+    do, before anything is started; UsageError for a budget where `runtime` cannot promise one, and UnsupportedError
+    where it cannot run here.
     """
     if before and before["runtime"] != runtime:
         raise UsageError(f"the training was begun with --runtime {before['runtime']}: go on with that")
@@ -110,11 +121,12 @@ def make_plan(
     if not engine.plans_memory:
         if budget_bytes is not None:
             raise UsageError(f"the runtime {runtime} keeps no memory budget: leave it out")
+        if tune:
+            raise UsageError(f"the runtime {runtime} has no forms to choose from: leave out --tune")
         return _unmeasured_plan(bundle, classes, settings, engine)
 
-    def at(images: int, fast: bool = True, inside: bool = False, recompute: bool = False) -> CompiledGraph:
-        spec = gradient_spec(bundle, classes, settings, images)
-        return compiled(bundle, replace(spec, fast=fast, inside=inside, recompute=recompute))
+    def at(images: int, form: Form) -> CompiledGraph:
+        return compiled(bundle, replace(gradient_spec(bundle, classes, settings, images), **form))
 
     def beside(graph: CompiledGraph) -> list[CompiledGraph]:
         """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
@@ -129,18 +141,33 @@ def make_plan(
 
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     counts = [before["workers"]] if before else _worker_counts(threads, settings.batch // smallest)
+    forms = _forms(bundle, settings)
+    if before is not None and before["own"] and not gradient_spec(bundle, classes, settings, 1).own:
+        raise UsageError(
+            "the training was begun with operators in C, which this installation lacks: install the package where "
+            "there is a C compiler, or start anew, without --resume"
+        )
+    found = measured(bundle, classes, settings, smallest) if tune and before is None else None
+    if found is not None and found.form:
+        forms = [{**FORMS[0], **found.form}, *forms]
+    elif before is not None:
+        forms = [{**form, **{name: before[name] for name in CHOSEN}} for form in forms if _agrees(form, before)]
     candidates = [
         (replace(settings, moment_bits=bits), workers, form)
-        for bits, workers, form in product(_moment_bits(bundle, settings), counts, _forms(bundle, settings))
-        if workers == 1 or form in FORMS_AT_ONCE
-        if before is None or (bits, *form[:2]) == tuple(before[name] for name in ("moment_bits", "fast", "inside"))
+        for bits, workers, form in product(_moment_bits(bundle, settings), counts, forms)
+        # Where less is kept, how the arena places it decides, up to 17 MiB a worker.
+        if workers == 1 or not (form["recompute"] or form["inside"])
+        if before is None or bits == before["moment_bits"]
     ]
     if not candidates:  # nothing else can be asked for in so many words
         raise UsageError("the training was begun with moments of more bits: leave out --moment-bits")
-    kind, workers, graph = _first(((kind, n, at(smallest, *form)) for kind, n, form in candidates), fits, peak)
+    kind, workers, graph = _first(((kind, n, at(smallest, form)) for kind, n, form in candidates), fits, peak)
     if before is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
         one = max(_activation_bytes(each) for each in (graph, *beside(graph)))
-        graph = _widened(graph, at, lambda graph: fits((kind, workers, graph)), settings.batch // workers, one)
+        form = {name: getattr(graph.spec, name) for name in CHOSEN}
+        graph = _widened(
+            graph, lambda n: at(n, form), lambda graph: fits((kind, workers, graph)), settings.batch // workers, one
+        )
     need = peak((kind, workers, graph))
     if budget_bytes is not None and need > budget_bytes:
         over = _over_budget(bundle, settings, graph, workers, need, budget_bytes, goes_on=before is not None)
@@ -155,6 +182,7 @@ def make_plan(
         graph=graph,
         forward=compiled(bundle, forward_spec(graph.spec, graph.forms)),
         front=compiled(bundle, front_spec(graph.spec)) if settings.views else None,
+        tuned=found,
     )
 
 
@@ -196,12 +224,18 @@ def _moment_bits(bundle: Bundle, settings: Settings) -> Sequence[int]:
     return [bits for bits in MOMENT_BITS if bits <= settings.moment_bits][: None if _scores(bundle, settings) else 1]
 
 
-def _forms(bundle: Bundle, settings: Settings) -> Sequence[tuple[bool, bool, bool]]:
-    """Those of FORMS that differ: of 1x1 and depthwise layers no weights are made inside."""
+def _agrees(form: Form, choices: Mapping[str, Any]) -> bool:
+    """Whether a training that was begun with these choices is gone on with in that form, to the last bit."""
+    return all(form[name] == choices[name] for name in CHOSEN if name in form)
+
+
+def _forms(bundle: Bundle, settings: Settings) -> Sequence[Form]:
+    """Those of FORMS that differ: of 1x1 and depthwise layers, and of small stems, there is one alone."""
     trained, _ = learning_layers(bundle.layers, settings)
     shapes = [layer.weight_shape for layer in bundle.layers if layer.name in trained and layer.groups == 1]
-    some = settings.granularity != "element" and any(I > RGB and kh * kw > 1 for _, I, kh, kw in shapes)
-    return [form for form in FORMS if some or not form[1]]
+    inside = settings.granularity != "element" and any(I > RGB and kh * kw > 1 for _, I, kh, kw in shapes)
+    fast = any(kh * kw > 1 and I * kh * kw > FEW_COLUMNS for _, I, kh, kw in shapes)
+    return [form for form in FORMS if (inside or not form["inside"]) and (fast or form["fast"])]
 
 
 def _first(
@@ -282,15 +316,14 @@ def expected_peak_bytes(
     running = [_running_bytes(graph, workers, parts + 1 if beside else parts)]
     in_front = sum(_size(layer.weight_shape) for layer in bundle.layers if layer.name not in graph.forms)
     running += [_running_bytes(each, workers, parts) + FLOAT_BYTES * in_front for each in beside]
-    stepping = max(running) + LAYER_COPIES * FLOAT_BYTES * largest
+    stepping = max(running) + int(LAYER_COPIES * FLOAT_BYTES * largest)
     packing = PACKING_BYTES * _scores(bundle, settings)
-    # Weights a second time: turned, pages of a file as they are stored, or those of tiles without a mask.
+    # Weights a second time: turned, or pages of a file as they are stored.
     whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
     spare = COMPACT_BYTES * _scores(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
     parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
-    parameters += int(WHOLE_SHARE * FLOAT_BYTES * whole)
-    parameters += (workers - 1) * (WORKER_BYTES + _accumulator_bytes(graph))
-    return PROCESS_BYTES + parameters + max(stepping, packing)
+    parameters += FLOAT_BYTES * whole + (workers - 1) * _accumulator_bytes(graph)
+    return PROCESS_BYTES - (OPENING_BYTES if beside else 0) + parameters + max(stepping, packing)
 
 
 def _running_bytes(graph: CompiledGraph, workers: int, parts: int) -> int:

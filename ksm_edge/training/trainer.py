@@ -22,6 +22,7 @@ from ksm_edge.training.suited import RateScale, rate_scale, usual_thin
 from ksm_edge.training.thinning import late_step, thin
 
 ONE_THREAD = Engine()
+TILE_BYTES = 2**22  # see `GradientSpec`: larger weights are read too often where memory is slow beside arithmetic
 
 Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or what the front made of them; or parts, one by one
 
@@ -261,7 +262,7 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
         per_weight,
         own=native.operators is not None,
         # Exact to some 5e-6 where convs are to 5e-7: gradients of a batch's own statistics would make too much of that.
-        tiles=settings.statistics == "frozen",
+        tile_bytes=TILE_BYTES if settings.statistics == "frozen" else 0,
         part=part,
     )
 
@@ -272,7 +273,8 @@ def forward_spec(spec: GradientSpec, forms: Mapping[str, str]) -> GradientSpec:
     `forms`: of the graph's layers.
     """
     # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
-    read = replace(spec, fast=spec.fast or not spec.inside, tiles="winograd" in forms.values())
+    tile_bytes = spec.tile_bytes if "winograd" in forms.values() else 0
+    read = replace(spec, fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
     return replace(read, backward=False, statistics="frozen", classes=0, recompute=False, part=WHOLE)
 
 

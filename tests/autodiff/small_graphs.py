@@ -63,7 +63,8 @@ class Net:
     statistics: str = "frozen"
     per_weight: bool = False
     own: bool = False  # in float32, with the operators of `autodiff.own`
-    tiles: bool = True  # with these
+    widened: bool = True  # with these
+    tile_bytes: int = 2**22  # with these
     threads: int = 1
     seed: int = 0
     _graphs: dict[type, GradientGraph] = field(default_factory=dict)
@@ -101,7 +102,8 @@ class Net:
 
     def gradient_graph(self, dtype: type = np.float64) -> GradientGraph:
         if dtype not in self._graphs:
-            spec = replace(self.spec, own=self.own and dtype == np.float32, tiles=self.tiles)
+            forms = {"own": self.own and dtype == np.float32, "widened": self.widened, "tile_bytes": self.tile_bytes}
+            spec = replace(self.spec, **forms)
             self._graphs[dtype] = build(self.model, self.layers, spec, dtype)
         return self._graphs[dtype]
 

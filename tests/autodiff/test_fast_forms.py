@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
 from ksm_edge.runtimes.compile import CompiledGraph, compile_graph
-from ksm_edge.training.planner import FORMS, make_plan
+from ksm_edge.training.planner import FORMS, Form, make_plan
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 
@@ -26,12 +27,12 @@ SETTINGS = Settings(batch=2)
 Gradients = dict[str, np.ndarray]
 
 
-def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: bool) -> Gradients:
+def gradients(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: Any) -> Gradients:
     """Of one step, with kernels cut and a head that lets something through."""
     return next(steps(bundle, folder, settings, **forms))
 
 
-def steps(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: bool) -> Iterator[Gradients]:
+def steps(bundle: Bundle, folder: Path, settings: Settings = SETTINGS, **forms: Any) -> Iterator[Gradients]:
     """Gradients of one draw of images after the other, all at the same parameters."""
     folder.mkdir()
     spec = replace(gradient_spec(bundle, 3, settings, settings.batch if settings.statistics == "batch" else 1), **forms)
@@ -119,15 +120,12 @@ def test_a_short_budget_has_large_weights_made_in_the_graph(tmp_path: Path, monk
 
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_forward_pass_reads_what_training_keeps(
-    form: tuple[bool, bool, bool], statistics: str, tmp_path: Path
-) -> None:
+def test_the_forward_pass_reads_what_training_keeps(form: Form, statistics: str, tmp_path: Path) -> None:
     """Also where the form of a large stem depends on the memory there is."""
     bundle = random_bundle("resnet18", 64, tmp_path)
     backbone = onnx.load(bundle.graph_path, load_external_data=False)
-    fast, inside, recompute = form
     settings = replace(SETTINGS, statistics=statistics)
-    spec = replace(gradient_spec(bundle, 3, settings, 1), fast=fast, inside=inside, recompute=recompute)
+    spec = replace(gradient_spec(bundle, 3, settings, 1), **form)
     learns = build(backbone, bundle.layers, spec)
     judges = build(backbone, bundle.layers, forward_spec(spec, learns.forms))
     assert set(judges.inputs) <= set(learns.inputs)

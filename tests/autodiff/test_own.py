@@ -189,6 +189,20 @@ def test_the_widest_loops_that_run_here_are_taken_and_others_are_refused() -> No
         _operators.run_with("avx1024")
 
 
+@pytest.mark.parametrize("recipe", ["mobilenet_v2", "efficientnet_b0"])
+def test_whole_networks_have_the_same_gradients_without_1x1_convs_done_along(recipe: str, tmp_path: Path) -> None:
+    assert_same_with_and_without("widened", recipe, 96, tmp_path)
+
+
+def test_1x1_convs_are_done_along_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "LARGE_BYTES", 0)
+    net = Net(block((3, 3)), constants=SIX, own=True)
+    assert set(operators(net)) == {"WidenedDepthwise", "WidenedDepthwiseGradient"}
+    net = Net(block((3, 3)), constants=SIX, own=True, widened=False)
+    assert set(operators(net)) == {"Depthwise", "DepthwiseGradient"}
+    assert_gradients_are_those_of_standard_operators(net)
+
+
 def test_without_a_compiler_graphs_are_of_standard_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = random_bundle("mobilenet_v2", 64, tmp_path)
     assert gradient_spec(bundle, 3, Settings(), 1).own

@@ -83,7 +83,7 @@ def test_other_geometries_stay_convs(changes: dict[str, list[int]]) -> None:
     [
         {"frozen": ["first", "second"]},
         {"per_weight": True},
-        {"tiles": False},
+        {"tile_bytes": 0},
         {"own": False},
     ],
     ids=str,
@@ -94,12 +94,12 @@ def test_where_more_or_less_is_wanted_than_a_masks_gradient_they_stay_convs(chan
 
 
 def test_large_weights_and_few_tiles_stay_convs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, value in (("LARGEST_BYTES", 4 * 36 * 6 * 5 - 1), ("FEWEST_TILES", 7)):
-        with monkeypatch.context() as m:
-            m.setattr(winograd, limit, value)
-            # 7 x 7 pixels are 2 x 3 tiles, the last one of each row counted.
-            net = Net(two_convs(pads=[1, 1, 1, 1]), own=True)
-            assert net.gradient_graph(np.float32).forms["first"] == "taps"
+    whole = 4 * 36 * 6 * 5
+    for tile_bytes, fewest in ((whole - 1, 1), (whole, 7)):
+        monkeypatch.setattr(winograd, "FEWEST_TILES", fewest)
+        # 7 x 7 pixels are 2 x 3 tiles, the last one of each row counted.
+        net = Net(two_convs(pads=[1, 1, 1, 1]), own=True, tile_bytes=tile_bytes)
+        assert net.gradient_graph(np.float32).forms["first"] == "taps"
 
 
 def test_a_kernel_there_is_what_makes_a_conv() -> None:
@@ -125,14 +125,14 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_batchs_own_statistics_keep_convs(bundle: Bundle) -> None:
-    by_tiles = {s: gradient_spec(bundle, 3, Settings(statistics=s), 2).tiles for s in ("frozen", "batch")}
-    assert by_tiles == {"frozen": True, "batch": False}
+    by_tiles = {s: gradient_spec(bundle, 3, Settings(statistics=s), 2).tile_bytes for s in ("frozen", "batch")}
+    assert by_tiles == {"frozen": 2**22, "batch": 0}
 
 
 @pytest.mark.parametrize("changes", [{}, {"granularity": "group:3"}, {"granularity": "channel"}], ids=str)
 def test_whole_networks_have_the_same_gradients(changes: dict[str, str], bundle: Bundle, tmp_path: Path) -> None:
     by_convs, by_tiles = (
-        steps(bundle, tmp_path / str(on), replace(SETTINGS, **changes), tiles=on) for on in (False, True)
+        steps(bundle, tmp_path / str(most), replace(SETTINGS, **changes), tile_bytes=most) for most in (0, 2**22)
     )
     # One of a hundred thousand ReLUs that is given next to nothing may let through what it did not before, and then
     # all in front of it differs, by up to some hundredths: not for each of five draws of images.

@@ -57,6 +57,15 @@ def call(photos: Path, bundle: Path, out: Path, *more: object) -> list[str]:
     return [str(x) for x in ("adapt", photos, "--bundle", bundle, "--out", out, *quick, *more)]
 
 
+def test_tuning_says_what_was_measured(
+    photos: Path, bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--json", "--tune")) == 0
+    stdout, stderr = capfd.readouterr()
+    assert re.search(r"^Forms +.*% of the usual time \(a micro-batch by the usual forms \d+ ms", stderr, re.MULTILINE)
+    assert json.loads(stdout)["plan"].keys() >= {"micro_batch", "workers", "own", "widened", "tile_bytes"}
+
+
 def test_json_is_one_object_on_stdout_with_every_key(
     photos: Path, bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
