@@ -4,6 +4,7 @@
 #define KSM_EDGE_LOOPS_H
 
 #include "_depthwise.h"
+#include "_wider.h"
 #include "_windows.h"
 #include "_winograd.h"
 
@@ -18,9 +19,7 @@ typedef struct {
         forward, backward, gate, transform, contract, windows, pool_gradient, widened_forward, widened_backward        \
     }
 
-/* Those of _loops_avx2.c and _loops_avx512.c, where the compiler can make them and tell whether a processor has them. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
-#define WIDER_LOOPS
+#ifdef WIDER_LOOPS
 extern const Loops ksm_edge_avx2 __attribute__((visibility("hidden")));
 extern const Loops ksm_edge_avx512 __attribute__((visibility("hidden")));
 #endif

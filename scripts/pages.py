@@ -319,6 +319,7 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
     "pack-size.md": {"bits": ("bits", bits_tables), "pareto": ("accuracy", pareto_tables)},
     "engine.md": {
         "steps": ("adaptation", step_tables),
+        "steps-avx2": ("adaptation-avx2", step_tables),
         "plans": ("plans", plan_tables),
         "layers": ("layers", layer_tables),
         "layer-steps": ("layer-steps", layer_step_tables),

@@ -1,0 +1,11 @@
+/* Where the compiler can make loops for wider registers than every processor of the kind has, and tell which one it is
+   that they run on, WIDER_LOOPS is defined. */
+
+#ifndef KSM_EDGE_WIDER_H
+#define KSM_EDGE_WIDER_H
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define WIDER_LOOPS
+#endif
+
+#endif
