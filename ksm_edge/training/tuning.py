@@ -35,7 +35,8 @@ ALTERNATIVES: Mapping[str, Mapping[str, Any]] = {
 }
 USUAL = "the usual forms"
 WORTH_IT = 29 / 30  # of the usual time
-ROUNDS, RUNS = 2, 4  # every alternative once a round, so that a slow minute is not held against one of them
+ROUNDS = 2  # every alternative once in each, so that a slow minute is not held against one of them
+RUNS, SECONDS = 3, 0.5  # at least so many, and for so long
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def measured(bundle: Bundle, classes: int, settings: Settings, images: int) -> T
 def _read(folder: Path) -> Tuned:
     """ValueError, KeyError or TypeError where that is not what `_main` wrote."""
     table = json.loads((folder / cache.DESCRIPTION).read_text())
-    ms = {name: float(table["ms"][name]) for name in {table["name"], USUAL, *table["ms"]}}
-    return Tuned(table["name"], ms)
+    found = Tuned(table["name"], {name: float(ms) for name, ms in table["ms"].items()})
+    if not {found.name, USUAL} <= found.ms.keys():
+        raise ValueError(f"{folder}: {found.name} was never measured")
+    return found
 
 
 def measure(bundle: Bundle, classes: int, settings: Settings, images: int) -> Tuned:
@@ -96,8 +99,8 @@ def measure(bundle: Bundle, classes: int, settings: Settings, images: int) -> Tu
 
 def _matters(changes: Mapping[str, Any], usual: GradientSpec, graph: CompiledGraph) -> bool:
     """Whether a graph is another with these changes, as far as can be told without making it."""
-    forms = set(graph.forms.values())
-    if any(getattr(usual, name) == value for name, value in changes.items()) or not usual.own:
+    forms = {form for name, form in graph.forms.items() if name in usual.trained}
+    if any(getattr(usual, name) == value for name, value in changes.items()) or not (usual.own and forms):
         return False
     if "tile_bytes" in changes:
         may = usual.tile_bytes and not usual.per_weight
@@ -110,12 +113,13 @@ def _run_ms(bundle: Bundle, graph: CompiledGraph, settings: Settings) -> float:
     trainer, spec = Trainer(bundle, graph, settings, steps=1000), graph.spec
     images = np.random.default_rng(0).standard_normal(graph.inputs["image"]).astype(np.float32)
     targets = np.full((spec.micro_batch, spec.classes), 1 / (spec.classes * spec.micro_batch), np.float32)
-    times = []
-    for _ in range(1 + RUNS):  # the first finds nothing in its place yet
+    trainer.accumulate(images, targets)  # finds nothing in its place yet
+    times: list[float] = []
+    while len(times) < RUNS or sum(times) < SECONDS:
         began = time.perf_counter()
         trainer.accumulate(images, targets)
-        times.append((time.perf_counter() - began) * 1e3)
-    return min(times[1:])
+        times.append(time.perf_counter() - began)
+    return min(times) * 1e3
 
 
 def _main(bundle_path: str, folder: str) -> int:
