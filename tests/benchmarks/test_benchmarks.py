@@ -178,7 +178,7 @@ def results(load: Any, tmp_path: Path) -> Path:
     demo = {"test_accuracy": 0.96, "wall_seconds": 73.2, "pack_bytes": 29_800, "peak_rss_bytes": 157 * 2**20}
     demo |= {"transcript": ["Task pack  digits.ksm"]}
     files = {
-        "adaptation": {**common, "summary": {"cases": steps, "exponents": []}},
+        **{n: {**common, "summary": {"cases": steps, "exponents": []}} for n in ("adaptation", "adaptation-avx2")},
         "latency": {**common, "summary": latency.summary({"plain": [10.0] * 100, "fused": [11.0] * 100})},
         "pack": {**common, "summary": {"times": {"mobilenet_v2": pack.medians(times)}}},
         "startup": {**common, "summary": startup.summary(commands), "warnings": ["busy"]},
