@@ -3,7 +3,7 @@
 #include "_wider.h"
 
 #ifdef WIDER_LOOPS
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,fma")
 
 enum { LANES = 8, TILE = 4 };
 

@@ -3,7 +3,7 @@
 #include "_wider.h"
 
 #ifdef WIDER_LOOPS
-#pragma GCC target("arch=x86-64-v4")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 enum { LANES = 16, TILE = 8 };
 

@@ -163,9 +163,10 @@ static int can_run(const Choice *choice)
 {
 #ifdef WIDER_LOOPS
     if (choice->loops == &ksm_edge_avx512)
-        return __builtin_cpu_supports("x86-64-v4");
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (choice->loops == &ksm_edge_avx2)
-        return __builtin_cpu_supports("x86-64-v3");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     (void)choice;
     return 1;
@@ -565,6 +566,15 @@ static PyObject *py_loops(PyObject *module, PyObject *none)
     return names;
 }
 
+static PyObject *py_running(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    size_t i = 0;
+    while (choices[i].loops != loops)
+        i++;
+    return PyUnicode_FromString(choices[i].name);
+}
+
 static PyObject *py_run_with(PyObject *module, PyObject *name)
 {
     (void)module;
@@ -581,6 +591,7 @@ static PyObject *py_run_with(PyObject *module, PyObject *name)
 
 static PyMethodDef methods[] = {
     {"loops", py_loops, METH_NOARGS, "Names of the loops that this processor can run, the widest first."},
+    {"running", py_running, METH_NOARGS, "The name of those that are run."},
     {"run_with", py_run_with, METH_O, "Run those of that name from here on, in place of the widest."},
     {NULL, NULL, 0, NULL},
 };

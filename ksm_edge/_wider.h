@@ -4,7 +4,7 @@
 #ifndef KSM_EDGE_WIDER_H
 #define KSM_EDGE_WIDER_H
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define WIDER_LOOPS
 #endif
 

@@ -27,3 +27,8 @@ def _operators() -> str | None:
 
 
 loops, operators = _loops(), _operators()
+
+
+def running() -> str | None:
+    """Which of the operators' loops run on this processor: sums come in another order in each of them."""
+    return None if operators is None else str(import_module("ksm_edge._operators").running())

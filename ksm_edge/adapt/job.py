@@ -97,14 +97,15 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be gone on from."""
+        own = self.plan.graph.spec.own
         return {
             "backbone": self.bundle.digest,
             "data": self.images.digest(),
             "settings": asdict(self.settings),
             "plan": self.plan.choices,
             "threads": self.plan.engine.threads,
-            # Without them scores and gradients are the same, but for their last bits.
-            "compiled": {"loops": native.loops is not None, "operators": native.operators is not None},
+            # Without them, or with others, scores and gradients are the same but for their last bits.
+            "compiled": {"loops": native.loops is not None, "operators": native.running() if own else None},
             "parent": None if self.descent is None else self.descent.sha256,
         }
 

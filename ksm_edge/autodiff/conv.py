@@ -30,13 +30,10 @@ import numpy as np
 from ksm_edge.autodiff import windows, winograd
 from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
 from ksm_edge.autodiff.rules import transposed_conv
-from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, GradientSpec
 from ksm_edge.autodiff.tape import OVER_IMAGES, Tape
 from ksm_edge.bundle.layers import Layer
 
-# So few that a matrix product for each tap would be all overhead: 13 ms became 3 for 7 x 7 over RGB at 224 pixels.
-FEW_CHANNELS = 3
-FEW_COLUMNS = 27  # I kh kw that are little memory: 3 x 3 over RGB
 FEW_TO_SPREAD = 1024  # pixels of dz, see `_channel_spread`
 FEW_PIXELS = 256  # of a 1x1 layer, see `_pointwise_input_gradient`
 

@@ -15,14 +15,30 @@ KERNEL = np.array(
 )  # fmt: skip
 
 
-_PLACES_OF_TAPS = np.kron(KERNEL, KERNEL).astype(np.float32)  # (36, 9)
-
-
 def transform_into(places: np.ndarray, weight: np.ndarray, mask: np.ndarray) -> None:
-    """U = G W G' times the mask of each kernel (O, I), into (36, O, I), of W (O, I, 3, 3); all float32."""
+    """U = G (M W) G' into (36, O, I), of W (O, I, 3, 3) and each kernel's mask M (O, I); all float32.
+
+    By sums that are written down, as a product of matrices has other bits with another number of threads.
+    """
     O, I = mask.shape
-    np.matmul(_PLACES_OF_TAPS, weight.reshape(O * I, 9).T, out=places.reshape(PLACES, O * I))
-    places *= mask
+    taps = np.ascontiguousarray(weight.reshape(O * I, 9).T).reshape(3, 3, O, I)
+    taps *= mask
+    half = np.empty((SIDE, 3, O, I), np.float32)
+    _into(half, *taps)
+    _into(places.reshape(SIDE, SIDE, O, I).swapaxes(0, 1), *half.swapaxes(0, 1))
+
+
+def _into(out: np.ndarray, first: np.ndarray, middle: np.ndarray, last: np.ndarray) -> None:
+    """The six rows of KERNEL times a column of three, each an array."""
+    ends = (first + last) * np.float32(1 / 6)
+    slopes = first * np.float32(1 / 24) + last * np.float32(1 / 6)
+    sixth, twelfth = middle * np.float32(1 / 6), middle * np.float32(1 / 12)
+    np.multiply(first, np.float32(1 / 4), out=out[0])
+    np.negative(ends + sixth, out=out[1])
+    np.subtract(sixth, ends, out=out[2])
+    np.add(slopes, twelfth, out=out[3])
+    np.subtract(slopes, twelfth, out=out[4])
+    out[5] = last
 
 
 def tiles(h: int, w: int) -> int:

@@ -61,7 +61,7 @@ class ProgressBar(Observer):
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
         say(f"Plan      {steps} steps of {plan.batch} images, {at_once} at a time{_memory(plan)}")
         if plan.tuned is not None:
-            say(f"Forms     {_forms(plan, plan.tuned)}")
+            say(f"Forms     {_forms(plan.tuned)}")
         if plan.front is not None:
             views = plan.settings.kept_views
             size = stored_bytes(plan.front, train, views) / 2**20
@@ -116,12 +116,12 @@ def _memory(plan: Plan) -> str:
     return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
 
 
-def _forms(plan: Plan, tuned: Tuned) -> str:
+def _forms(tuned: Tuned) -> str:
     """What was measured, and what came of it."""
-    if any(plan.choices[name] != value for name, value in tuned.form.items()):
-        return f"not the fastest here, {tuned.name}: that would take more memory than there is"
+    if len(tuned.ms) == 1:
+        return f"{tuned.name}: there are no others for this network and what it learns, or no memory to measure them in"
     times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in tuned.ms.items())
-    return f"{tuned.name}, in {tuned.share:.0%} of the usual time (a micro-batch by {times})"
+    return f"{tuned.name}, in {tuned.share:.0%} of the usual time (a step by {times})"
 
 
 def _bar(total: int, what: str, *, done: int = 0, leave: bool = True) -> tqdm[Any]:

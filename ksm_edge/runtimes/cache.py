@@ -108,7 +108,7 @@ def make_in_child(module: str, bundle: Bundle, folder: Path, given: str = "") ->
     if child.returncode == UnsupportedError.exit_code:
         raise UnsupportedError(child.stderr.strip())
     if child.returncode:
-        raise KsmEdgeError(f"a graph of {bundle.path} could not be made:\n{child.stderr.strip()}")
+        raise KsmEdgeError(f"{module}: nothing was made of {bundle.path}:\n{child.stderr.strip()}")
 
 
 def in_child(make: Callable[[], object]) -> int:
@@ -139,9 +139,10 @@ def _evict(newest: Path) -> None:
 
 
 def _processor() -> str:
-    """The processor's features: an SD card may be moved to another board."""
+    """The processor's features and what it is called: an SD card may be moved to another board."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    told = ("flags", "Features", "model name", "CPU implementer", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(told)))

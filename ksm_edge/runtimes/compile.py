@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,9 +95,13 @@ def spec_table(spec: GradientSpec) -> dict[str, object]:
     return asdict(replace(spec, trained=frozenset())) | {"trained": sorted(spec.trained)}
 
 
+def spec_of(table: Mapping[str, Any]) -> GradientSpec:
+    """The one that `spec_table` made it of."""
+    return GradientSpec(**{**table, "trained": frozenset(table["trained"])})
+
+
 def _main(bundle_path: str, folder: str) -> int:
-    table = json.loads(sys.stdin.read())
-    spec = GradientSpec(**{**table, "trained": frozenset(table["trained"])})
+    spec = spec_of(json.loads(sys.stdin.read()))
     return cache.in_child(lambda: compile_graph(load_bundle(bundle_path), spec, Path(folder)))
 
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from ksm_edge.autodiff.spec import fused_shape, product_shape, transformed_shape
+from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, fused_shape, product_shape, transformed_shape
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.mask import score_shape
+from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import MOMENT_BITS, Settings
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers
-from ksm_edge.training.tuning import Tuned, measured
+from ksm_edge.training.tuning import Tuned, forms_that_may_differ, measured
 
 # The shares and bytes below were chosen so that of the adaptations of benchmarks/memory.py none took more than was
 # expected, and the one that was expected to take the most beside what it took was as near as it could be.
@@ -42,8 +43,6 @@ COMFORTABLE_BYTES = 16 * 2**20
 # Of a step's images: more gain nothing on the GPU of a Jetson, and take gigabytes.
 IMAGES_ON_A_GPU = 32
 FLOAT_BYTES = 4
-RGB = 3  # in-channels of a stem, whose weight is small
-FEW_COLUMNS = 27  # and 3 x 3 over these, which is one product in any form
 
 Form = Mapping[str, Any]  # of `GradientSpec` what decides how things are computed, not what
 
@@ -141,20 +140,14 @@ def make_plan(
 
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     counts = [before["workers"]] if before else _worker_counts(threads, settings.batch // smallest)
-    forms = _forms(bundle, settings)
     if before is not None and before["own"] and not gradient_spec(bundle, classes, settings, 1).own:
         raise UsageError(
             "the training was begun with operators in C, which this installation lacks: install the package where "
             "there is a C compiler, or start anew, without --resume"
         )
-    found = measured(bundle, classes, settings, smallest) if tune and before is None else None
-    if found is not None and found.form:
-        forms = [{**FORMS[0], **found.form}, *forms]
-    elif before is not None:
-        forms = [{**form, **{name: before[name] for name in CHOSEN}} for form in forms if _agrees(form, before)]
     candidates = [
         (replace(settings, moment_bits=bits), workers, form)
-        for bits, workers, form in product(_moment_bits(bundle, settings), counts, forms)
+        for bits, workers, form in product(_moment_bits(bundle, settings), counts, _forms(bundle, settings, before))
         # Where less is kept, how the arena places it decides, up to 17 MiB a worker.
         if workers == 1 or not (form["recompute"] or form["inside"])
         if before is None or bits == before["moment_bits"]
@@ -162,12 +155,19 @@ def make_plan(
     if not candidates:  # nothing else can be asked for in so many words
         raise UsageError("the training was begun with moments of more bits: leave out --moment-bits")
     kind, workers, graph = _first(((kind, n, at(smallest, form)) for kind, n, form in candidates), fits, peak)
-    if before is None and settings.statistics == "frozen" and graph.spec.fast and not graph.spec.recompute:
-        one = max(_activation_bytes(each) for each in (graph, *beside(graph)))
-        form = {name: getattr(graph.spec, name) for name in CHOSEN}
-        graph = _widened(
-            graph, lambda n: at(n, form), lambda graph: fits((kind, workers, graph)), settings.batch // workers, one
-        )
+    found = None
+    if before is None and graph.spec.fast and not graph.spec.recompute:
+        if settings.statistics == "frozen":
+            one = max(_activation_bytes(each) for each in (graph, *beside(graph)))
+            most = settings.batch // workers
+            graph = _with_more_images(
+                graph, lambda n: at(n, FORMS[0]), lambda graph: fits((kind, workers, graph)), most, one
+            )
+        if tune:
+            # Another process measures while this one is there.
+            left = None if budget_bytes is None else budget_bytes - rss_bytes()
+            fit = lambda graph: left is None or peak((kind, workers, graph)) <= left  # noqa: E731
+            found, graph = _fastest(bundle, kind, replace(engine, workers=workers), graph, at, fit)
     need = peak((kind, workers, graph))
     if budget_bytes is not None and need > budget_bytes:
         over = _over_budget(bundle, settings, graph, workers, need, budget_bytes, goes_on=before is not None)
@@ -224,16 +224,17 @@ def _moment_bits(bundle: Bundle, settings: Settings) -> Sequence[int]:
     return [bits for bits in MOMENT_BITS if bits <= settings.moment_bits][: None if _scores(bundle, settings) else 1]
 
 
-def _agrees(form: Form, choices: Mapping[str, Any]) -> bool:
-    """Whether a training that was begun with these choices is gone on with in that form, to the last bit."""
-    return all(form[name] == choices[name] for name in CHOSEN if name in form)
+def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None) -> Sequence[Form]:
+    """Those of FORMS that differ: of 1x1 and depthwise layers, and of small stems, there is one alone.
 
-
-def _forms(bundle: Bundle, settings: Settings) -> Sequence[Form]:
-    """Those of FORMS that differ: of 1x1 and depthwise layers, and of small stems, there is one alone."""
+    `before`: those in which a training that was begun with these choices is gone on with, to the last bit.
+    """
+    if before is not None:
+        chosen = {name: before[name] for name in CHOSEN}
+        return [form | chosen for form in map(dict, FORMS) if form.items() <= (form | chosen).items()]
     trained, _ = learning_layers(bundle.layers, settings)
     shapes = [layer.weight_shape for layer in bundle.layers if layer.name in trained and layer.groups == 1]
-    inside = settings.granularity != "element" and any(I > RGB and kh * kw > 1 for _, I, kh, kw in shapes)
+    inside = settings.granularity != "element" and any(I > FEW_CHANNELS and kh * kw > 1 for _, I, kh, kw in shapes)
     fast = any(kh * kw > 1 and I * kh * kw > FEW_COLUMNS for _, I, kh, kw in shapes)
     return [form for form in FORMS if (inside or not form["inside"]) and (fast or form["fast"])]
 
@@ -251,7 +252,22 @@ def _first(
     return smallest
 
 
-def _widened(
+def _fastest(
+    bundle: Bundle,
+    settings: Settings,
+    engine: Engine,
+    usual: CompiledGraph,
+    at: Callable[[int, Form], CompiledGraph],
+    fits: Callable[[CompiledGraph], bool],
+) -> tuple[Tuned, CompiledGraph]:
+    """What was measured of the usual graph and of those in other forms, and the fastest of them; of those that fit."""
+    images = usual.spec.micro_batch
+    graphs = {name: at(images, {**FORMS[0], **form}) for name, form in forms_that_may_differ(usual).items()}
+    found = measured(bundle, settings, engine, {name: graph for name, graph in graphs.items() if fits(graph)})
+    return found, graphs[found.name]
+
+
+def _with_more_images(
     single: CompiledGraph,
     at: Callable[[int], CompiledGraph],
     fits: Callable[[CompiledGraph], bool],

@@ -2,8 +2,8 @@
 
 The usual ones were chosen on a few processors. One with fewer registers, smaller caches or a memory that is slow beside
 its arithmetic may be quicker with others: they compute the same but for last bits. Each alternative is a whole gradient
-graph, as what an operator takes depends on what its neighbours leave in the cache. The usual ones stay where nothing
-else saves a thirtieth; whoever wants the same bits everywhere does not ask.
+graph, as what an operator takes depends on what its neighbours leave in the cache, and is timed as it would run: with
+the plan's threads, and with an update. The usual ones stay where nothing else saves a thirtieth.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ksm_edge import native
 from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.runtimes import cache
-from ksm_edge.runtimes.compile import CompiledGraph, compiled, spec_table
+from ksm_edge.runtimes.compile import CompiledGraph, compiled, spec_of, spec_table
+from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.trainer import Trainer, gradient_spec
+from ksm_edge.training.trainer import Trainer
 
 # By what is said of them, what they change of a `GradientSpec`.
 ALTERNATIVES: Mapping[str, Mapping[str, Any]] = {
@@ -41,15 +44,10 @@ RUNS, SECONDS = 3, 0.5  # at least so many, and for so long
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest forms, and the milliseconds of a micro-batch by each that was tried."""
+    """The fastest forms, and the milliseconds of an optimizer step by each that was tried."""
 
     name: str
     ms: Mapping[str, float]
-
-    @property
-    def form(self) -> Mapping[str, Any]:
-        """What they change of a `GradientSpec`."""
-        return ALTERNATIVES.get(self.name, {})
 
     @property
     def share(self) -> float:
@@ -63,14 +61,34 @@ class Tuned:
         return cls(best if ms[best] <= WORTH_IT * ms[USUAL] else USUAL, ms)
 
 
-def measured(bundle: Bundle, classes: int, settings: Settings, images: int) -> Tuned:
-    """From the cache, measured in a process of its own first if need be; `images` go through at once."""
-    given = json.dumps({"classes": classes, "images": images, "settings": asdict(settings)})
-    usual = json.dumps(spec_table(gradient_spec(bundle, classes, settings, images)))
+def forms_that_may_differ(usual: CompiledGraph) -> dict[str, Mapping[str, Any]]:
+    """The usual ones, and of the alternatives those that are something else for this network and what it learns."""
+    spec = usual.spec
+    if not (spec.own and spec.trained):
+        return {USUAL: {}}
+    differ = {name: form for name, form in ALTERNATIVES.items() if spec.tile_bytes or "tile_bytes" not in form}
+    return {USUAL: {}, **differ}
+
+
+def measured(bundle: Bundle, settings: Settings, engine: Engine, graphs: Mapping[str, CompiledGraph]) -> Tuned:
+    """Of those graphs, the usual one among them, from the cache; measured in a process of its own first if need be.
+
+    Where there is nothing to choose from, because no other may be measured or is another, that is said without.
+    """
+    digests: dict[str, str] = {}
+    for name, graph in graphs.items():
+        if (digest := file_sha256(graph.path)) not in digests.values():
+            digests[name] = digest
+    if USUAL not in graphs or len(digests) == 1:
+        return Tuned(USUAL, {USUAL: float("nan")})
+    # How long a step takes does not depend on how many classes there are.
+    specs = {name: spec_table(graphs[name].spec) | {"classes": 2} for name in digests}
+    given = {"specs": specs, "settings": asdict(settings), "engine": asdict(engine)}
+    key = {**given, "settings": settings.batch, "operators": native.operators and file_sha256(Path(native.operators))}
     return cache.found_or_made(
-        cache.key_of(bundle, usual, json.dumps(ALTERNATIVES)),
+        cache.key_of(bundle, json.dumps(key)),
         _read,
-        lambda folder: cache.make_in_child(__name__, bundle, folder, given),
+        lambda folder: cache.make_in_child(__name__, bundle, folder, json.dumps(given)),
     )
 
 
@@ -83,41 +101,33 @@ def _read(folder: Path) -> Tuned:
     return found
 
 
-def measure(bundle: Bundle, classes: int, settings: Settings, images: int) -> Tuned:
-    """Run a micro-batch by each of the alternatives that differ here."""
-    usual = gradient_spec(bundle, classes, settings, images)
-    graphs = {USUAL: compiled(bundle, usual)}
-    for name, changes in ALTERNATIVES.items():
-        if _matters(changes, usual, graphs[USUAL]):
-            graphs[name] = compiled(bundle, replace(usual, **changes))
-    ms = dict.fromkeys(graphs, float("inf"))
+def measure(bundle: Bundle, settings: Settings, engine: Engine, specs: Mapping[str, GradientSpec]) -> Tuned:
+    """A few steps by each of them."""
+    ms = dict.fromkeys(specs, float("inf"))
     for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            ms[name] = min(ms[name], _run_ms(bundle, graph, settings))
+        for name, spec in specs.items():
+            ms[name] = min(ms[name], _step_ms(bundle, compiled(bundle, spec), settings, engine))
     return Tuned.of(ms)
 
 
-def _matters(changes: Mapping[str, Any], usual: GradientSpec, graph: CompiledGraph) -> bool:
-    """Whether a graph is another with these changes, as far as can be told without making it."""
-    forms = {form for name, form in graph.forms.items() if name in usual.trained}
-    if any(getattr(usual, name) == value for name, value in changes.items()) or not (usual.own and forms):
-        return False
-    if "tile_bytes" in changes:
-        may = usual.tile_bytes and not usual.per_weight
-        return bool(may) and ("winograd" in forms if not changes["tile_bytes"] else "taps" in forms)
-    return "channel" in forms if "widened" in changes else True
+def _step_ms(bundle: Bundle, graph: CompiledGraph, settings: Settings, engine: Engine) -> float:
+    """By a training of its own that is gone behind them: as many runs at once as the plan has, and an update."""
+    trainer, spec = Trainer(bundle, graph, settings, steps=10**6, engine=engine), graph.spec
+    images = engine.workers * spec.micro_batch
+    rng, (_, *shape) = np.random.default_rng(0), graph.inputs["image"]
+    seen = rng.standard_normal((images, *shape), np.float32)
+    targets = np.full((images, spec.classes), 1 / (spec.classes * images), np.float32)
+    runs = _fastest(lambda: trainer.accumulate(seen, targets))
+    return runs * max(1, settings.batch // images) + _fastest(trainer.update)
 
 
-def _run_ms(bundle: Bundle, graph: CompiledGraph, settings: Settings) -> float:
-    """The fastest of a few runs, by a training of its own that is gone behind them."""
-    trainer, spec = Trainer(bundle, graph, settings, steps=1000), graph.spec
-    images = np.random.default_rng(0).standard_normal(graph.inputs["image"]).astype(np.float32)
-    targets = np.full((spec.micro_batch, spec.classes), 1 / (spec.classes * spec.micro_batch), np.float32)
-    trainer.accumulate(images, targets)  # finds nothing in its place yet
+def _fastest(call: Callable[[], object]) -> float:
+    """Milliseconds; the first call finds nothing in its place yet."""
+    call()
     times: list[float] = []
     while len(times) < RUNS or sum(times) < SECONDS:
         began = time.perf_counter()
-        trainer.accumulate(images, targets)
+        call()
         times.append(time.perf_counter() - began)
     return min(times) * 1e3
 
@@ -126,8 +136,8 @@ def _main(bundle_path: str, folder: str) -> int:
     given = json.loads(sys.stdin.read())
 
     def make() -> None:
-        settings = Settings(**given.pop("settings"))
-        found = measure(load_bundle(bundle_path), settings=settings, **given)
+        specs = {name: spec_of(table) for name, table in given["specs"].items()}
+        found = measure(load_bundle(bundle_path), Settings(**given["settings"]), Engine(**given["engine"]), specs)
         Path(folder, cache.DESCRIPTION).write_text(json.dumps(asdict(found)))
 
     return cache.in_child(make)

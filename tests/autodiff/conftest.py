@@ -24,5 +24,6 @@ def loops(request: pytest.FixtureRequest) -> Iterator[str]:
     from ksm_edge import _operators
 
     _operators.run_with(request.param)
+    assert _operators.running() == request.param
     yield request.param
     _operators.run_with(every_kind()[0])

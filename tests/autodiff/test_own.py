@@ -185,6 +185,7 @@ def test_the_widest_loops_that_run_here_are_taken_and_others_are_refused() -> No
     from ksm_edge import _operators
 
     assert _operators.loops()[-1] == "plain"
+    assert native.running() == _operators.running() == _operators.loops()[0]
     with pytest.raises(ValueError, match="'avx1024': no loops that can run here"):
         _operators.run_with("avx1024")
 

@@ -58,6 +58,22 @@ def test_gradients_are_the_same_for_every_geometry(size: int, pads: list[int]) -
     assert_as_by_convs(Net(two_convs(pads=pads), size=size, own=True), {"first", "second"})
 
 
+@pytest.mark.usefixtures("loops")
+def test_products_of_more_kernels_than_a_part_of_the_work_and_its_registers_hold() -> None:
+    nodes = [conv("stem", "image", 33, 3), conv("first", "stem", 17, 33, (3, 3), pads=[1, 1, 1, 1])]
+    assert_as_by_convs(Net(nodes, size=9, own=True), {"first"})
+
+
+@pytest.mark.parametrize("size", [(64, 48), (5, 3)], ids=str)
+def test_weights_by_tiles_are_made_without_a_library_that_counts_cores(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(np, "matmul", None)
+    weight, mask = np.ones((*size, 3, 3), np.float32), np.ones(size, np.float32)
+    transform_into(found := np.empty((36, *size), np.float32), weight, mask)
+    np.testing.assert_allclose(found, transformed(weight.astype(float)), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradients_are_the_same_for_several_images_and_threads(images: int, threads: int) -> None:

@@ -62,7 +62,7 @@ def test_tuning_says_what_was_measured(
 ) -> None:
     assert main(call(photos, bundle, tmp_path / "a.ksm", "--json", "--tune")) == 0
     stdout, stderr = capfd.readouterr()
-    assert re.search(r"^Forms +.*% of the usual time \(a micro-batch by the usual forms \d+ ms", stderr, re.MULTILINE)
+    assert re.search(r"^Forms +.*% of the usual time \(a step by the usual forms \d+ ms, ", stderr, re.MULTILINE)
     assert json.loads(stdout)["plan"].keys() >= {"micro_batch", "workers", "own", "widened", "tile_bytes"}
 
 
