@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from ksm_edge import native
 from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, fused_shape, product_shape, transformed_shape
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
@@ -111,10 +112,10 @@ def make_plan(
     do, before anything is started; UsageError for a budget where `runtime` cannot promise one, and UnsupportedError
     where it cannot run here.
     """
-    if before and before["runtime"] != runtime:
-        raise UsageError(f"the training was begun with --runtime {before['runtime']}: go on with that")
     engine = Engine(runtime, threads)
     engine.check()
+    if before is not None:
+        _require_as_before(before, engine)
     if settings.views:
         _require_front(bundle, settings, engine)
     if not engine.plans_memory:
@@ -139,21 +140,7 @@ def make_plan(
         return budget_bytes is None or peak(candidate) <= budget_bytes
 
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
-    counts = [before["workers"]] if before else _worker_counts(threads, settings.batch // smallest)
-    if before is not None and before["own"] and not gradient_spec(bundle, classes, settings, 1).own:
-        raise UsageError(
-            "the training was begun with operators in C, which this installation lacks: install the package where "
-            "there is a C compiler, or start anew, without --resume"
-        )
-    candidates = [
-        (replace(settings, moment_bits=bits), workers, form)
-        for bits, workers, form in product(_moment_bits(bundle, settings), counts, _forms(bundle, settings, before))
-        # Where less is kept, how the arena places it decides, up to 17 MiB a worker.
-        if workers == 1 or not (form["recompute"] or form["inside"])
-        if before is None or bits == before["moment_bits"]
-    ]
-    if not candidates:  # nothing else can be asked for in so many words
-        raise UsageError("the training was begun with moments of more bits: leave out --moment-bits")
+    candidates = _candidates(bundle, settings, threads, smallest, before)
     kind, workers, graph = _first(((kind, n, at(smallest, form)) for kind, n, form in candidates), fits, peak)
     found = None
     if before is None and graph.spec.fast and not graph.spec.recompute:
@@ -184,6 +171,34 @@ def make_plan(
         front=compiled(bundle, front_spec(graph.spec)) if settings.views else None,
         tuned=found,
     )
+
+
+def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
+    """UsageError where a training cannot be gone on with as it was begun."""
+    if before["runtime"] != engine.runtime:
+        raise UsageError(f"the training was begun with --runtime {before['runtime']}: go on with that")
+    if before["own"] and native.operators is None:
+        raise UsageError(
+            "the training was begun with operators in C, which this installation lacks: install the package where "
+            "there is a C compiler, or start anew, without --resume"
+        )
+
+
+def _candidates(
+    bundle: Bundle, settings: Settings, threads: int, smallest: int, before: Mapping[str, Any] | None
+) -> list[tuple[Settings, int, Form]]:
+    """Settings, workers and forms that there are to choose from, the fastest first."""
+    counts = _worker_counts(threads, settings.batch // smallest) if before is None else [before["workers"]]
+    found = [
+        (replace(settings, moment_bits=bits), workers, form)
+        for bits, workers, form in product(_moment_bits(bundle, settings), counts, _forms(bundle, settings, before))
+        # Where less is kept, how the arena places it decides, up to 17 MiB a worker.
+        if workers == 1 or not (form["recompute"] or form["inside"])
+        if before is None or bits == before["moment_bits"]
+    ]
+    if not found:  # nothing else can be asked for in so many words
+        raise UsageError("the training was begun with moments of more bits: leave out --moment-bits")
+    return found
 
 
 def _require_front(bundle: Bundle, settings: Settings, engine: Engine) -> None:
