@@ -27,6 +27,8 @@ PROCESS_BYTES = 143 * 2**19
 OPENING_BYTES = 5 * 2**20
 # Arena and heap round up, and keep what they had to split.
 ACTIVATION_SHARE, PARAMETER_SHARE = 1.21, 1.17
+# Weights as they are stored, where a graph reads them: pages around them come along.
+PAGES_SHARE = 1.15
 # Each further worker takes its activations, with a thread and scratch memory of its own.
 WORKER_SHARE = 1.34
 # Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
@@ -349,11 +351,14 @@ def expected_peak_bytes(
     running += [_running_bytes(each, workers, parts) + FLOAT_BYTES * in_front for each in beside]
     stepping = max(running) + int(LAYER_COPIES * FLOAT_BYTES * largest)
     packing = PACKING_BYTES * _scores(bundle, settings)
-    # Weights a second time: turned, or pages of a file as they are stored.
-    whole = sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith((".turned", ".pristine")))
+    # Weights a second time.
+    turned, stored = (
+        FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(kind))
+        for kind in (".turned", ".pristine")
+    )
     spare = COMPACT_BYTES * _scores(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
     parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
-    parameters += FLOAT_BYTES * whole + (workers - 1) * _accumulator_bytes(graph)
+    parameters += turned + int(PAGES_SHARE * stored) + (workers - 1) * _accumulator_bytes(graph)
     return PROCESS_BYTES - (OPENING_BYTES if beside else 0) + parameters + max(stepping, packing)
 
 
