@@ -23,6 +23,7 @@ from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
+from ksm_edge.resident import use_compact_heap
 from ksm_edge.runtimes import cache
 from ksm_edge.runtimes.compile import CompiledGraph, compiled, spec_of, spec_table
 from ksm_edge.runtimes.engine import Engine
@@ -136,6 +137,7 @@ def _main(bundle_path: str, folder: str) -> int:
     given = json.loads(sys.stdin.read())
 
     def make() -> None:
+        use_compact_heap()  # as a training, whose memory it was planned with
         specs = {name: spec_of(table) for name, table in given["specs"].items()}
         found = measure(load_bundle(bundle_path), Settings(**given["settings"]), Engine(**given["engine"]), specs)
         Path(folder, cache.DESCRIPTION).write_text(json.dumps(asdict(found)))
