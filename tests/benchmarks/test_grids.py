@@ -242,7 +242,7 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     case = {"recipe": "a-net", "size": 96, "batch": 8, "threads": 1}
     cost = {"step_ms": 100.0, "peak_rss_bytes": 150 << 20, "bound_ms": 25.0, "time_ratio": 0.3}
     cases = [{**case, "rival": "ours", **cost}, {**case, "rival": "theirs", "absent": "no such package"}]
-    others["adaptation"] = {"summary": {"cases": cases}}
+    others["adaptation"] = others["adaptation-avx2"] = {"summary": {"cases": cases}}
     others["layers"] = {"summary": {"layers=few.. views=2": few}}
     others["layer-steps"] = {"summary": {"": {"step_ms": 90.0, "ratio": 0.5, "peak_rss_bytes": 150 << 20}}}
     for name, content in others.items():
