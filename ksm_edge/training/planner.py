@@ -138,8 +138,8 @@ def make_plan(
     def peak(candidate: Candidate) -> int:
         return expected_peak_bytes(bundle, classes, *candidate, beside(candidate[-1]))
 
-    def fits(candidate: Candidate) -> bool:
-        return budget_bytes is None or peak(candidate) <= budget_bytes
+    def fits(candidate: Candidate, elsewhere: int = 0) -> bool:
+        return budget_bytes is None or peak(candidate) + elsewhere <= budget_bytes
 
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     candidates = _candidates(bundle, settings, threads, smallest, before)
@@ -153,10 +153,10 @@ def make_plan(
                 graph, lambda n: at(n, FORMS[0]), lambda graph: fits((kind, workers, graph)), most, one
             )
         if tune:
-            # Another process measures while this one is there.
-            left = None if budget_bytes is None else budget_bytes - rss_bytes()
-            fit = lambda graph: left is None or peak((kind, workers, graph)) <= left  # noqa: E731
-            found, graph = _fastest(bundle, kind, replace(engine, workers=workers), graph, at, fit)
+            here = rss_bytes()  # while another process measures
+            found, graph = _fastest(
+                bundle, kind, replace(engine, workers=workers), graph, at, lambda g: fits((kind, workers, g), here)
+            )
     need = peak((kind, workers, graph))
     if budget_bytes is not None and need > budget_bytes:
         over = _over_budget(bundle, settings, graph, workers, need, budget_bytes, goes_on=before is not None)
