@@ -148,7 +148,7 @@ def _optimizer_steps(trainer: Trainer, photos: Path, plan: Plan, steps: int) -> 
     from ksm_edge.data.cache import ImageCache
     from ksm_edge.data.image_set import open_image_set
     from ksm_edge.data.prefetch import prefetch
-    from ksm_edge.training.planner import parts_ahead
+    from ksm_edge.training.footprint import parts_ahead
     from ksm_edge.training.targets import target_rows
 
     settings, contract, images = trainer.settings, trainer.bundle.input, open_image_set(photos)

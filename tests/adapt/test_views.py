@@ -27,7 +27,8 @@ from ksm_edge.pack.files import save_pack
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.checkpoint import Progress
-from ksm_edge.training.planner import PROCESS_BYTES, make_plan
+from ksm_edge.training.footprint import PROCESS_BYTES
+from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import ONE_THREAD, Trainer, front_spec, gradient_spec
 

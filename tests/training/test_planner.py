@@ -12,7 +12,8 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsupportedError, UsageError
 from ksm_edge.runtimes.compile import compiled
-from ksm_edge.training.planner import FORMS, PROCESS_BYTES, Plan, make_plan, parameter_bytes
+from ksm_edge.training.footprint import PROCESS_BYTES, parameter_bytes
+from ksm_edge.training.planner import FORMS, Plan, make_plan
 from ksm_edge.training.settings import MOMENT_BITS, Settings
 from ksm_edge.training.trainer import gradient_spec
 

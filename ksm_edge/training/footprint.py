@@ -1,0 +1,122 @@
+"""What the process of a training is expected to take of memory: the model that plans are made by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ksm_edge.autodiff.spec import fused_shape, product_shape, transformed_shape
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.mask import score_shape
+from ksm_edge.runtimes.compile import CompiledGraph
+from ksm_edge.training.settings import MOMENT_BITS, Settings
+from ksm_edge.training.trainer import learning_layers
+
+# The shares and bytes below were chosen so that of the adaptations of benchmarks/memory.py none took more than was
+# expected, and the one that was expected to take the most beside what it took was as near as it could be.
+# Python with numpy, ONNX Runtime, Pillow, this package and an open training session, before any weight.
+PROCESS_BYTES = 143 * 2**19
+# Of these what opens images, which is over by then where views of them are kept.
+OPENING_BYTES = 5 * 2**20
+# Arena and heap round up, and keep what they had to split.
+ACTIVATION_SHARE, PARAMETER_SHARE = 1.21, 1.17
+# Weights as they are stored, where a graph reads them: pages around them come along.
+PAGES_SHARE = 1.15
+# Each further worker takes its activations, with a thread and scratch memory of its own.
+WORKER_SHARE = 1.34
+# Images that wait for a step, in parts of a micro-batch; beside these one part is in use, one in the making, and one
+# is being put together. Each further worker has its own in use, and the one that it was copied from.
+IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
+# The update works on one layer after the other, with more arrays of its size than room that activations have left.
+LAYER_COPIES = 1.65
+# Moments in few bits save less than they are smaller by: of the rest's share there is less to spare.
+COMPACT_BYTES = 1  # a score
+# Packing looks at all masks at once: places and scales of what is cut, and the coder's bits. Measured where one score
+# in eight is cut, which is several times what tasks need.
+PACKING_BYTES = 5  # a score
+FLOAT_BYTES = 4
+
+
+def expected_peak_bytes(
+    bundle: Bundle,
+    classes: int,
+    settings: Settings,
+    workers: int,
+    graph: CompiledGraph,
+    beside: Sequence[CompiledGraph] = (),
+) -> int:
+    """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch.
+
+    `beside`: graphs that run in between.
+    """
+    trained, _ = learning_layers(bundle.layers, settings)
+    largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
+    parts = parts_ahead(graph.spec.micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)
+    # Features are read from disk as bytes, and made into numbers: a part more is there.
+    running = [_running_bytes(graph, workers, parts + 1 if beside else parts)]
+    in_front = sum(_size(layer.weight_shape) for layer in bundle.layers if layer.name not in graph.forms)
+    running += [_running_bytes(each, workers, parts) + FLOAT_BYTES * in_front for each in beside]
+    stepping = max(running) + int(LAYER_COPIES * FLOAT_BYTES * largest)
+    packing = PACKING_BYTES * score_count(bundle, settings)
+    # Weights a second time.
+    turned, stored = (
+        FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(kind))
+        for kind in (".turned", ".pristine")
+    )
+    spare = COMPACT_BYTES * score_count(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
+    parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
+    parameters += turned + int(PAGES_SHARE * stored) + (workers - 1) * _accumulator_bytes(graph)
+    return PROCESS_BYTES - (OPENING_BYTES if beside else 0) + parameters + max(stepping, packing)
+
+
+def _running_bytes(graph: CompiledGraph, workers: int, parts: int) -> int:
+    """Of activations, the parts of a step's images that are there, and features that nobody has taken yet."""
+    features = (workers + 1) * _size(graph.outputs.get("features", (0,)))
+    return activation_bytes(graph, workers) + FLOAT_BYTES * (parts * _size(graph.inputs["image"]) + features)
+
+
+def parts_ahead(micro_batch: int, workers: int) -> int:
+    """How many parts of a step's images are made before they are asked for, which workers do at the same time."""
+    return max(workers, IMAGES_AHEAD // micro_batch)
+
+
+def _accumulator_bytes(graph: CompiledGraph) -> int:
+    return FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.startswith("acc:"))
+
+
+def activation_bytes(graph: CompiledGraph, workers: int = 1) -> int:
+    return int(graph.activation_bytes * (ACTIVATION_SHARE + (workers - 1) * WORKER_SHARE))
+
+
+def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Mapping[str, str]) -> int:
+    """Weights as fused, the products of those that learn; scores with Adam's two moments; the head.
+
+    `forms`: of each layer, see `CompiledGraph`; those of a front have none, and are there while it runs. Weights as
+    stored are looked at layer by layer and leave memory again.
+    """
+    trained, _ = learning_layers(bundle.layers, settings)
+    floats = 4 * classes * (bundle.features + 1)  # the head: parameter, gradient and two moments
+    for layer in bundle.layers:
+        if layer.name not in forms:
+            continue
+        form = forms[layer.name]
+        # Of a layer that does not learn the weight is a constant of two graphs: training's, and the judge's.
+        beside = product_shape(form, layer) if layer.name in trained else layer.weight_shape
+        floats += _size(fused_shape(form, layer)) + _size(beside)
+        floats += _size(layer.weight_shape) if form == "channel" else 0  # a constant of the graph
+        floats += _size(transformed_shape(layer)) if form == "winograd" else 0  # as it runs
+    scores = score_count(bundle, settings)
+    return FLOAT_BYTES * (floats + scores) + 2 * scores * settings.moment_bits // 8
+
+
+def score_count(bundle: Bundle, settings: Settings) -> int:
+    """How many there are."""
+    _, masked = learning_layers(bundle.layers, settings)
+    shapes = (score_shape(layer.weight_shape, settings.granularity) for layer in bundle.layers if layer.name in masked)
+    return sum(map(_size, shapes))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
