@@ -40,6 +40,12 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("vgg16_bn", 0, ("--batch", "4", "--layers", "features.3..", "--views", "1")),
     ("mobilenet_v2", 0, ("--granularity", "element")),
     ("mobilenet_v2", 96, ("--statistics", "batch", "--batch", "8")),
+    # Activations in half precision.
+    *((r, 0, ("--activation-bits", "16")) for r in ("mobilenet_v2", "efficientnet_b0", "resnet18", "resnet50")),
+    ("mobilenet_v2", 0, ("--activation-bits", "16", "--threads", "4")),
+    ("mobilenet_v2", 96, ("--activation-bits", "16", "--statistics", "batch", "--batch", "8")),
+    ("efficientnet_b0", 0, ("--activation-bits", "16", "--threads", "4")),
+    ("resnet50", 0, ("--activation-bits", "16", "--threads", "4")),
     # Each thread with micro-batches of its own, on however many cores.
     *((recipe, 0, ("--threads", "2")) for recipe in ("mobilenet_v2", "resnet18", "resnet20_cifar10")),
     ("efficientnet_b0", 0, ("--threads", "2")),

@@ -85,6 +85,7 @@ ABLATIONS = {
     ),
     "head-random": Method("a head that starts at random", _always("--head-start", "random"), ours=True),
     "moments-8": Method("moments of Adam in 8 bits", _always("--moment-bits", "8"), ours=True),
+    "activations-16": Method("activations in half precision", _always("--activation-bits", "16"), ours=True),
     "no-smoothing": Method("no label smoothing", _always("--label-smoothing", "0"), ours=True),
     "flip": Method("mirrored images as well", _always("--flip"), ours=True),
     "epochs-2": Method("2 epochs", _always(), ours=True, epochs=2),

@@ -33,9 +33,9 @@ from ksm_edge.pack.format import encode
 from ksm_edge.pack.record import Pack
 from ksm_edge.resident import give_back
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.footprint import parts_ahead
 from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import to_pack
-from ksm_edge.training.footprint import parts_ahead
 from ksm_edge.training.planner import Plan
 from ksm_edge.training.targets import balanced_weights, target_rows
 from ksm_edge.training.trainer import Trainer

@@ -13,6 +13,7 @@ import onnx
 
 from ksm_edge.autodiff import conv, loss, norm, own
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
+from ksm_edge.autodiff.halved import kept_in_half
 from ksm_edge.autodiff.recompute import with_least_kept
 from ksm_edge.autodiff.rules import RULES
 from ksm_edge.autodiff.spec import FRONT, WHOLE, GradientSpec, transformed_shape
@@ -73,7 +74,9 @@ def build(
         emit.output(FEATURES, shapes[FEATURES])
     model = emit.model()
     if spec.recompute:
-        model = with_least_kept(model, forward)
+        model = with_least_kept(model, forward, half=spec.half)
+    elif spec.half:
+        model = kept_in_half(model, forward)
     own.declare_shapes(model)
     inputs, outputs = ({name: shape for name, (_, shape) in d.items()} for d in (emit.inputs, emit.outputs))
     pixels = {node.name: shapes[node.output][2] * shapes[node.output][3] for node in nodes if node.op == "Conv"}

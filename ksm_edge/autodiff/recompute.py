@@ -12,25 +12,27 @@ from collections.abc import Collection, Sequence
 
 import onnx
 
+from ksm_edge.autodiff.halved import kept_in_half
 from ksm_edge.autodiff.liveness import peak_bytes, tensor_bytes
 
 AGAIN = "~again"  # behind the names of what is computed a second time
 
 
-def with_least_kept(model: onnx.ModelProto, forward: int) -> onnx.ModelProto:
+def with_least_kept(model: onnx.ModelProto, forward: int, *, half: bool = False) -> onnx.ModelProto:
     """The gradient graph, of which the first `forward` nodes are the forward pass, in the form that takes least memory.
 
-    Of the results that it can be cut at those up to some size are kept: which size is best is tried out.
+    Of the results that it can be cut at those up to some size are kept: which size is best is tried out. `half`: in
+    half precision.
     """
     nodes, sizes = list(model.graph.node), tensor_bytes(model)
     candidates = {name: sizes[name] for i in cuts(nodes[:forward]) for name in nodes[i].output[:1]}
-    forms = [model]
+    forms = [kept_in_half(model, forward) if half else model]
     for limit in set(candidates.values()):
         form = onnx.ModelProto()
         form.CopyFrom(model)
         del form.graph.node[:]
         form.graph.node.extend(recomputed(nodes, forward, {n for n, size in candidates.items() if size <= limit}))
-        forms.append(form)
+        forms.append(kept_in_half(form, forward) if half else form)
     # Of equals the one that computes least again.
     return min(forms, key=lambda form: (peak_bytes(form), len(form.graph.node)))
 

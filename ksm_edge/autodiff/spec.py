@@ -30,6 +30,7 @@ class GradientSpec:
     own: bool = False  # with operators of `_operators.c`, see `autodiff.own`
     widened: bool = True  # with `own`: 1x1 convs are done along with the depthwise convs behind them
     tile_bytes: int = 0  # with `own` and `fast`: 3x3 convs by tiles whose weights take up to so much, see `winograd`
+    half: bool = False  # keep the forward pass's tensors in half precision: see `autodiff.halved`
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 

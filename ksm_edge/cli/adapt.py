@@ -40,6 +40,7 @@ BITS = {
     "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
     "head_bits": "bits of each weight of the head, 2 to 8",
     "moment_bits": "bits of each of a score's moments while learning, 32 or 8; 8 also where memory is short",
+    "activation_bits": "bits of what the forward pass keeps for gradients, 32 or 16: half the memory of each thread",
 }
 
 

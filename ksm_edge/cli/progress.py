@@ -112,6 +112,7 @@ def _memory(plan: Plan) -> str:
     short = "" if spec.fast else ", in forms that take less memory"
     short += ", weights of k x k layers made when they are needed" if spec.inside else ""
     short += ", most of the forward pass computed twice" if spec.recompute else ""
+    short += ", what gradients are made from in half precision" if spec.half else ""
     short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
     return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
 

@@ -19,6 +19,8 @@ PROCESS_BYTES = 143 * 2**19
 OPENING_BYTES = 5 * 2**20
 # Arena and heap round up, and keep what they had to split.
 ACTIVATION_SHARE, PARAMETER_SHARE = 1.21, 1.17
+# Where tensors are kept in half precision, whole ones come and go between them, and leave gaps.
+HALF_SHARE = 1.25
 # Weights as they are stored, where a graph reads them: pages around them come along.
 PAGES_SHARE = 1.15
 # Each further worker takes its activations, with a thread and scratch memory of its own.
@@ -84,7 +86,8 @@ def _accumulator_bytes(graph: CompiledGraph) -> int:
 
 
 def activation_bytes(graph: CompiledGraph, workers: int = 1) -> int:
-    return int(graph.activation_bytes * (ACTIVATION_SHARE + (workers - 1) * WORKER_SHARE))
+    share = ACTIVATION_SHARE + (workers - 1) * WORKER_SHARE
+    return int(graph.activation_bytes * share * (HALF_SHARE if graph.spec.half else 1))
 
 
 def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Mapping[str, str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -15,7 +15,7 @@ from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.footprint import activation_bytes, expected_peak_bytes, score_count
-from ksm_edge.training.settings import MOMENT_BITS, Settings
+from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, Settings
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers
 from ksm_edge.training.tuning import Tuned, forms_that_may_differ, measured
 
@@ -27,7 +27,8 @@ IMAGES_ON_A_GPU = 32
 Form = Mapping[str, Any]  # of `GradientSpec` what decides how things are computed, not what
 
 # Ways to compute, from the fastest on. With moments in few bits the same again: that takes little time, but changes
-# more than last bits, and comes when nothing else is left.
+# more than last bits, and comes when nothing else is left. Activations in few bits hardly ever take less than computing
+# them again does, and are left to those who want the time.
 FORMS: tuple[Form, ...] = tuple(
     {"fast": fast, "inside": inside, "recompute": recompute}
     for fast, inside, recompute in (
@@ -102,39 +103,20 @@ def make_plan(
             raise UsageError(f"the runtime {runtime} keeps no memory budget: leave it out")
         if tune:
             raise UsageError(f"the runtime {runtime} has no forms to choose from: leave out --tune")
+        if settings.activation_bits < ACTIVATION_BITS[0]:
+            raise UsageError(f"the runtime {runtime} keeps activations as it likes: leave out --activation-bits")
         return _unmeasured_plan(bundle, classes, settings, engine)
 
-    def at(images: int, form: Form) -> CompiledGraph:
-        return compiled(bundle, replace(gradient_spec(bundle, classes, settings, images), **form))
-
-    def beside(graph: CompiledGraph) -> list[CompiledGraph]:
-        """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
-        specs = [forward_spec(graph.spec, graph.forms), front_spec(graph.spec)] if settings.views else []
-        return [compiled(bundle, spec) for spec in specs]
-
-    def peak(candidate: Candidate) -> int:
-        return expected_peak_bytes(bundle, classes, *candidate, beside(candidate[-1]))
-
-    def fits(candidate: Candidate, elsewhere: int = 0) -> bool:
-        return budget_bytes is None or peak(candidate) + elsewhere <= budget_bytes
-
+    search = _Search(bundle, classes, settings, budget_bytes)
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
-    candidates = _candidates(bundle, settings, threads, smallest, before)
-    kind, workers, graph = _first(((kind, n, at(smallest, form)) for kind, n, form in candidates), fits, peak)
+    kind, workers, graph = search.first(_candidates(bundle, settings, threads, smallest, before), smallest)
     found = None
     if before is None and graph.spec.fast and not graph.spec.recompute:
         if settings.statistics == "frozen":
-            one = max(activation_bytes(each) for each in (graph, *beside(graph)))
-            most = settings.batch // workers
-            graph = _with_more_images(
-                graph, lambda n: at(n, FORMS[0]), lambda graph: fits((kind, workers, graph)), most, one
-            )
+            graph = search.with_more_images(kind, workers, graph)
         if tune:
-            here = rss_bytes()  # while another process measures
-            found, graph = _fastest(
-                bundle, kind, replace(engine, workers=workers), graph, at, lambda g: fits((kind, workers, g), here)
-            )
-    need = peak((kind, workers, graph))
+            found, graph = search.fastest(kind, replace(engine, workers=workers), graph)
+    need = search.peak((kind, workers, graph))
     if budget_bytes is not None and need > budget_bytes:
         over = _over_budget(bundle, settings, graph, workers, need, budget_bytes, goes_on=before is not None)
         raise BudgetError(over, need)
@@ -150,6 +132,65 @@ def make_plan(
         front=compiled(bundle, front_spec(graph.spec)) if settings.views else None,
         tuned=found,
     )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """For the graph that a plan is made of."""
+
+    bundle: Bundle
+    classes: int
+    settings: Settings
+    budget_bytes: int | None
+
+    def graph(self, kind: Settings, images: int, form: Form) -> CompiledGraph:
+        return compiled(self.bundle, replace(gradient_spec(self.bundle, self.classes, kind, images), **form))
+
+    def beside(self, graph: CompiledGraph) -> list[CompiledGraph]:
+        """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
+        views = self.settings.views
+        specs = [forward_spec(graph.spec, graph.forms), front_spec(graph.spec)] if views else []
+        return [compiled(self.bundle, spec) for spec in specs]
+
+    def peak(self, candidate: Candidate) -> int:
+        return expected_peak_bytes(self.bundle, self.classes, *candidate, self.beside(candidate[-1]))
+
+    def fits(self, candidate: Candidate, elsewhere: int = 0) -> bool:
+        return self.budget_bytes is None or self.peak(candidate) + elsewhere <= self.budget_bytes
+
+    def first(self, candidates: Iterable[tuple[Settings, int, Form]], images: int) -> Candidate:
+        """The first that fits, or else the smallest."""
+        smallest: Candidate | None = None
+        for kind, workers, form in candidates:
+            candidate = kind, workers, self.graph(kind, images, form)
+            if self.fits(candidate):
+                return candidate
+            smallest = candidate if smallest is None else min(smallest, candidate, key=self.peak)
+        assert smallest is not None
+        return smallest
+
+    def with_more_images(self, kind: Settings, workers: int, single: CompiledGraph) -> CompiledGraph:
+        """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget."""
+        one = max(activation_bytes(each) for each in (single, *self.beside(single)))
+        most, count = self.settings.batch // workers, 1
+        while count * 2 <= most and one * count * 2 <= COMFORTABLE_BYTES:
+            count *= 2
+        while count > 1:
+            # Several images are transposed for their products, one is not: they may take more than their number says.
+            graph = self.graph(kind, count, FORMS[0])
+            if self.fits((kind, workers, graph)):
+                return graph
+            count //= 2
+        return single
+
+    def fastest(self, kind: Settings, engine: Engine, usual: CompiledGraph) -> tuple[Tuned, CompiledGraph]:
+        """What was measured of the usual graph and of those in other forms, and the fastest; of those that fit."""
+        images, here = usual.spec.micro_batch, rss_bytes()  # of this process, while another one measures
+        forms = forms_that_may_differ(usual)
+        graphs = {name: self.graph(kind, images, {**FORMS[0], **form}) for name, form in forms.items()}
+        fitting = {name: graph for name, graph in graphs.items() if self.fits((kind, engine.workers, graph), here)}
+        found = measured(self.bundle, kind, engine, fitting)
+        return found, graphs[found.name]
 
 
 def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
@@ -215,7 +256,9 @@ def _worker_counts(threads: int, runs: int) -> Sequence[int]:
 
 def _moment_bits(bundle: Bundle, settings: Settings) -> Sequence[int]:
     """From the most on, where there is anything to have moments."""
-    return [bits for bits in MOMENT_BITS if bits <= settings.moment_bits][: None if score_count(bundle, settings) else 1]
+    return [bits for bits in MOMENT_BITS if bits <= settings.moment_bits][
+        : None if score_count(bundle, settings) else 1
+    ]
 
 
 def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None) -> Sequence[Form]:
@@ -231,57 +274,6 @@ def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None)
     inside = settings.granularity != "element" and any(I > FEW_CHANNELS and kh * kw > 1 for _, I, kh, kw in shapes)
     fast = any(kh * kw > 1 and I * kh * kw > FEW_COLUMNS for _, I, kh, kw in shapes)
     return [form for form in FORMS if (inside or not form["inside"]) and (fast or form["fast"])]
-
-
-def _first(
-    candidates: Iterable[Candidate], fits: Callable[[Candidate], bool], peak: Callable[[Candidate], int]
-) -> Candidate:
-    """The first that fits, or else the smallest."""
-    smallest: Candidate | None = None
-    for candidate in candidates:
-        if fits(candidate):
-            return candidate
-        smallest = candidate if smallest is None else min(smallest, candidate, key=peak)
-    assert smallest is not None
-    return smallest
-
-
-def _fastest(
-    bundle: Bundle,
-    settings: Settings,
-    engine: Engine,
-    usual: CompiledGraph,
-    at: Callable[[int, Form], CompiledGraph],
-    fits: Callable[[CompiledGraph], bool],
-) -> tuple[Tuned, CompiledGraph]:
-    """What was measured of the usual graph and of those in other forms, and the fastest of them; of those that fit."""
-    images = usual.spec.micro_batch
-    graphs = {name: at(images, {**FORMS[0], **form}) for name, form in forms_that_may_differ(usual).items()}
-    found = measured(bundle, settings, engine, {name: graph for name, graph in graphs.items() if fits(graph)})
-    return found, graphs[found.name]
-
-
-def _with_more_images(
-    single: CompiledGraph,
-    at: Callable[[int], CompiledGraph],
-    fits: Callable[[CompiledGraph], bool],
-    batch: int,
-    one: int,
-) -> CompiledGraph:
-    """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget.
-
-    `one`: bytes of activations for one image, at the worst.
-    """
-    count = 1
-    while count * 2 <= batch and one * count * 2 <= COMFORTABLE_BYTES:
-        count *= 2
-    while count > 1:
-        # Several images are transposed for their products, one is not: they may take more than their number says.
-        graph = at(count)
-        if fits(graph):
-            return graph
-        count //= 2
-    return single
 
 
 def _over_budget(

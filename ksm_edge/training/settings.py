@@ -13,7 +13,7 @@ from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
 HEAD_STARTS = ("zero", "random")
-MOMENT_BITS = (32, 8)
+MOMENT_BITS, ACTIVATION_BITS = (32, 8), (32, 16)
 # Of few images each is shown more often, so that all together are as many as this, up to so many times.
 SHOWN, MOST_EPOCHS = 2400, 60
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
@@ -49,6 +49,7 @@ class Settings:
     thin_at: float = 0.5  # when, as a share of all steps: the masks have formed, and what is left can still learn
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
     moment_bits: int = 32  # of each of Adam's two for a score, 32 or 8; a plan may choose 8 where memory is short
+    activation_bits: int = 32  # of what the forward pass keeps for gradients, 32 or 16, see `autodiff.halved`
     warmup: float = 0.3  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
@@ -66,8 +67,9 @@ class Settings:
         _one_of("head_start", self.head_start, HEAD_STARTS)
         if self.granularity not in ("kernel", "channel", "element"):
             group_size(self.granularity)
-        if self.moment_bits not in MOMENT_BITS:
-            raise UsageError(f"moment_bits {self.moment_bits}: must be one of {', '.join(map(str, MOMENT_BITS))}")
+        for name, known in {"moment_bits": MOMENT_BITS, "activation_bits": ACTIVATION_BITS}.items():
+            if (bits := getattr(self, name)) not in known:
+                raise UsageError(f"{name} {bits}: must be one of {', '.join(map(str, known))}")
         for name in ("seed", "views"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} {getattr(self, name)}: must not be negative")

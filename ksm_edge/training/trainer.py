@@ -17,7 +17,7 @@ from ksm_edge.runtimes.engine import Engine
 from ksm_edge.runtimes.workers import Session
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
-from ksm_edge.training.settings import Settings
+from ksm_edge.training.settings import ACTIVATION_BITS, Settings
 from ksm_edge.training.suited import RateScale, rate_scale, usual_thin
 from ksm_edge.training.thinning import late_step, thin
 
@@ -264,6 +264,7 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
         # Exact to some 5e-6 where convs are to 5e-7: gradients of a batch's own statistics would make too much of that.
         tile_bytes=TILE_BYTES if settings.statistics == "frozen" else 0,
         part=part,
+        half=settings.activation_bits < ACTIVATION_BITS[0],
     )
 
 
@@ -275,7 +276,7 @@ def forward_spec(spec: GradientSpec, forms: Mapping[str, str]) -> GradientSpec:
     # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
     tile_bytes = spec.tile_bytes if "winograd" in forms.values() else 0
     read = replace(spec, fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
-    return replace(read, backward=False, statistics="frozen", classes=0, recompute=False, part=WHOLE)
+    return replace(read, backward=False, statistics="frozen", classes=0, half=False, recompute=False, part=WHOLE)
 
 
 def front_spec(spec: GradientSpec) -> GradientSpec:

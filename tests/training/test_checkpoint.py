@@ -86,7 +86,7 @@ def test_any_other_safetensors_file_is_no_checkpoint(tmp_path: Path, metadata: d
 
 
 @pytest.mark.parametrize(
-    "record", ["{}", "[]", '{"version": 9, "progress": {"odd": 1}, "identity": {}}', '{"version": 9}']
+    "record", ["{}", "[]", '{"version": 10, "progress": {"odd": 1}, "identity": {}}', '{"version": 10}']
 )
 def test_a_record_that_lacks_something_is_damaged(tmp_path: Path, record: str) -> None:
     path = tmp_path / "x.checkpoint"

@@ -168,6 +168,15 @@ def test_moments_of_fewer_bits_than_a_training_began_with_are_refused(bundle: Bu
         make_plan(bundle, 4, replace(SETTINGS, moment_bits=8), threads=1, budget_bytes=None, before=before)
 
 
+def test_activations_in_half_precision_make_room_for_workers_and_are_never_a_plans_own_idea() -> None:
+    embedded, settings = load_bundle("embedded"), replace(SETTINGS, batch=4)
+    half = replace(settings, activation_bits=16)
+    assert not any(p.graph.spec.half for p in ever_tighter(embedded, settings, threads=4))
+    four = plan(embedded, None, half, threads=4)
+    assert four.engine.workers == plan(embedded, four.expected_peak_bytes, half, threads=4).engine.workers == 4
+    assert plan(embedded, four.expected_peak_bytes, settings, threads=4).engine.workers < 4
+
+
 def test_a_training_that_is_gone_on_with_keeps_to_how_it_computes(bundle: Bundle) -> None:
     settings = replace(SETTINGS, batch=1)
     for before in ever_tighter(bundle, settings):
