@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ksm_edge.cores import fast_cores
 from ksm_edge.errors import UsageError
 from ksm_edge.resources import data_folder
 
@@ -198,7 +199,7 @@ def _host() -> Device:
     cores = len(os.sched_getaffinity(0))
     measured = {
         "cores": cores,
-        "threads": cores,
+        "threads": len(fast_cores()),
         "clock_mhz": _clock_mhz(),
         "ram_bytes": memory.total,
         "free_ram_bytes": memory.available,

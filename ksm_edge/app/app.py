@@ -17,6 +17,7 @@ from ksm_edge.app.images import as_input
 from ksm_edge.app.residents import Resident, Residents
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
+from ksm_edge.cores import fast_cores
 from ksm_edge.errors import BudgetError, UnsignedError, UnsupportedError, UsageError
 from ksm_edge.fuse import fuse
 from ksm_edge.pack.calibration import Calibration
@@ -82,7 +83,8 @@ class App:
         runtime: str = DEFAULT,
         require_signature: str | os.PathLike[str] | None = None,
     ) -> None:
-        """`bundle`: a Bundle, the path of one, or "embedded"; `threads`: all of this process's cores if not given.
+        """`bundle`: a Bundle, the path of one, or "embedded"; `threads`: as many as there are fast cores, if not
+        given.
 
         `limit`: sessions kept; `memory_budget`: bytes that the fused weights of all of them may take, and BudgetError
         where these are fewer than one task's. `require_signature`: a PEM file with an Ed25519 public key; a pack that
@@ -93,7 +95,7 @@ class App:
         self._runtime = load_runtime(runtime)
         self._prepares = runtime == DEFAULT
         self._graph = _if_faster(prepared(self.bundle)) if self._prepares else None
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or len(fast_cores())
         self._tasks: dict[str, _Loaded] = {}
         self._fresh: tuple[str, Pack] | None = None  # the pack loaded last, decoded, until something is made of it
         self._residents = Residents(self._make, self._sessions(limit, memory_budget))

@@ -135,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
     from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.progress import ProgressBar
+    from ksm_edge.cores import compute_on_fast_cores
     from ksm_edge.device import HOST, Device, this_machine
     from ksm_edge.errors import UsageError
 
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{device.title} is emulated by holding its memory, which {args.runtime} knows nothing of")
     bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
+    compute_on_fast_cores(threads)
     budget = args.memory_budget
     if budget is None and args.runtime == ENGINES[0]:
         budget = memory_budget(device)
@@ -183,10 +185,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def available_threads(device: Device) -> int:
-    """The device's threads, as far as this process has cores for them."""
-    import os
+    """The device's threads, as far as this process has fast cores for them."""
+    from ksm_edge.cores import fast_cores
 
-    return min(device.threads, len(os.sched_getaffinity(0)))
+    return min(device.threads, len(fast_cores()))
 
 
 def memory_budget(device: Device) -> int:

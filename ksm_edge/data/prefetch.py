@@ -7,6 +7,8 @@ from collections.abc import Generator, Iterable
 from queue import SimpleQueue
 from typing import TypeVar
 
+from ksm_edge.cores import run_anywhere
+
 T = TypeVar("T")
 
 
@@ -44,6 +46,7 @@ def _make(
     stop: threading.Event,
 ) -> None:
     """The thread: (True, value) for each, then (False, None), or (False, the exception)."""
+    run_anywhere()
     iterator = iter(values)
     try:
         while True:
