@@ -21,7 +21,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_README = ("accuracy", "adaptation", "demo", "forgetting", "latency", "memory", "pack", "prediction", "startup")
-SCRIPTS = (*IN_README, "apps", "bits", "layers", "plans", "runtimes")
+SCRIPTS = (*IN_README, "apps", "bits", "layers", "levers", "runtimes")
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -326,15 +326,26 @@ def test_memory_is_told_by_its_extremes(load: Any) -> None:
     assert load("memory").summary(runs) == {"least": 0.95, "most": 1.1, "exceeded": 1}
 
 
-def test_plans_are_held_against_the_fastest(load: Any) -> None:
-    plans = load("plans")
+def test_levers_are_held_against_the_usual_plan(load: Any) -> None:
+    levers = load("levers")
     runs = [
-        {"recipe": "a", "plan": plan, "gradient_ms": [forward], "update_ms": [10.0],
-         "peak_rss_bytes": peak, "activation_bytes": 1}
-        for plan, forward, peak in ((plans.FASTEST, 30.0, 200), ("smallest", 40.0, 150))
-    ]  # fmt: skip
-    row = plans.summary(runs)["a"]["smallest"]
-    assert (row["step_ms"], row["time_ratio"], row["saved_bytes"]) == (50.0, 1.25, 50)
+        {
+            "recipe": "a",
+            "lever": lever,
+            "step_ms": [ms, ms, 1e6],
+            "peak_rss_bytes": peak,
+            "activation_bytes": 1,
+            **error,
+        }
+        for lever, ms, peak, error in (
+            (levers.USUAL, 40.0, 200, {}),
+            ("other", 50.0, 150, {"gradient_error": 1e-4, "largest_gradient_error": 1e-3}),
+        )
+    ]
+    usual, other = levers.summary(runs)["a"].values()
+    assert (other["step_ms"], other["time_ratio"], other["saved_bytes"]) == (50.0, 1.25, 50)
+    assert (other["gradient_error"], other["largest_gradient_error"]) == (1e-4, 1e-3)
+    assert "gradient_error" not in usual
 
 
 def adaptation_run(rival: str, step_ms: float, batch: int = 8) -> dict[str, Any]:
