@@ -201,7 +201,7 @@ def lever_tables(content: Mapping[str, Any]) -> str:
     ]
     for recipe, levers in content["summary"].items():
         for lever, row in levers.items():
-            error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
+            error = f"{row['gradient_error']:.0e}".replace("0e+00", "0") if "gradient_error" in row else ""
             lines.append(f"| {recipe} | {lever} | {row['step_ms']:.0f} | {row['time_ratio']:.2f} | "
                          f"{row['peak_rss_bytes'] / MIB:.0f} | {error} |")  # fmt: skip
     return "\n".join([*lines, "", _origin(content)])
