@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksm_edge.cli.arguments import add_bundle, add_device, add_json, add_threads, byte_size, positive
+from ksm_edge.cli.arguments import Options, add_bundle, add_device, add_json, add_threads, byte_size, positive
 
 if TYPE_CHECKING:
     from ksm_edge.adapt.journey import Adapted
@@ -23,22 +24,26 @@ INTERRUPTED = 130
 # As in `ksm_edge.runtimes.engine`, whose imports are not needed for --help.
 ENGINES = ("onnxruntime", "pytorch", "cuda")
 DEMO_EPOCHS = 6
-# Settings that may be given, with what they mean; defaults are those of `ksm_edge.training.settings`.
-NUMBERS = {
+# Settings that are numbers, with what they mean; defaults are those of `ksm_edge.training.settings`.
+RATES = {
     "score_rate": "learning rate of the scores",
     "norm_rate": "learning rate of batch-norm",
     "head_rate": "learning rate of the head",
     "warmup": "share of all steps in which the rates rise to their full value",
     "label_smoothing": "label smoothing",
     "validation": "share of the training images held out for choosing",
+}
+CUTS = {
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",
     "thin": "share of the cut kernels, those that matter least, put back in mid training (default: half of 1x1 ones)",
     "thin_at": "when, as a share of all steps; --learn-in-bits begins there too",
 }
-BITS = {
+PACK_BITS = {
     "scale_bits": "bits of each mask scale in the pack, 1 to 8",
     "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
     "head_bits": "bits of each weight of the head, 2 to 8",
+}
+MEMORY_BITS = {
     "moment_bits": "bits of each of a score's moments while learning, 32 or 8; 8 also where memory is short",
     "activation_bits": "bits of what the forward pass keeps for gradients, 32 or 16: half the memory of each thread",
 }
@@ -53,72 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="NAME.ksm", help="pack to write (default: the data's name, here)")
     add_bundle(parser)
-    add_device(parser)
-    add_threads(parser)
-    parser.add_argument(
-        "--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)"
-    )
-    parser.add_argument(
-        "--runtime",
-        choices=ENGINES,
-        default=ENGINES[0],
-        help="what computes gradients (default: onnxruntime); cuda, and pytorch on the processor, need torch and take "
-        "what memory they want",
-    )
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="measure first, once for a backbone and these options, which forms of the computation are the fastest on "
-        "this board; they change last bits",
-    )
-    parser.add_argument(
-        "--epochs", type=positive, metavar="N", help="passes over the images (default: 8, more for few images)"
-    )
-    parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
-    parser.add_argument(
-        "--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)"
-    )
-    parser.add_argument(
-        "--layers",
-        metavar="NAMES",
-        help="layers that may change: names, patterns, NAME.. for all from there on, or such as 35%%.. for all but the "
-        "first 35 %% of them",
-    )
-    parser.add_argument(
-        "--views",
-        type=positive,
-        metavar="N",
-        help="see each image in N ways only, and keep on disk what the layers in front of --layers make of them",
-    )
-    parser.add_argument(
-        "--fast", action="store_true", help="less time for some accuracy, by fewer --layers and few --views"
-    )
-    parser.add_argument("--masked", metavar="NAMES", help="of those the ones that get a mask (default: all)")
-    parser.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
-    parser.add_argument("--binary", action="store_true", help="masks of 0 and 1 only")
-    parser.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
-    parser.add_argument("--head-start", choices=("zero", "random"), help="what the head begins with (default: zero)")
-    parser.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
-    parser.add_argument("--balanced", action="store_true", help="weigh rare classes more")
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of the split, the order and the augmentation (default: 0)"
-    )
-    for name, meaning in NUMBERS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
-    parser.add_argument(
-        "--absolute-rates",
-        action="store_true",
-        help="take the rates of scores and batch-norm as they are: usually they are scaled from MobileNetV2 to the "
-        "backbone's depth and gammas",
-    )
-    parser.add_argument(
-        "--small", action="store_true", help="a smaller pack for some accuracy, by more thinning and fewer bits"
-    )
-    for name, meaning in BITS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=meaning)
-    parser.add_argument(
-        "--learn-in-bits", action="store_true", help="in the second half learn with the values that the pack will hold"
-    )
     parser.add_argument(
         "--from",
         dest="parent",
@@ -127,7 +66,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from a pack: more photos, or more classes as well",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    parser.add_argument(
+        "--fast", action="store_true", help="less time for some accuracy, by fewer --layers and few --views"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a smaller pack for some accuracy, by more thinning and fewer bits"
+    )
     add_json(parser)
+    _add_board(parser.add_argument_group("the board"))
+    _add_what_learns(parser.add_argument_group("what learns"))
+    _add_how(parser.add_argument_group("how"))
+    _add_pack(parser.add_argument_group("what the pack takes"))
+
+
+def _add_board(group: Options) -> None:
+    add_device(group)
+    add_threads(group)
+    group.add_argument("--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)")
+    group.add_argument(
+        "--runtime",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what computes gradients (default: onnxruntime); cuda, and pytorch on the processor, need torch and take "
+        "what memory they want",
+    )
+    group.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure first, once for a backbone and these options, which forms of the computation are the fastest on "
+        "this board; they change last bits",
+    )
+    _add_numbers(group, MEMORY_BITS, positive, "N")
+
+
+def _add_what_learns(group: Options) -> None:
+    group.add_argument(
+        "--method", choices=("ksm", "norm", "head"), help="what learns: masks, batch-norm and head (ksm)"
+    )
+    group.add_argument(
+        "--layers",
+        metavar="NAMES",
+        help="layers that may change: names, patterns, NAME.. for all from there on, or such as 35%%.. for all but the "
+        "first 35 %% of them",
+    )
+    group.add_argument("--masked", metavar="NAMES", help="of those the ones that get a mask (default: all)")
+    group.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
+    group.add_argument("--binary", action="store_true", help="masks of 0 and 1 only")
+    group.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
+    group.add_argument("--head-start", choices=("zero", "random"), help="what the head begins with (default: zero)")
+
+
+def _add_how(group: Options) -> None:
+    group.add_argument(
+        "--epochs", type=positive, metavar="N", help="passes over the images (default: 8, more for few images)"
+    )
+    group.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
+    group.add_argument(
+        "--views",
+        type=positive,
+        metavar="N",
+        help="see each image in N ways only, and keep on disk what the layers in front of --layers make of them",
+    )
+    group.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
+    group.add_argument("--balanced", action="store_true", help="weigh rare classes more")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="of the split, the order and the augmentation (default: 0)"
+    )
+    _add_numbers(group, RATES, float, "X")
+    group.add_argument(
+        "--absolute-rates",
+        action="store_true",
+        help="take the rates of scores and batch-norm as they are: usually they are scaled from MobileNetV2 to the "
+        "backbone's depth and gammas",
+    )
+
+
+def _add_pack(group: Options) -> None:
+    _add_numbers(group, CUTS, float, "X")
+    _add_numbers(group, PACK_BITS, positive, "N")
+    group.add_argument(
+        "--learn-in-bits", action="store_true", help="in the second half learn with the values that the pack will hold"
+    )
+
+
+def _add_numbers(group: Options, meanings: Mapping[str, str], kind: Callable[[str], float], letter: str) -> None:
+    for name, meaning in meanings.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=letter, help=meaning)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -215,7 +239,7 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
     from ksm_edge.training.settings import FAST, SMALL, Settings, usual_epochs
 
     names = ("epochs", "batch", "method", "layers", "views", "masked", "granularity", "statistics", "head_start",
-             "seed", *NUMBERS, *BITS)  # fmt: skip
+             "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 
+Options = argparse._ActionsContainer  # a parser, or a group of its options
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_bundle(options: Options) -> None:
+    options.add_argument(
         "--bundle",
         default="embedded",
         metavar="BUNDLE",
@@ -17,12 +18,12 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+def add_json(options: Options) -> None:
+    options.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_device(options: Options) -> None:
+    options.add_argument(
         "--device",
         default="host",
         metavar="NAME|PATH",
@@ -30,12 +31,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=positive, default=None, metavar="N", help="threads (default: the device's)")
+def add_threads(options: Options) -> None:
+    options.add_argument("--threads", type=positive, default=None, metavar="N", help="threads (default: the device's)")
 
 
-def add_require_signature(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_require_signature(options: Options) -> None:
+    options.add_argument(
         "--require-signature", metavar="PUBLIC.pem", help="refuse a pack that this Ed25519 key did not sign"
     )
 
