@@ -8,8 +8,7 @@
 MobileNetV2 at 160 px. Every method that is trained in steps learns from the same images in the same order with the same
 augmentation, and, where its title does not say otherwise, for the same number of optimizer steps. Everything is chosen
 on the validation split that `adapt` holds out; the test set is read once, at the end. Each run is a process of its own
-with one thread. Runs are added to the file as they come, and those that are there are not done again; with --packs a
-training that was interrupted is gone on with, too.
+with one thread. Runs are added to the file as they come, and those that are there are not done again.
 """
 
 from __future__ import annotations

@@ -147,22 +147,14 @@ def title(name: str, *, earlier: bool) -> str:
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
-    """Learn it in fresh processes, read the test set once, and leave the pack, if the method has one, at `pack`.
-
-    A training that was interrupted there is gone on with.
-    """
-    from ksm_edge.adapt.journey import checkpoint_path
-
+    """Learn it in fresh processes, read the test set once, and leave the pack, if the method has one, at `pack`."""
     name, common = identity["method"], ["--bundle", str(bundle.path), *_schedule(identity)]
     if ALL[name].words is None:
         script = HERE / SCRIPTS.get(name, "rivals.py")
         words = [] if name in SCRIPTS else [IN_RIVALS.get(name, name)]
         return fresh_json([sys.executable, str(script), *words, str(data), *common])
     adapt = [*KSM_EDGE, "adapt", str(data), "--out", str(pack), "--threads", "1", *common, *identity["words"], "--json"]
-    resumed = checkpoint_path(pack).exists()
-    found = fresh_json([*adapt, "--resume"] if resumed else adapt)
-    if resumed:  # it knows of its own time alone
-        del found["wall_seconds"]
+    found = fresh_json(adapt)
     _require_settings(pack, identity)
     found |= judged(pack, bundle.path, data)
     if name == "piggyback":  # as it is published: a bit for every weight; and the head of the pack

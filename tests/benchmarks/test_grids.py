@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,28 +197,6 @@ def test_few_images_of_each_class_are_drawn_by_the_seed(load: Any, tmp_path: Pat
         assert len([name for name in names if name.startswith("test/")]) == 18
     assert drawn[0] == drawn[1] != drawn[2]
     assert {split.count("/a/") for split in map("".join, drawn)} == {3}
-
-
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_training_that_was_interrupted_is_gone_on_with(
-    interrupted: bool, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    methods, commands, pack = load("methods"), [], tmp_path / "task-0.ksm"
-    if interrupted:
-        (tmp_path / "task-0.ksm.checkpoint").touch()
-
-    def ran(command: list[str]) -> dict[str, Any]:
-        commands.append(command)
-        return {"wall_seconds": 9.0, "pack_bytes": 5}
-
-    monkeypatch.setattr(methods, "fresh_json", ran)
-    monkeypatch.setattr(methods, "_require_settings", lambda pack, identity: None)
-    monkeypatch.setattr(methods, "judged", lambda *given: {"test_accuracy": 0.5})
-    identity = {"method": "ksm", "words": [], "seed": 0, "batch": 16, "epochs": 8}
-    found = methods.learn(identity, SimpleNamespace(path=tmp_path), None, tmp_path, pack)
-    assert ("--resume" in commands[0]) == interrupted
-    assert ("wall_seconds" in found) != interrupted  # that of the last part would not be the training's
-    assert found["test_accuracy"] == 0.5
 
 
 def test_a_task_of_a_suite_has_its_own_classes(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
