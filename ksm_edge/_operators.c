@@ -307,7 +307,7 @@ static OrtStatus *compute_pool_gradient(void *kernel, OrtKernelContext *context)
     const Kernel *k = kernel;
     const Sliding *s = &k->sliding;
     Pooling f = {.s = s};
-    const float **given[] = {&f.dy, &f.x, &f.y};
+    const float **given[] = {&f.dy, &f.x};
     TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){s->images, s->channels, s->H, s->W}, 4, &f.dx));
     return in_parts(k, context, s->channels, loops->pool_gradient, &f);
@@ -502,7 +502,7 @@ static const Operator operators[OPERATORS] = {
     [WINOGRAD_OUTPUT_GRADIENT] = OPERATOR("WinogradOutputGradient", 1, 1, compute_transform, nowhere),
     [CONTRACTION] = OPERATOR("Contraction", 3, 1, compute_contraction, nowhere),
     [WINDOWS] = OPERATOR("Windows", 1, 1, compute_windows, nowhere),
-    [MAX_POOL_GRADIENT] = OPERATOR("MaxPoolGradient", 3, 1, compute_pool_gradient, nowhere),
+    [MAX_POOL_GRADIENT] = OPERATOR("MaxPoolGradient", 2, 1, compute_pool_gradient, nowhere),
 };
 
 static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const OrtKernelInfo *info, Kernel *k)

@@ -94,47 +94,67 @@ static int windows(const void *work, int64_t first, int64_t last)
 
 /* ---- Gradient of a max pool: each window's goes to the first of its pixels that is its maximum ----
 
-   Rows of x are taken apart into as many phases as the kernel steps, so that what a tap meets lies in a row. */
+   The maximum is found in x again: what the pool made may be of another precision than what was kept of x. Rows of x are taken apart into as many phases as the kernel steps, so that what a tap meets lies in a row. */
 
 typedef struct {
     const Sliding *s;
-    const float *dy, *x, *y;
+    const float *dy, *x;
     float *dx;
 } Pooling;
 
 typedef struct {
     int64_t pitch, phase; /* floats of a row of a phase, and of all its rows */
     float *x, *dx;
-    int32_t *won; /* whether a window of a row has given its gradient away */
+    float *largest; /* of each window of a row */
+    int32_t *won;   /* whether it has given its gradient away */
 } PoolRoom;
 
-INLINE void give(const float *restrict x, const float *restrict y, const float *restrict dy, int64_t count,
+INLINE void raise_to(const float *restrict x, int64_t count, float *restrict largest)
+{
+    for (int64_t i = 0; i < count; i++)
+        largest[i] = x[i] > largest[i] ? x[i] : largest[i];
+}
+
+INLINE void give(const float *restrict x, const float *restrict largest, const float *restrict dy, int64_t count,
                  int32_t *restrict won, float *restrict dx)
 {
     for (int64_t i = 0; i < count; i++) {
-        int32_t wins = (x[i] == y[i]) & !won[i];
+        int32_t wins = (x[i] == largest[i]) & !won[i];
         dx[i] += wins ? dy[i] : 0;
         won[i] |= wins;
     }
 }
 
-INLINE void pool_plane(const Sliding *s, const PoolRoom *room, const float *dy, const float *x, const float *y,
-                       float *dx)
+/* Where the windows of row `i` that have this tap begin, of them, and where in a frame it meets them: their count. */
+INLINE int64_t met_by(const Sliding *s, const PoolRoom *room, int64_t tap, int64_t i, int64_t *from, int64_t *at)
 {
-    int64_t step = s->strides[1];
+    Reach reach = reach_of(s, tap);
+    int64_t step = s->strides[1], row = row_of(s, tap, i), met = reach.from * step + reach.shift;
+    *from = reach.from;
+    *at = met % step * room->phase + row * room->pitch + met / step;
+    return row >= 0 && reach.from < reach.to ? reach.to - reach.from : 0;
+}
+
+INLINE void pool_plane(const Sliding *s, const PoolRoom *room, const float *dy, const float *x, float *dx)
+{
+    int64_t step = s->strides[1], taps = s->kernel[0] * s->kernel[1], from, at;
     for (int64_t row = 0; row < s->H; row++)
         for (int64_t phase = 0; phase < least(step, s->W); phase++)
             pick(x + row * s->W + phase, step, (s->W - 1 - phase) / step + 1,
                  room->x + phase * room->phase + row * room->pitch);
     memset(room->dx, 0, (size_t)(step * room->phase) * sizeof(float));
-    for (int64_t i = 0; i < s->h; i++, dy += s->w, y += s->w) {
-        memset(room->won, 0, (size_t)s->w * sizeof(int32_t));
-        for (int64_t tap = 0; tap < s->kernel[0] * s->kernel[1]; tap++) {
-            Reach reach = reach_of(s, tap);
-            int64_t row = row_of(s, tap, i), from = reach.from, met = from * step + reach.shift;
-            int64_t at = met % step * room->phase + row * room->pitch + met / step;
-            if (row >= 0 && from < reach.to)
-                give(room->x + at, y + from, dy + from, reach.to - from, room->won + from, room->dx + at);
+    for (int64_t i = 0; i < s->h; i++, dy += s->w) {
+        for (int64_t window = 0; window < s->w; window++)
+            room->largest[window] = -INFINITY, room->won[window] = 0;
+        for (int64_t tap = 0; tap < taps; tap++) {
+            int64_t count = met_by(s, room, tap, i, &from, &at);
+            if (count)
+                raise_to(room->x + at, count, room->largest + from);
+        }
+        for (int64_t tap = 0; tap < taps; tap++) {
+            int64_t count = met_by(s, room, tap, i, &from, &at);
+            if (count)
+                give(room->x + at, room->largest + from, dy + from, count, room->won + from, room->dx + at);
         }
     }
     for (int64_t row = 0; row < s->H; row++)
@@ -146,16 +166,18 @@ static int pool_gradient(const void *work, int64_t first, int64_t last)
     const Pooling *f = work;
     const Sliding *s = f->s;
     int64_t step = s->strides[1], pitch = (s->W + step - 1) / step, phase = s->H * pitch;
-    PoolRoom room = {pitch, phase, malloc((size_t)(2 * step * phase) * sizeof(float)), NULL, NULL};
+    PoolRoom room = {pitch, phase, malloc((size_t)(2 * step * phase) * sizeof(float)), NULL, NULL, NULL};
+    room.largest = malloc((size_t)s->w * sizeof(float));
     room.won = malloc((size_t)s->w * sizeof(int32_t));
-    int done = room.x && room.won;
+    int done = room.x && room.largest && room.won;
     for (int64_t channel = first; done && channel < last; channel++)
         for (int64_t image = 0; image < s->images; image++) {
             int64_t plane = image * s->channels + channel, in = plane * s->H * s->W, out = plane * s->h * s->w;
             room.dx = room.x + step * phase;
-            pool_plane(s, &room, f->dy + out, f->x + in, f->y + out, f->dx + in);
+            pool_plane(s, &room, f->dy + out, f->x + in, f->dx + in);
         }
     free(room.x);
+    free(room.largest);
     free(room.won);
     return done;
 }

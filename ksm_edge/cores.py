@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
-# Of this process, when it began.
-ALLOWED = frozenset(os.sched_getaffinity(0))
 SYSTEM = Path("/sys/devices/system/cpu")
+_before: set[int] | None = None  # that this process might have, where it was kept to some of them
 
 
-def fast_cores(allowed: Collection[int] = ALLOWED, system: Path = SYSTEM) -> frozenset[int]:
+def fast_cores(allowed: Collection[int] | None = None, system: Path = SYSTEM) -> frozenset[int]:
     """Of the cores that may be used those that do the most together when each does as much as the slowest of them.
 
-    By `cpu_capacity`, which Linux knows on Arm (Documentation/ABI/testing/sysfs-devices-system-cpu); all where it says
-    nothing.
+    `allowed`: those of this thread, if not given. By `cpu_capacity`, which Linux knows on Arm
+    (Documentation/ABI/testing/sysfs-devices-system-cpu); all where it says nothing.
     """
-    capacities = {core: _capacity(core, system) for core in allowed}
-    least = max(set(capacities.values()), key=lambda capacity: capacity * _count(capacities.values(), capacity))
+    cores = os.sched_getaffinity(0) if allowed is None else allowed
+    capacities = {core: _capacity(core, system) for core in cores}
+
+    def together(least: int) -> tuple[int, int]:
+        return least * sum(capacity >= least for capacity in capacities.values()), least  # of equals the fewer
+
+    least = max(capacities.values(), key=together)
     return frozenset(core for core, capacity in capacities.items() if capacity >= least)
-
-
-def _count(capacities: Collection[int], least: int) -> int:
-    return sum(capacity >= least for capacity in capacities)
 
 
 def _capacity(core: int, system: Path) -> int:
@@ -40,12 +41,16 @@ def _capacity(core: int, system: Path) -> int:
 
 def compute_on_fast_cores(threads: int) -> None:
     """Keep this thread, and those that it starts, to fast cores, if there are enough for so many threads."""
-    fast = fast_cores()
-    if threads <= len(fast) < len(ALLOWED):
-        os.sched_setaffinity(0, fast)
+    global _before
+    allowed, fast = os.sched_getaffinity(0), fast_cores()
+    if threads <= len(fast) < len(allowed):
+        with suppress(OSError):  # somebody forbids it: slower, but as right
+            os.sched_setaffinity(0, fast)
+            _before = allowed
 
 
 def run_anywhere() -> None:
-    """Let this thread have any core that the process had when it began."""
-    if os.sched_getaffinity(0) != ALLOWED:
-        os.sched_setaffinity(0, ALLOWED)
+    """Let this thread have the cores that `compute_on_fast_cores` took away."""
+    if _before is not None:
+        with suppress(OSError):
+            os.sched_setaffinity(0, _before)

@@ -26,6 +26,8 @@ def board(folder: Path, *capacities: int | str) -> Path:
         ((414, 414, 414, 414, 1024, 1024, 1024, 1024), {4, 5, 6, 7}),  # 4 of 1024 are more than 8 of 414
         ((325, 325, 325, 325, 828, 828, 828, 1024), {4, 5, 6, 7}),  # the fastest alone would be less
         ((485, 485, 485, 485, 1024, 1024), {4, 5} | {0, 1, 2, 3}),  # 6 of 485 are more than 2 of 1024
+        ((512, 512, 1024, 1024), {2, 3}),  # of equals the fewer
+        ((1024, 1024, 512, 512), {0, 1}),
         ((0, "odd", 1024), {1, 2}),  # what is no number says nothing
     ],
 )
@@ -51,7 +53,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
         pytest.skip("one core")
     fast, slow = sorted(before)[:2]
     os.sched_setaffinity(0, {fast, slow})
-    monkeypatch.setattr(cores, "ALLOWED", frozenset({fast, slow}))
+    monkeypatch.setattr(cores, "_before", None)
     monkeypatch.setattr(cores, "fast_cores", lambda: frozenset({fast}))
     yield fast, slow
     os.sched_setaffinity(0, before)
@@ -65,6 +67,23 @@ def test_threads_compute_on_fast_cores_and_images_are_made_on_any(two_cores: tup
         assert pool.submit(os.sched_getaffinity, 0).result() == {fast}
     assert next(prefetch(os.sched_getaffinity(0) for _ in range(1))) == {fast, slow}
     assert os.sched_getaffinity(0) == {fast}
+
+
+def test_a_program_that_chooses_its_cores_keeps_them(two_cores: tuple[int, int]) -> None:
+    _, slow = two_cores
+    os.sched_setaffinity(0, {slow})
+    assert next(prefetch(os.sched_getaffinity(0) for _ in range(1))) == {slow}
+
+
+def test_where_it_is_forbidden_everything_goes_on(two_cores: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_setaffinity", refused)
+        cores.compute_on_fast_cores(1)
+        patch.setattr(cores, "_before", set(two_cores))
+        assert next(prefetch([1])) == 1
 
 
 def test_more_threads_than_fast_cores_have_all(two_cores: tuple[int, int]) -> None:

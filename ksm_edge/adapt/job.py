@@ -211,11 +211,9 @@ class Job:
         self.timing.images += result.count
         if not np.isfinite(result.loss):
             rates = self.trainer.rates
-            in_half = ", or activations are beyond what half precision holds: try without --activation-bits"
             raise KsmEdgeError(
                 f"the loss is {result.loss} at step {progress.steps_done}: the learning rates are too high for this "
                 f"task (scores {rates['score']:g}, batch-norm {rates['gamma']:g}, head {settings.head_rate:g})"
-                + (in_half if self.plan.graph.spec.half else "")
             )
         self._losses = [*self._losses[1 - SHOWN_STEPS :], result.loss]
         shown = float(np.mean(self._losses))

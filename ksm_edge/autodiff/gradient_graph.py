@@ -13,7 +13,7 @@ import onnx
 
 from ksm_edge.autodiff import conv, loss, norm, own
 from ksm_edge.autodiff.graph import Emitter, Node, Shape
-from ksm_edge.autodiff.halved import kept_in_half
+from ksm_edge.autodiff.halved import with_halves
 from ksm_edge.autodiff.recompute import with_least_kept
 from ksm_edge.autodiff.rules import RULES
 from ksm_edge.autodiff.spec import FRONT, WHOLE, GradientSpec, transformed_shape
@@ -76,7 +76,7 @@ def build(
     if spec.recompute:
         model = with_least_kept(model, forward, half=spec.half)
     elif spec.half:
-        model = kept_in_half(model, forward)
+        model = with_halves(model, forward)
     own.declare_shapes(model)
     inputs, outputs = ({name: shape for name, (_, shape) in d.items()} for d in (emit.inputs, emit.outputs))
     pixels = {node.name: shapes[node.output][2] * shapes[node.output][3] for node in nodes if node.op == "Conv"}

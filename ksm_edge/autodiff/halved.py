@@ -1,9 +1,9 @@
-"""Half the memory for a little error: what the forward pass keeps for the backward pass is kept in half precision.
+"""Less memory for a little error: what the forward pass keeps for the backward pass is kept in half precision.
 
 A tensor is rounded behind the last operator of the forward pass that reads it, and widened again in front of the first
 of the backward pass that does. So answers and loss are what they were, to the bit; gradients are made from what was
-kept, of which a number errs by up to 2^-11 of itself. One beyond 65504 becomes infinite, as does the next loss, at
-which a training stops.
+kept, of which a number errs by up to 2^-11 of itself, or 2^-25. One beyond 65504 becomes infinite, and so do gradients,
+at which a training stops.
 """
 
 from __future__ import annotations
@@ -14,12 +14,27 @@ from collections.abc import Collection
 import onnx
 from onnx import TensorProto, helper
 
-from ksm_edge.autodiff.liveness import with_shapes
+from ksm_edge.autodiff.liveness import peak_bytes, with_shapes
+from ksm_edge.autodiff.spec import HALF_SHARE
 
 HALF, WIDENED = "~half", "~widened"  # behind the names of what is kept, and of what is read
 LEAST_BYTES = 2**14  # less is not worth two operators
 IMAGE_RANK = 4
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE)
+
+
+def room_bytes(model: onnx.ModelProto) -> int:
+    """What its tensors take at the worst moment, with gaps where some are kept in half precision."""
+    return int(peak_bytes(model) * (HALF_SHARE if is_halved(model) else 1))
+
+
+def is_halved(model: onnx.ModelProto) -> bool:
+    return any(node.output[0].endswith(HALF) for node in model.graph.node if node.output)
+
+
+def with_halves(model: onnx.ModelProto, forward: int) -> onnx.ModelProto:
+    """The same in half precision if it then takes less."""
+    return min(model, kept_in_half(model, forward), key=room_bytes)
 
 
 def kept_in_half(model: onnx.ModelProto, forward: int) -> onnx.ModelProto:

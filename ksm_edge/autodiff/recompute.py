@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 
 import onnx
 
-from ksm_edge.autodiff.halved import kept_in_half
-from ksm_edge.autodiff.liveness import peak_bytes, tensor_bytes
+from ksm_edge.autodiff.halved import room_bytes, with_halves
+from ksm_edge.autodiff.liveness import tensor_bytes
 
 AGAIN = "~again"  # behind the names of what is computed a second time
 
@@ -22,19 +22,21 @@ def with_least_kept(model: onnx.ModelProto, forward: int, *, half: bool = False)
     """The gradient graph, of which the first `forward` nodes are the forward pass, in the form that takes least memory.
 
     Of the results that it can be cut at those up to some size are kept: which size is best is tried out. `half`: in
-    half precision.
+    half precision, where that gains; then gradients err.
     """
     nodes, sizes = list(model.graph.node), tensor_bytes(model)
     candidates = {name: sizes[name] for i in cuts(nodes[:forward]) for name in nodes[i].output[:1]}
-    forms = [kept_in_half(model, forward) if half else model]
+    forms = [model]
     for limit in set(candidates.values()):
         form = onnx.ModelProto()
         form.CopyFrom(model)
         del form.graph.node[:]
         form.graph.node.extend(recomputed(nodes, forward, {n for n, size in candidates.items() if size <= limit}))
-        forms.append(kept_in_half(form, forward) if half else form)
+        forms.append(form)
+    if half:
+        forms = [with_halves(form, forward) for form in forms]
     # Of equals the one that computes least again.
-    return min(forms, key=lambda form: (peak_bytes(form), len(form.graph.node)))
+    return min(forms, key=lambda form: (room_bytes(form), len(form.graph.node)))
 
 
 def recomputed(nodes: Sequence[onnx.NodeProto], forward: int, kept: Collection[str]) -> list[onnx.NodeProto]:

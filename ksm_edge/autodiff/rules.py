@@ -185,7 +185,7 @@ def max_pool(tape: Tape, node: Node, dy: Gradient) -> None:
     shape = tape.shapes[x]
     if tape.own:
         shapes, gradient = (shape, tape.shapes[node.output]), tape.whole(dy, node.output)
-        tape.add(x, windows.max_pool_gradient(tape.emit, gradient, x, node.output, shapes, node.attributes))
+        tape.add(x, windows.max_pool_gradient(tape.emit, gradient, x, shapes, node.attributes))
         return
     zero = numpy_helper.from_array(np.zeros(1, tape.emit.dtype))
     zeros = tape.emit("ConstantOfShape", tape.emit.shape([int(np.prod(shape))]), value=zero)

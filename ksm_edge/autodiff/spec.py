@@ -30,13 +30,15 @@ class GradientSpec:
     own: bool = False  # with operators of `_operators.c`, see `autodiff.own`
     widened: bool = True  # with `own`: 1x1 convs are done along with the depthwise convs behind them
     tile_bytes: int = 0  # with `own` and `fast`: 3x3 convs by tiles whose weights take up to so much, see `winograd`
-    half: bool = False  # keep the forward pass's tensors in half precision: see `autodiff.halved`
+    half: bool = False  # keep the forward pass's tensors in half precision where that gains: see `autodiff.halved`
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 
 
 # So few in-channels that a matrix product for each tap would be all overhead: 13 ms became 3 for 7 x 7 over RGB at 224
 # pixels; and I kh kw that are little memory: 3 x 3 over RGB.
 FEW_CHANNELS, FEW_COLUMNS = 3, 27
+# Where tensors are kept in half precision, whole ones come and go between them, and leave gaps.
+HALF_SHARE = 1.25
 MASK_ALONE = ("channel", "contracted", "winograd")  # whose product is S: the graph has the pristine weight
 
 

@@ -1,7 +1,7 @@
 """Nodes of what a kernel slides over, in operators of this project (`_windows.h`).
 
     Windows          x -> what some taps of a kernel met, (n, taps C, h, w): zeros where that was padding
-    MaxPoolGradient  dy, x, y -> dx: each window's gradient goes to the first of its pixels that is its maximum
+    MaxPoolGradient  dy, x -> dx: each window's gradient goes to the first of its pixels that is its maximum
 
 Each goes over memory once, where standard operators pad, slice and join. A max pool that writes down which pixels won,
 as its standard gradient needs it, takes ten times as long as one that does not.
@@ -24,11 +24,9 @@ def met(emit: Emitter, x: str, shapes: tuple[Shape, Shape], geometry: Mapping[st
     return emit("Windows", x, domain=OWN, first=[first], **attributes)
 
 
-def max_pool_gradient(
-    emit: Emitter, dy: str, x: str, y: str, shapes: tuple[Shape, Shape], geometry: Mapping[str, Any]
-) -> str:
-    """dx of the pool x -> y; `shapes`: of these two."""
-    return emit("MaxPoolGradient", dy, x, y, domain=OWN, first=[0], **_sliding(*shapes, geometry))
+def max_pool_gradient(emit: Emitter, dy: str, x: str, shapes: tuple[Shape, Shape], geometry: Mapping[str, Any]) -> str:
+    """dx of a pool of x; `shapes`: of x and of what the pool makes."""
+    return emit("MaxPoolGradient", dy, x, domain=OWN, first=[0], **_sliding(*shapes, geometry))
 
 
 def _sliding(x: Sequence[int], made: Sequence[int], geometry: Mapping[str, Any]) -> dict[str, Any]:

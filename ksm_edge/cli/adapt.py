@@ -45,7 +45,7 @@ PACK_BITS = {
 }
 MEMORY_BITS = {
     "moment_bits": "bits of each of a score's moments while learning, 32 or 8; 8 also where memory is short",
-    "activation_bits": "bits of what the forward pass keeps for gradients, 32 or 16: half the memory of each thread",
+    "activation_bits": "bits of what the forward pass keeps for gradients, 32 or 16: in MobileNets half as much",
 }
 
 

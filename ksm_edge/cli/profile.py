@@ -70,7 +70,6 @@ def _measure(args: argparse.Namespace) -> int:
     from ksm_edge.cli.adapt import available_threads, memory_budget
     from ksm_edge.cli.limited import enforcement
     from ksm_edge.cli.profile_report import measured
-    from ksm_edge.cores import compute_on_fast_cores
     from ksm_edge.device import HOST, Device, this_machine
     from ksm_edge.errors import UsageError
     from ksm_edge.profiler.files import save_profile
@@ -85,7 +84,6 @@ def _measure(args: argparse.Namespace) -> int:
     device = this_machine() if args.device == HOST else Device.load(args.device)
     bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
-    compute_on_fast_cores(threads)
     if args.quick:
         vars(args).update(QUICK)
     result = measure_profile(

@@ -105,14 +105,14 @@ def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def _memory(plan: Plan) -> str:
-    """What a short budget made of the plan, and what it takes."""
+    """What a short budget, or few bits, made of the plan, and what it takes."""
     if plan.expected_peak_bytes is None:
         return f", by {plan.engine}, which takes what memory it wants"
     spec = plan.graph.spec
     short = "" if spec.fast else ", in forms that take less memory"
     short += ", weights of k x k layers made when they are needed" if spec.inside else ""
     short += ", most of the forward pass computed twice" if spec.recompute else ""
-    short += ", what gradients are made from in half precision" if spec.half else ""
+    short += ", what gradients are made from in half precision" if plan.graph.halved else ""
     short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
     return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
 

@@ -46,9 +46,9 @@ def _make(
     stop: threading.Event,
 ) -> None:
     """The thread: (True, value) for each, then (False, None), or (False, the exception)."""
-    run_anywhere()
     iterator = iter(values)
     try:
+        run_anywhere()
         while True:
             room.acquire()
             if stop.is_set():

@@ -32,6 +32,7 @@ class CompiledGraph:
     forms: dict[str, str]  # the form each layer's product comes in, see `autodiff.conv`
     pixels: dict[str, int]  # h w of each layer's output
     activation_bytes: int  # tensors alive at the worst moment of a run, by the model's own order
+    halved: bool  # some of them are kept in half precision
 
     @property
     def accumulators(self) -> list[str]:
@@ -66,13 +67,14 @@ def compile_graph(bundle: Bundle, spec: GradientSpec, folder: Path) -> CompiledG
     import onnx
 
     from ksm_edge.autodiff.gradient_graph import build
+    from ksm_edge.autodiff.halved import is_halved
     from ksm_edge.autodiff.liveness import peak_bytes
     from ksm_edge.runtimes.optimise import optimised_in_order
 
     graph = build(onnx.load(bundle.graph_path, load_external_data=False), bundle.layers, spec)
     (folder / "graph.onnx").write_bytes(optimised_in_order(graph.model, _externals(bundle, graph.externals, spec)))
     table = {name: getattr(graph, name) for name in ("inputs", "outputs", "forms", "pixels")}
-    table["activation_bytes"] = peak_bytes(graph.model)
+    table |= {"activation_bytes": peak_bytes(graph.model), "halved": is_halved(graph.model)}
     table["sha256"] = file_sha256(folder / "graph.onnx")
     (folder / cache.DESCRIPTION).write_text(json.dumps(table))
     return read_compiled(folder, spec)

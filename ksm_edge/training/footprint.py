@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ksm_edge.autodiff.spec import fused_shape, product_shape, transformed_shape
+from ksm_edge.autodiff.spec import HALF_SHARE, fused_shape, product_shape, transformed_shape
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph
@@ -19,8 +19,6 @@ PROCESS_BYTES = 143 * 2**19
 OPENING_BYTES = 5 * 2**20
 # Arena and heap round up, and keep what they had to split.
 ACTIVATION_SHARE, PARAMETER_SHARE = 1.21, 1.17
-# Where tensors are kept in half precision, whole ones come and go between them, and leave gaps.
-HALF_SHARE = 1.25
 # Weights as they are stored, where a graph reads them: pages around them come along.
 PAGES_SHARE = 1.15
 # Each further worker takes its activations, with a thread and scratch memory of its own.
@@ -87,7 +85,7 @@ def _accumulator_bytes(graph: CompiledGraph) -> int:
 
 def activation_bytes(graph: CompiledGraph, workers: int = 1) -> int:
     share = ACTIVATION_SHARE + (workers - 1) * WORKER_SHARE
-    return int(graph.activation_bytes * share * (HALF_SHARE if graph.spec.half else 1))
+    return int(graph.activation_bytes * share * (HALF_SHARE if graph.halved else 1))
 
 
 def parameter_bytes(bundle: Bundle, classes: int, settings: Settings, forms: Mapping[str, str]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from ksm_edge import native
 from ksm_edge.autodiff.spec import FRONT, REST, WHOLE, GradientSpec
 from ksm_edge.bundle.layers import Bundle, Layer, select
-from ksm_edge.errors import UsageError
+from ksm_edge.errors import KsmEdgeError, UsageError
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.engine import Engine
@@ -98,7 +98,7 @@ class Trainer:
         self.run_head = self.head_weight.copy()  # as the graph has it
         self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
         self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
-        self._pixels = graph.pixels
+        self._pixels, self._halved = graph.pixels, graph.halved
         self._workers = engine.open(bundle, graph, self.bound(graph))
 
     def bound(self, graph: CompiledGraph) -> dict[str, np.ndarray]:
@@ -164,6 +164,8 @@ class Trainer:
     def update(self) -> None:
         """The second half: new parameters from the gradients, and the weights that they make."""
         settings, factor = self.settings, rate_factor(self.count, self.steps, self.settings.warmup)
+        if self._halved:
+            self._require_finite()
         self.count += 1
         rates = {name: rate * factor for name, rate in self.rates.items()}
         for layer in self.layers.values():
@@ -175,6 +177,15 @@ class Trainer:
                 thin(self.layers.values(), self._thin)
             self._learn_in_pack_bits()
         self._fuse_head()
+
+    def _require_finite(self) -> None:
+        """Of what the step accumulated; a score that is no number would be cut, and nobody would know."""
+        for name, layer in self.layers.items():
+            if not all(np.isfinite(array.sum(dtype=np.float64)) for array in (layer.dbias, layer.product)):
+                raise KsmEdgeError(
+                    f"gradients of {name} are not finite at step {self.count + 1}: what is in front of it is beyond "
+                    "65504, which half precision does not hold. Try without --activation-bits"
+                )
 
     def _learn_in_pack_bits(self) -> None:
         for layer in self.layers.values():

@@ -268,7 +268,9 @@ MEMORY = {
 LEVER = {"step_ms": 300.0, "time_ratio": 1.0, "peak_rss_bytes": 180 << 20}
 LEVERS = {
     "settings": {"batch": 8, "size": 224},
-    "summary": {"a-net": {"as usual": LEVER, "another": {**LEVER, "gradient_error": 1e-4}}},
+    "summary": {
+        "a-net": {"as usual": LEVER, "another": {**LEVER, "gradient_error": 1e-4, "largest_gradient_error": 0.02}}
+    },
 }
 RUNTIMES = {
     "settings": {"size": 224},
@@ -335,7 +337,7 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     assert "| all layers | 90 | 0.50 | 150 |" in (tmp_path / "engine.md").read_text()
     assert "| a-net | 96 | 8 | 1 | ours | 100 | 0.30 | 25% | 150 |" in (tmp_path / "engine.md").read_text()
     assert "| theirs | not measured | no such package |" in (tmp_path / "engine.md").read_text()
-    assert "| a-net | another | 300 | 1.00 | 180 | 1e-04 |" in (tmp_path / "engine.md").read_text()
+    assert "| a-net | another | 300 | 1.00 | 180 | 1e-04 | 2e-02 |" in (tmp_path / "engine.md").read_text()
     assert "| a way | 9.0 | 8.0 | 7.0 | 70 MiB | 80, 90 MiB |" in (tmp_path / "mobile.md").read_text()
     text = (tmp_path / "app.md").read_text()
     assert "| each of 3 such processes on one bundle: RSS, PSS | 100 MiB, 30 MiB |" in text
