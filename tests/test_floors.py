@@ -19,7 +19,7 @@ autodiff
 fuse
 bundle pack data
 mask coding device limits
-resources atomic resident native child
+resources atomic resident native child cores
 errors
 """
 LEVEL = {part: level for level, line in enumerate(FLOORS.split("\n")) for part in line.split()}
