@@ -94,7 +94,8 @@ static int windows(const void *work, int64_t first, int64_t last)
 
 /* ---- Gradient of a max pool: each window's goes to the first of its pixels that is its maximum ----
 
-   The maximum is found in x again: what the pool made may be of another precision than what was kept of x. Rows of x are taken apart into as many phases as the kernel steps, so that what a tap meets lies in a row. */
+   The maximum is found in x again: what the pool made may be of another precision than what was kept of x. Rows of x are
+   taken apart into as many phases as the kernel steps, so that what a tap meets lies in a row. */
 
 typedef struct {
     const Sliding *s;

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from ksm_edge import cores
+from ksm_edge.cli.main import main
 from ksm_edge.data.prefetch import prefetch
+from ksm_edge.profiler import child
 
 
 def board(folder: Path, *capacities: int | str) -> Path:
@@ -84,6 +87,19 @@ def test_where_it_is_forbidden_everything_goes_on(two_cores: tuple[int, int], mo
         cores.compute_on_fast_cores(1)
         patch.setattr(cores, "_before", set(two_cores))
         assert next(prefetch([1])) == 1
+
+
+def test_adapt_and_what_profile_measures_compute_on_fast_cores(
+    two_cores: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, slow = two_cores
+    assert main(["adapt", str(tmp_path / "nothing"), "--threads", "1"]) != 0  # it was pinned before it looked
+    assert os.sched_getaffinity(0) == {fast}
+    os.sched_setaffinity(0, {fast, slow})
+    monkeypatch.setitem(child.MEASURES, "inference", lambda threads: {"cores": list(os.sched_getaffinity(0))})
+    (tmp_path / "asked.json").write_text('{"threads": 1}')
+    child.main("inference", str(tmp_path / "found.json"), str(tmp_path / "asked.json"))
+    assert json.loads((tmp_path / "found.json").read_text()) == {"cores": [fast]}
 
 
 def test_more_threads_than_fast_cores_have_all(two_cores: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 import onnx
 
-from ksm_edge.autodiff.halved import room_bytes, with_halves
+from ksm_edge.autodiff.halved import kept_in_half, room_bytes
 from ksm_edge.autodiff.liveness import tensor_bytes
 
 AGAIN = "~again"  # behind the names of what is computed a second time
@@ -34,7 +34,7 @@ def with_least_kept(model: onnx.ModelProto, forward: int, *, half: bool = False)
         form.graph.node.extend(recomputed(nodes, forward, {n for n, size in candidates.items() if size <= limit}))
         forms.append(form)
     if half:
-        forms = [with_halves(form, forward) for form in forms]
+        forms += [kept_in_half(form, forward) for form in forms]
     # Of equals the one that computes least again.
     return min(forms, key=lambda form: (room_bytes(form), len(form.graph.node)))
 

@@ -256,9 +256,8 @@ def _worker_counts(threads: int, runs: int) -> Sequence[int]:
 
 def _moment_bits(bundle: Bundle, settings: Settings) -> Sequence[int]:
     """From the most on, where there is anything to have moments."""
-    return [bits for bits in MOMENT_BITS if bits <= settings.moment_bits][
-        : None if score_count(bundle, settings) else 1
-    ]
+    found = [bits for bits in MOMENT_BITS if bits <= settings.moment_bits]
+    return found if score_count(bundle, settings) else found[:1]
 
 
 def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None) -> Sequence[Form]:
