@@ -97,7 +97,7 @@ class Network(torch.nn.Module):
     def __init__(self, bundle: Bundle, classes: int) -> None:
         super().__init__()
         self.graph = read_graph(bundle.graph_path)
-        geometry = {node.name: _geometry(node) for node in self.graph.nodes if node.op == "Conv"}
+        geometry = {node.name: _geometry(node.attributes) for node in self.graph.nodes if node.op == "Conv"}
         self.convs = torch.nn.ModuleDict(
             {
                 _key(layer.name): _conv(layer, bundle.weights[layer.name], *geometry[layer.name])
@@ -115,6 +115,9 @@ class Network(torch.nn.Module):
         """(N, 3, H, W) -> logits (N, C)."""
 
         def conv(name: str, x: torch.Tensor, attributes: Attributes) -> torch.Tensor:
+            top, left, bottom, right = attributes.get("pads", [0] * 4)
+            if (top, left) != (bottom, right):  # a Conv2d knows none that differ
+                x = torch.nn.functional.pad(x, (left, right, top, bottom))
             z = self.convs[_key(name)](x)
             return self.norms[_key(name)](z) if _key(name) in self.norms else z
 
@@ -125,12 +128,10 @@ def _key(layer: str) -> str:
     return layer.replace(".", "_")  # torch keeps the dot for itself
 
 
-def _geometry(node: Any) -> tuple[list[int], list[int]]:
-    """Strides and padding of a Conv node."""
-    pads = node.attributes.get("pads", [0] * 4)
-    if pads[:2] != pads[2:]:
-        raise SystemExit(f"{node.name}: pads {pads}; only symmetric ones have a torch Conv2d")
-    return node.attributes.get("strides", [1, 1]), pads[:2]
+def _geometry(attributes: Attributes) -> tuple[list[int], list[int]]:
+    """Strides and padding of a conv's Conv2d."""
+    pads = attributes.get("pads", [0] * 4)
+    return attributes.get("strides", [1, 1]), pads[:2] if pads[:2] == pads[2:] else [0, 0]
 
 
 def _conv(layer: Layer, weights: LayerWeights, strides: Sequence[int], padding: Sequence[int]) -> torch.nn.Conv2d:

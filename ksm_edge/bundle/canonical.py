@@ -8,7 +8,7 @@ to the function that writes it down; whatever is not there is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ksm_edge.bundle.incoming import Incoming, Node
 from ksm_edge.errors import UnsupportedError
 
 ADVICE = "Replace it in the network and export again, or end the backbone before it with --features NODE"
+NO_BORDER = (0, 0, 0, 0)  # top, left, bottom, right
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Value:
     name: str
     kind: str  # "map" (N, C, H, W), "pooled" (N, C, 1, 1) or "vector" (N, C)
     channels: int
+    border: tuple[int, ...] = NO_BORDER  # zeros around it that a Conv adds by itself: the tensor comes without
 
 
 @dataclass
@@ -59,6 +61,18 @@ class Draft:
 
     def value(self, node: Node, index: int = 0) -> Value:
         """The tensor behind an input; raises UnsupportedError for a constant, which no canonical form takes."""
+        self.bare_value(node, index)
+        return self.whole(node.input(index))
+
+    def whole(self, name: str) -> Value:
+        """The tensor that an incoming name stands for, with its border in it."""
+        value = self.values[name]
+        if value.border != NO_BORDER:
+            self.values[name] = value = padded(self, value)
+        return value
+
+    def bare_value(self, node: Node, index: int = 0) -> Value:
+        """As `value`, its border left to who asks."""
         name = node.input(index)
         if name not in self.values:
             raise UnsupportedError(
@@ -227,9 +241,23 @@ def _pad(draft: Draft, node: Node) -> Value:
         raise _refuse(node, "only padding of channels and pixels by no less than 0 is supported")
     if not whole.any():
         return x
+    if not whole[:, 1].any():
+        return replace(x, kind="map", border=tuple(int(p) for p in whole[:, 2:].ravel()))
+    return _emit_pad(draft, x, whole)
+
+
+def padded(draft: Draft, value: Value) -> Value:
+    """A value with its border as a part of the tensor."""
+    whole = np.zeros((2, 4), np.int64)
+    whole[:, 2:] = np.reshape(value.border, (2, 2))
+    return _emit_pad(draft, value, whole)
+
+
+def _emit_pad(draft: Draft, x: Value, pads: np.ndarray) -> Value:
+    """`pads`: (2, 4), in front and behind, of (N, C, H, W)."""
     name = draft.next_name("Pad")
-    settings = [draft.inline(f"{name}.pads", whole.ravel()), draft.inline(f"{name}.fill", np.array(0, np.float32))]
-    return draft.emit("Pad", [x.name, *settings], "map", x.channels + int(whole[:, 1].sum()), mode="constant")
+    settings = [draft.inline(f"{name}.pads", pads.ravel()), draft.inline(f"{name}.fill", np.array(0, np.float32))]
+    return draft.emit("Pad", [x.name, *settings], "map", x.channels + int(pads[:, 1].sum()), mode="constant")
 
 
 REWRITES: dict[str, Callable[[Draft, Node], Value]] = {

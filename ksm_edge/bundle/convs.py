@@ -49,7 +49,7 @@ class Convs:
 
     def add_conv(self, node: Node) -> None:
         """Write `node` as a canonical Conv and record it."""
-        x = self._draft.value(node)
+        x = self._draft.bare_value(node)
         shape = self._weight_shape(node)
         groups = node.attributes.get("group", 1)
         if shape[1] * groups != x.channels:
@@ -59,7 +59,9 @@ class Convs:
             "strides": node.attributes.get("strides", [1, 1]),
             "dilations": node.attributes.get("dilations", [1, 1]),
         }
-        pads = _pads(node, shape, settings)
+        pads = [own + border for own, border in zip(_pads(node, shape, settings), x.border, strict=True)]
+        if not _reached(pads, shape, settings["dilations"]):
+            x, pads = self._draft.value(node), _pads(node, shape, settings)
         out = f"{site.name}.out"
         self._draft.nodes.append(
             onnx.helper.make_node(
@@ -146,6 +148,12 @@ def _pads(node: Node, shape: tuple[int, ...], settings: dict[str, list[int]]) ->
     total = [(k - 1) * d for k, d in zip(shape[2:], settings["dilations"], strict=True)]
     less, more = [t // 2 for t in total], [t - t // 2 for t in total]
     return less + more if auto == "SAME_UPPER" else more + less
+
+
+def _reached(pads: list[int], shape: tuple[int, ...], dilations: list[int]) -> bool:
+    """Whether each window of a conv lies on the image in part: what runs and differentiates convs is made for these."""
+    reach = [(k - 1) * d for k, d in zip(shape[2:], dilations, strict=True)]
+    return all(pad <= most for pad, most in zip(pads, reach * 2, strict=True))
 
 
 def _outside(name: str, shape: tuple[int, ...]) -> onnx.TensorProto:

@@ -65,7 +65,7 @@ def _uses(nodes: Iterable[Node], end: End) -> Counter[str]:
 
 def _finish(draft: Draft, end: End) -> Value:
     """Pool and flatten what is not yet (N, C)."""
-    last = draft.values[end.tensor]
+    last = draft.whole(end.tensor)
     if last.kind == "map":
         last = pool(draft, last)
     return last if last.kind == "vector" else flatten(draft, last)

@@ -109,6 +109,47 @@ def test_every_supported_operator_computes_what_it_did(name: str) -> None:
     np.testing.assert_allclose(features_of(freeze(model, {})), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
 
 
+def net_with_a_border(*behind: onnx.NodeProto, border: tuple[int, int, int, int], kernel: int = 3) -> onnx.ModelProto:
+    """conv1, zeros around it, and then `behind`, which read "x"; conv2's weight is (6, 4, kernel, kernel)."""
+    top, left, bottom, right = border
+    weight = np.random.default_rng(2).standard_normal((6, 4, kernel, kernel)).astype(np.float32)
+    constants = {"pads": np.array([0, 0, top, left, 0, 0, bottom, right], INT)}
+    nodes = [CONV1, NORM1, RELU1, node("Pad", "r1 pads", "x"), *behind, FLAT, LINEAR]
+    return graph(nodes, weights() | {"conv2.weight": weight}, constants=constants)
+
+
+def conv2_reading(name: str, **attributes: object) -> onnx.NodeProto:
+    return node("Conv", f"{name} conv2.weight conv2.bias", "c2", **attributes)
+
+
+def test_zeros_around_what_a_conv_reads_are_its_own_pads() -> None:
+    """As exporters write the padding of TensorFlow's networks, whose strides want one pixel more behind than in front."""
+    model = net_with_a_border(conv2_reading("x", strides=[2, 2], pads=[1, 0, 0, 0]), POOL, border=(0, 0, 1, 1))
+    frozen = freeze(model, {})
+    assert ops(frozen) == ["Conv", "Relu", "Conv", "GlobalAveragePool", "Flatten"]
+    pads = next(a.ints for n in frozen.model.graph.node if n.name == "conv2" for a in n.attribute if a.name == "pads")
+    assert list(pads) == [1, 0, 1, 1]
+    np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+def test_zeros_that_others_read_too_are_there_once_and_a_conv_does_without() -> None:
+    pools = node("GlobalAveragePool", "x", "a"), node("MaxPool", "x", "m", kernel_shape=[2, 2])
+    joined = node("GlobalAveragePool", "m", "b"), node("Concat", "p a b", "all", axis=1)
+    model = net_with_a_border(conv2_reading("x"), POOL, *pools, *joined, border=(1, 1, 1, 1))
+    frozen = freeze(model, {}, features="all")
+    assert ops(frozen).count("Pad") == 1
+    assert next(n for n in frozen.model.graph.node if n.name == "conv2").input[0] == "relu:1.out"
+    np.testing.assert_allclose(features_of(frozen), run(model, "all", IMAGE)[:, :, 0, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("border", "kernel"), [((0, 0, 3, 0), 3), ((1, 0, 0, 0), 1)])
+def test_zeros_beyond_what_a_conv_reaches_stay(border: tuple[int, int, int, int], kernel: int) -> None:
+    model = net_with_a_border(conv2_reading("x"), POOL, border=border, kernel=kernel)
+    frozen = freeze(model, {})
+    assert "Pad" in ops(frozen)
+    np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 def test_auto_pad_becomes_explicit(auto_pad: str) -> None:
     tensors = weights() | {"conv1.weight": np.random.default_rng(0).standard_normal((4, 3, 4, 2)).astype(np.float32)}
