@@ -123,7 +123,7 @@ def conv2_reading(name: str, **attributes: object) -> onnx.NodeProto:
 
 
 def test_zeros_around_what_a_conv_reads_are_its_own_pads() -> None:
-    """As exporters write the padding of TensorFlow's networks, whose strides want one pixel more behind than in front."""
+    """As the padding of TensorFlow's networks comes, whose strides want one pixel more behind than in front."""
     model = net_with_a_border(conv2_reading("x", strides=[2, 2], pads=[1, 0, 0, 0]), POOL, border=(0, 0, 1, 1))
     frozen = freeze(model, {})
     assert ops(frozen) == ["Conv", "Relu", "Conv", "GlobalAveragePool", "Flatten"]
