@@ -19,8 +19,8 @@ from typing import Any
 from measure import KSM_EDGE, Record, add_output, backbone, output, print_table
 
 RECIPES = (
-    "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0", "squeezenet1_1", "resnet18",
-    "resnet50", "resnet20_cifar10", "vgg16_bn",
+    "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_lite0",
+    "squeezenet1_1", "resnet18", "resnet50", "resnet20_cifar10", "vgg16_bn",
 )  # fmt: skip
 CLASSES, IMAGES = 6, 14
 # Recipe, pixels (0: the recipe's own) and options.
