@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from methods import ABLATIONS, METHODS, title  # found by the line above
 from tasks import FIVE
 
-BACKBONES = ("mobilenet_v2, 160 px", "mobilenet_v2, 96 px")
+BACKBONES = ("mobilenet_v2, 160 px", "mobilenet_v2, 96 px", "efficientnet_lite0, 96 px")
 FEW = "@10"
 SUITE = "caltech100-"
 
