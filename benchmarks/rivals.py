@@ -100,7 +100,7 @@ class Network(torch.nn.Module):
         geometry = {node.name: _geometry(node.attributes) for node in self.graph.nodes if node.op == "Conv"}
         self.convs = torch.nn.ModuleDict(
             {
-                _key(layer.name): _conv(layer, bundle.weights[layer.name], *geometry[layer.name])
+                _key(layer.name): _conv(layer, bundle.weights[layer.name], geometry[layer.name])
                 for layer in bundle.layers
             }
         )
@@ -128,16 +128,20 @@ def _key(layer: str) -> str:
     return layer.replace(".", "_")  # torch keeps the dot for itself
 
 
-def _geometry(attributes: Attributes) -> tuple[list[int], list[int]]:
-    """Strides and padding of a conv's Conv2d."""
+def _geometry(attributes: Attributes) -> dict[str, Any]:
+    """How a conv's Conv2d is told where its kernel lies."""
     pads = attributes.get("pads", [0] * 4)
-    return attributes.get("strides", [1, 1]), pads[:2] if pads[:2] == pads[2:] else [0, 0]
+    return {
+        "stride": attributes.get("strides", 1),
+        "padding": pads[:2] if pads[:2] == pads[2:] else 0,
+        "dilation": attributes.get("dilations", 1),
+    }
 
 
-def _conv(layer: Layer, weights: LayerWeights, strides: Sequence[int], padding: Sequence[int]) -> torch.nn.Conv2d:
+def _conv(layer: Layer, weights: LayerWeights, geometry: dict[str, Any]) -> torch.nn.Conv2d:
     O, I, kh, kw = layer.weight_shape
     # Without batch-norm the conv's own bias is what the bundle calls beta.
-    conv = torch.nn.Conv2d(I * layer.groups, O, (kh, kw), tuple(strides), tuple(padding), groups=layer.groups)
+    conv = torch.nn.Conv2d(I * layer.groups, O, (kh, kw), groups=layer.groups, **geometry)
     bias = weights.bias if layer.has_norm else weights.bias + weights.beta
     conv.weight.data, conv.bias.data = torch.tensor(weights.weight), torch.tensor(bias)
     if layer.has_norm and not weights.bias.any():

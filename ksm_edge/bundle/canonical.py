@@ -42,6 +42,7 @@ class Draft:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    bordered: dict[Value, Value] = field(default_factory=dict)  # with their border in the tensor
 
     def emit(self, op: str, inputs: list[str], kind: str, channels: int, **attributes: Any) -> Value:
         """Append a node named after its operator, such as relu:3, and give the tensor it makes."""
@@ -67,9 +68,11 @@ class Draft:
     def whole(self, name: str) -> Value:
         """The tensor that an incoming name stands for, with its border in it."""
         value = self.values[name]
-        if value.border != NO_BORDER:
-            self.values[name] = value = padded(self, value)
-        return value
+        if value.border == NO_BORDER:
+            return value
+        if value not in self.bordered:
+            self.bordered[value] = _emit_pad(self, value, _on_pixels(value.border))
+        return self.bordered[value]
 
     def bare_value(self, node: Node, index: int = 0) -> Value:
         """As `value`, its border left to who asks."""
@@ -231,7 +234,7 @@ def _slice(draft: Draft, node: Node) -> Value:
 
 
 def _pad(draft: Draft, node: Node) -> Value:
-    x = draft.value(node)
+    x = draft.bare_value(node)
     pads, fill, axes = draft.static(node, 1, "pads"), draft.static(node, 2, "value"), draft.static(node, 3, "axes")
     if node.attributes.get("mode", "constant") != "constant" or pads is None or (fill is not None and float(fill) != 0):
         raise _refuse(node, "only padding with the constant 0 is supported")
@@ -241,20 +244,21 @@ def _pad(draft: Draft, node: Node) -> Value:
         raise _refuse(node, "only padding of channels and pixels by no less than 0 is supported")
     if not whole.any():
         return x
-    if not whole[:, 1].any():
-        return replace(x, kind="map", border=tuple(int(p) for p in whole[:, 2:].ravel()))
-    return _emit_pad(draft, x, whole)
+    whole += _on_pixels(x.border)
+    if whole[:, 1].any():
+        return _emit_pad(draft, x, whole)
+    return replace(x, kind="map", border=tuple(int(pad) for pad in whole[:, 2:].ravel()))
 
 
-def padded(draft: Draft, value: Value) -> Value:
-    """A value with its border as a part of the tensor."""
-    whole = np.zeros((2, 4), np.int64)
-    whole[:, 2:] = np.reshape(value.border, (2, 2))
-    return _emit_pad(draft, value, whole)
+def _on_pixels(border: tuple[int, ...]) -> np.ndarray:
+    """Pads (2, 4), in front and behind, of (N, C, H, W)."""
+    pads = np.zeros((2, 4), np.int64)
+    pads[:, 2:] = np.reshape(border, (2, 2))
+    return pads
 
 
 def _emit_pad(draft: Draft, x: Value, pads: np.ndarray) -> Value:
-    """`pads`: (2, 4), in front and behind, of (N, C, H, W)."""
+    """`x` without its border, and with these pads (2, 4)."""
     name = draft.next_name("Pad")
     settings = [draft.inline(f"{name}.pads", pads.ravel()), draft.inline(f"{name}.fill", np.array(0, np.float32))]
     return draft.emit("Pad", [x.name, *settings], "map", x.channels + int(pads[:, 1].sum()), mode="constant")

@@ -151,7 +151,7 @@ def _pads(node: Node, shape: tuple[int, ...], settings: dict[str, list[int]]) ->
 
 
 def _reached(pads: list[int], shape: tuple[int, ...], dilations: list[int]) -> bool:
-    """Whether each window of a conv lies on the image in part: what runs and differentiates convs is made for these."""
+    """Whether no window of a conv lies beside the image: the fast forms of its gradient are for such pads."""
     reach = [(k - 1) * d for k, d in zip(shape[2:], dilations, strict=True)]
     return all(pad <= most for pad, most in zip(pads, reach * 2, strict=True))
 

@@ -117,7 +117,8 @@ def _download(recipe: Recipe) -> Path:
 
     source = recipe.download
     if source is None or source.url is None:
-        raise UsageError(f"recipe {recipe.name} names no address to download from; give --weights FILE")
+        known = f" (known: {'; '.join(w.source for w in recipe.weights)})" if recipe.weights else ""
+        raise UsageError(f"recipe {recipe.name} names no address to download from; give --weights FILE{known}")
     if not source.url.endswith(".safetensors"):
         _require_torch(source.url)  # before the download, not after it
     print(f"weights: {source.url}", file=sys.stderr)

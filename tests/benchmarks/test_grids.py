@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from tiny import LAYERS, saved_tiny_bundle, tiny_bundle, tiny_pack
 
+from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.digits import digits
 from ksm_edge.pack.files import save_pack
 
@@ -345,14 +347,27 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
     assert pages.main() == 0
 
 
+def with_geometry(bundle: Bundle, layer: str, **changed: list[int]) -> Bundle:
+    """Its graph with other attributes of one conv."""
+    model = onnx.load(bundle.graph_path, load_external_data=False)
+    conv = next(node for node in model.graph.node if node.name == layer)
+    kept = [attribute for attribute in conv.attribute if attribute.name not in changed]
+    del conv.attribute[:]
+    conv.attribute.extend([*kept, *(onnx.helper.make_attribute(*entry) for entry in changed.items())])
+    bundle.graph_path.write_bytes(model.SerializeToString())
+    return bundle
+
+
 @pytest.mark.torch
-def test_the_rivals_network_starts_as_the_backbone(load: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{}, {"pads": [0, 1, 2, 1]}, {"pads": [1, 3, 3, 1], "dilations": [2, 2]}])
+def test_the_rivals_network_starts_as_the_backbone(load: Any, tmp_path: Path, changed: dict[str, list[int]]) -> None:
     torch = pytest.importorskip("torch")
     from ksm_edge.fuse import fuse
     from ksm_edge.runtimes import load_runtime
 
-    rivals, bundle = load("rivals"), tiny_bundle(tmp_path)
+    rivals, bundle = load("rivals"), with_geometry(tiny_bundle(tmp_path), "plain", **changed)
     network = rivals.Network(bundle, 3).eval()
+    torch.nn.init.normal_(network.head.weight, generator=torch.manual_seed(0))  # at 0 all networks would be alike
     images = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
     features = load_runtime().Session(bundle.graph_path, fuse(bundle, None)).run(images)
     expected = features @ network.head.weight.detach().numpy().T
@@ -391,6 +406,7 @@ def test_ksm_in_torch_is_ksm(load: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(mask.detach().numpy(), soft_mask(score).values, atol=1e-6)
     np.testing.assert_allclose(leaf.grad.numpy(), keep_gradient(score), rtol=1e-5)
     plain = rivals.Network(bundle, 3).eval()
+    torch.nn.init.normal_(plain.head.weight, generator=torch.manual_seed(1))
     masked = rivals.with_masks(rivals.Network(bundle, 3)).eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.manual_seed(0))
     masked.head.load_state_dict(plain.head.state_dict())

@@ -122,32 +122,57 @@ def conv2_reading(name: str, **attributes: object) -> onnx.NodeProto:
     return node("Conv", f"{name} conv2.weight conv2.bias", "c2", **attributes)
 
 
+def pads_of(frozen: Frozen, name: str) -> list[int]:
+    conv = next(node for node in frozen.model.graph.node if node.name == name)
+    return next(list(attribute.ints) for attribute in conv.attribute if attribute.name == "pads")
+
+
 def test_zeros_around_what_a_conv_reads_are_its_own_pads() -> None:
     """As the padding of TensorFlow's networks comes, whose strides want one pixel more behind than in front."""
-    model = net_with_a_border(conv2_reading("x", strides=[2, 2], pads=[1, 0, 0, 0]), POOL, border=(0, 0, 1, 1))
+    model = net_with_a_border(conv2_reading("x", strides=[2, 2], pads=[1, 0, 0, 0]), POOL, border=(0, 1, 1, 2))
     frozen = freeze(model, {})
     assert ops(frozen) == ["Conv", "Relu", "Conv", "GlobalAveragePool", "Flatten"]
-    pads = next(a.ints for n in frozen.model.graph.node if n.name == "conv2" for a in n.attribute if a.name == "pads")
-    assert list(pads) == [1, 0, 1, 1]
+    assert pads_of(frozen, "conv2") == [1, 1, 1, 2]
     np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
 
 
-def test_zeros_that_others_read_too_are_there_once_and_a_conv_does_without() -> None:
+def test_zeros_around_zeros_are_one_border() -> None:
+    conv2 = conv2_reading("y", dilations=[2, 1])
+    model = net_with_a_border(node("Pad", "x pads", "y"), conv2, POOL, border=(2, 0, 1, 1))
+    frozen = freeze(model, {})
+    assert "Pad" not in ops(frozen)
+    assert pads_of(frozen, "conv2") == [4, 0, 2, 2]
+    np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("conv_first", [True, False])
+def test_zeros_that_others_read_too_are_there_once_and_a_conv_does_without(conv_first: bool) -> None:
     pools = node("GlobalAveragePool", "x", "a"), node("MaxPool", "x", "m", kernel_shape=[2, 2])
+    readers = (conv2_reading("x"), *pools) if conv_first else (*pools, conv2_reading("x"))
     joined = node("GlobalAveragePool", "m", "b"), node("Concat", "p a b", "all", axis=1)
-    model = net_with_a_border(conv2_reading("x"), POOL, *pools, *joined, border=(1, 1, 1, 1))
+    model = net_with_a_border(*readers, POOL, *joined, border=(1, 1, 1, 1))
     frozen = freeze(model, {}, features="all")
     assert ops(frozen).count("Pad") == 1
     assert next(n for n in frozen.model.graph.node if n.name == "conv2").input[0] == "relu:1.out"
     np.testing.assert_allclose(features_of(frozen), run(model, "all", IMAGE)[:, :, 0, 0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("border", "kernel"), [((0, 0, 3, 0), 3), ((1, 0, 0, 0), 1)])
-def test_zeros_beyond_what_a_conv_reaches_stay(border: tuple[int, int, int, int], kernel: int) -> None:
-    model = net_with_a_border(conv2_reading("x"), POOL, border=border, kernel=kernel)
+@pytest.mark.parametrize(
+    ("border", "kernel", "own"), [((0, 0, 3, 0), 3, (1, 0, 1, 0)), ((1, 0, 0, 0), 1, (0, 0, 0, 0))]
+)
+def test_zeros_beyond_what_a_conv_reaches_stay(
+    border: tuple[int, int, int, int], kernel: int, own: tuple[int, ...]
+) -> None:
+    model = net_with_a_border(conv2_reading("x", pads=own), POOL, border=border, kernel=kernel)
     frozen = freeze(model, {})
     assert "Pad" in ops(frozen)
     np.testing.assert_allclose(features_of(frozen), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
+def test_a_backbone_may_end_at_zeros_around_a_map() -> None:
+    model = net_with_a_border(conv2_reading("x"), POOL, border=(1, 0, 2, 3))
+    features = features_of(freeze(model, {}, features="x"))
+    np.testing.assert_allclose(features, run(model, "x", IMAGE).mean(axis=(2, 3)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
