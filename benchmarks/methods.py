@@ -138,7 +138,7 @@ def is_earlier(identity: Mapping[str, Any]) -> bool:
     if "settings" not in identity:  # logistic regression has no start, other rivals once began at random
         return identity["method"] != "linear" and identity.get("head_start") != Settings().head_start
     now = {name: value for name, value in _settings(identity).items() if name not in ("epochs", "batch")}
-    return any(identity["settings"][name] != value for name, value in now.items())
+    return any(name not in identity["settings"] or identity["settings"][name] != now[name] for name in now)
 
 
 def title(name: str, *, earlier: bool) -> str:
@@ -185,13 +185,15 @@ def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
 
     args = build_parser().parse_args(["adapt", "DATA", *_schedule(identity), *identity["words"]])
     settings = settings_of(args, Device.load("host"), 0)
-    return {name: value for name, value in asdict(settings).items() if name != "seed"}
+    without = {"seed"} if settings.thin is None else {"seed", "mask_bits"}  # which then limits nothing
+    return {name: value for name, value in asdict(settings).items() if name not in without}
 
 
 def _require_settings(pack: Path, identity: dict[str, Any]) -> None:
     from ksm_edge.pack.files import load_pack
 
-    used, wanted = dict(load_pack(pack).record["settings"]), {**identity["settings"], "seed": identity["seed"]}
+    wanted = {**identity["settings"], "seed": identity["seed"]}
+    used = {name: value for name, value in load_pack(pack).record["settings"].items() if name in wanted}
     if used != {**wanted, "batch": min(wanted["batch"], used["batch"])}:  # a task may have fewer images than a batch
         raise SystemExit(f"{identity['task']}: `ksm-edge adapt` used the settings {used}, expected were {wanted}")
 

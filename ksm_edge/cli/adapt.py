@@ -35,7 +35,9 @@ RATES = {
 }
 CUTS = {
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",
-    "thin": "share of the cut kernels, those that matter least, put back in mid training (default: half of 1x1 ones)",
+    "mask_bits": "bits that masks may take in the pack for each weight of the backbone, more beyond ten classes: "
+    "the cut kernels that matter least go back to 1 until they do (default: 0.25, so that packs are 1 %% of it)",
+    "thin": "put this share of the cut kernels back instead",
     "thin_at": "when, as a share of all steps; --learn-in-bits begins there too",
 }
 PACK_BITS = {
@@ -236,8 +238,11 @@ def _images(data: str | None) -> ImageSet:
 
 def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settings:
     """What the options, the device and the defaults for that many training images come to."""
+    from ksm_edge.errors import UsageError
     from ksm_edge.training.settings import FAST, SMALL, Settings, usual_epochs
 
+    if args.mask_bits is not None and (args.small or args.thin is not None):
+        raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
     names = ("epochs", "batch", "method", "layers", "views", "masked", "granularity", "statistics", "head_start",
              "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

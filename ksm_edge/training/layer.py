@@ -226,6 +226,11 @@ class TrainedLayer:
             _, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity, self.weight)
         let_go(self.pristine.weight)
 
+    @property
+    def cut(self) -> int:
+        """How many of its scores are cut."""
+        return 0 if self._ran is None else self._ran.cut.size
+
     def _mask_as_run(self) -> SoftMask | None:
         """The mask that the graph's weight carries, with `in_pack_bits` as a pack would hold it."""
         if "score" not in self.learning:

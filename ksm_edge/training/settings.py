@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,8 @@ class Settings:
     head_rate: float = 2e-3
     head_start: str = "zero"  # or random, as torch starts a Linear layer
     cut_penalty: float = 0.0  # every step pulls scores back towards keeping, by this share of the score rate
-    thin: float | None = None  # share of the cut kernels, those that the loss feels least, put back to 1
+    mask_bits: float = 0.25  # of the pack for each weight of the backbone, see `suited`: cut kernels go back until then
+    thin: float | None = None  # or that share of them; either way those that the loss feels least
     thin_at: float = 0.5  # when, as a share of all steps: the masks have formed, and what is left can still learn
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
     moment_bits: int = 32  # of each of Adam's two for a score, 32 or 8; a plan may choose 8 where memory is short
@@ -93,6 +95,8 @@ class Settings:
 
         if not 0 < self.thin_at < 1:
             raise UsageError(f"thin_at {self.thin_at}: must lie in (0, 1)")
+        if not 0 <= self.mask_bits < math.inf:
+            raise UsageError(f"mask_bits {self.mask_bits}: must not be negative, and finite")
         if self.thin is not None and not 0 <= self.thin < 1:
             raise UsageError(f"thin {self.thin}: must lie in [0, 1)")
 

@@ -1,27 +1,29 @@
-"""Defaults that follow from the backbone: what suits one does not suit another.
+"""Defaults that follow from the backbone and the task: what suits one does not suit another.
 
 **Rates.** With frozen statistics nothing rescales what a step changes, so it is the change of the whole network that a
 rate has to suit. Adam moves every number of a layer by about the rate: a gamma by rate / gamma of its size, and a score
 a step nearer to the threshold where its kernel is cut. The layers' changes add up. So rates are given for a backbone of
 52 layers whose gammas are about 0.21, MobileNetV2's numbers, and grow where layers are fewer and gammas larger.
 
-**Thinning** halves packs where nearly every kernel is a single weight and a mask has as many scores as the layer has
-weights. Where kernels are of k x k weights there are few of them, and each counts.
+**Cut kernels** make a pack large where nearly every kernel is a single weight, and a mask has as many scores as its
+layer has weights. So masks are thinned to what a pack has room for that takes a hundredth of the backbone's bytes: of
+32 bits a weight that is 0.32, and batch-norm and head need some of it. Beyond ten classes a pack may grow with them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ksm_edge.bundle.layers import Bundle, LayerWeights
+from ksm_edge.training.settings import Settings
 
 LAYERS, GAMMA = 52, 0.21
 LEAST, MOST = 0.2, 10.0
-# Share of the cut kernels that is put back half-way, from so many kernels a weight on.
-THIN, SINGLE_WEIGHTS = 0.5, 0.5
+CLASSES = 10  # from which on a pack may grow
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,25 @@ def rate_scale(bundle: Bundle) -> RateScale:
     return RateScale(_tenths(depth), _tenths(depth * _typical_gamma(bundle.weights, names) / GAMMA))
 
 
-def usual_thin(bundle: Bundle) -> float:
-    """The `thin` of `Settings` where nobody asked for another."""
-    shapes = np.array([layer.weight_shape for layer in bundle.layers])
-    kernels = (shapes[:, 0] * shapes[:, 1]).sum()
-    return THIN if kernels >= SINGLE_WEIGHTS * shapes.prod(axis=1).sum() else 0.0
+def most_cut(bundle: Bundle, scores: int, classes: int, settings: Settings) -> int:
+    """How many of so many scores may be cut in the end, by `mask_bits`; all of them where that is never too much."""
+    weights, scale_bits = sum(math.prod(layer.weight_shape) for layer in bundle.layers), settings.scale_bits
+    room = settings.mask_bits * weights * max(1.0, classes / CLASSES)
+    low, high = 0, scores // 2  # up to there every one more takes more bits
+    if mask_bits(high, scores, scale_bits) <= room:
+        return scores
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if mask_bits(middle, scores, scale_bits) <= room else (low, middle)
+    return low
+
+
+def mask_bits(cut: int, scores: int, scale_bits: int) -> float:
+    """What masks take in a pack if so many scores are cut, anywhere: their entropy, and a scale each."""
+    if cut in (0, scores):
+        return float(cut * scale_bits)
+    share = cut / scores
+    return scores * -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) + cut * scale_bits
 
 
 def _typical_gamma(weights: Mapping[str, LayerWeights], names: list[str]) -> float:

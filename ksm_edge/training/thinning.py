@@ -22,11 +22,11 @@ def late_step(steps: int, at: float) -> int:
     return math.ceil(at * steps)
 
 
-def thin(layers: Iterable[TrainedLayer], share: float) -> None:
-    """Put the given share of all cut kernels, those of least salience, back to 1; none is cut any more from here on."""
+def thin(layers: Iterable[TrainedLayer], count: int) -> None:
+    """Put so many of all cut kernels, those of least salience, back to 1; none is cut any more from here on."""
     layers = [layer for layer in layers if "score" in layer.learning]
     saliences = [salience(layer) for layer in layers]
-    threshold = _least(np.concatenate(saliences), share) if saliences else 0.0
+    threshold = _least(np.concatenate(saliences), count) if saliences else 0.0
     for layer, values in zip(layers, saliences, strict=True):
         layer.settle(values >= threshold)
 
@@ -40,7 +40,6 @@ def salience(layer: TrainedLayer) -> np.ndarray:
     return np.square(1 - mask.cut_scale) * squares
 
 
-def _least(values: np.ndarray, share: float) -> float:
-    """The value that the given share of them lies below."""
-    count = int(share * values.size)
+def _least(values: np.ndarray, count: int) -> float:
+    """The value that so many of them lie below."""
     return float(np.partition(values, count)[count]) if 0 < count < values.size else 0.0

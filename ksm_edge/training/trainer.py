@@ -18,7 +18,7 @@ from ksm_edge.runtimes.workers import Session
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import ACTIVATION_BITS, Settings
-from ksm_edge.training.suited import RateScale, rate_scale, usual_thin
+from ksm_edge.training.suited import RateScale, most_cut, rate_scale
 from ksm_edge.training.thinning import late_step, thin
 
 ONE_THREAD = Engine()
@@ -77,7 +77,6 @@ class Trainer:
         self.count = 0  # optimizer steps done
         scale = rate_scale(bundle) if settings.scaled_rates else RateScale()
         norm_rate = settings.norm_rate * scale.norm
-        self._thin = usual_thin(bundle) if settings.thin is None else settings.thin
         # Each at its full value; what `update` takes follows the schedule.
         self.rates = {"score": settings.score_rate * scale.score, "gamma": norm_rate, "beta": norm_rate}
         _, masked = learning_layers(bundle.layers, settings)
@@ -93,6 +92,9 @@ class Trainer:
             for layer in bundle.layers
             if layer.name in graph.spec.trained
         }
+        self._settled = np.zeros(1, np.uint8)  # 1: masks were thinned, and what is kept stays
+        scores = sum(layer.score.size for layer in self.layers.values())
+        self._most_cut = most_cut(bundle, scores, classes, settings) if settings.thin is None else scores
         self.head_weight = _first_head(settings, classes, bundle.features)
         self.head_bias = np.zeros(classes, np.float32)
         self.run_head = self.head_weight.copy()  # as the graph has it
@@ -172,9 +174,10 @@ class Trainer:
             layer.step(rates, self.count)
         for name, adam in self.head_learning.items():
             adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
+        if surplus := self._surplus():
+            thin(self.layers.values(), surplus)
+            self._settled[:] = 1
         if self.count == self._late_step:
-            if self._thins:
-                thin(self.layers.values(), self._thin)
             self._learn_in_pack_bits()
         self._fuse_head()
 
@@ -199,8 +202,17 @@ class Trainer:
                 row[:] = dequantize_difference(*quantize_difference(row, self.settings.head_bits))
 
     @property
-    def _thins(self) -> bool:
-        return self.settings.method == "ksm" and self._thin > 0
+    def _cut(self) -> int:
+        """How many scores are cut now."""
+        return sum(layer.cut for layer in self.layers.values())
+
+    def _surplus(self) -> int:
+        """How many of them have to be put back now; never any once that was done, as none is cut from there on."""
+        if not self._is_late:
+            return 0
+        if self.settings.thin is None:
+            return max(0, self._cut - self._most_cut)
+        return int(self.settings.thin * self._cut) if self.count == self._late_step else 0
 
     @property
     def _is_late(self) -> bool:
@@ -212,14 +224,14 @@ class Trainer:
 
     @property
     def is_thinned(self) -> bool:
-        """Whether the masks have lost what they will lose, which without `thin` is nothing."""
-        return not self._thins or self._is_late
+        """Whether no more masks are cut than a pack is to have."""
+        return self._cut <= self._most_cut and (self._is_late or not self.settings.thin)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that changes, by name; the arrays themselves, not copies."""
         optimizers = {f"{layer}:{n}": a for layer, x in self.layers.items() for n, a in x.learning.items()}
         optimizers |= {f"head:{name}": adam for name, adam in self.head_learning.items()}
-        arrays: dict[str, np.ndarray] = {}
+        arrays = {"settled": self._settled}
         for name, adam in optimizers.items():
             arrays |= adam.state(name)
         for name, layer in self.layers.items():
@@ -233,7 +245,7 @@ class Trainer:
             array[:] = state[name]
         self.count = count
         for layer in self.layers.values():
-            layer.settled = self._thins and self.is_thinned
+            layer.settled = bool(self._settled[0])
         self._learn_in_pack_bits()
         self._fuse_head()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ksm_edge.bundle.recipe import load_recipe
 from ksm_edge.bundle.statedict import read_state_dict
 from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.suited import GAMMA, LAYERS, MOST, THIN, RateScale, rate_scale, usual_thin
+from ksm_edge.training.suited import GAMMA, LAYERS, MOST, RateScale, mask_bits, most_cut, rate_scale
 from ksm_edge.training.trainer import Trainer, gradient_spec
 
 
@@ -58,19 +59,47 @@ def test_mobilenet_v2_is_what_rates_are_given_for(shared_data: Path, tmp_path: P
     frozen = freeze_recipe(recipe, state)
     bundle = save_bundle(frozen, tmp_path / "bundle", recipe=recipe.name, input_contract=recipe.input)
     assert rate_scale(bundle) == RateScale(1.0, 1.0)
-    assert usual_thin(bundle) == THIN
+    assert most_cut(bundle, kernels_of(bundle), 10, Settings()) / kernels_of(bundle) == pytest.approx(0.0303, abs=1e-4)
 
 
 def test_the_embedded_backbone_is_nearly_one_of_those() -> None:
     assert rate_scale(load_bundle("embedded")) == RateScale(1.0, 1.3)
 
 
-def test_k_x_k_kernels_are_not_thinned(tmp_path: Path) -> None:
+def kernels_of(bundle: Bundle) -> int:
+    return sum(layer.weight_shape[0] * layer.weight_shape[1] for layer in bundle.layers)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 15, 30])
+@pytest.mark.parametrize("scale_bits", [1, 2, 8])
+def test_as_many_may_be_cut_as_there_are_bits_for(classes: int, scale_bits: int) -> None:
+    bundle = load_bundle("embedded")
+    scores, weights = kernels_of(bundle), sum(math.prod(layer.weight_shape) for layer in bundle.layers)
+    most, room = most_cut(bundle, scores, classes, Settings(mask_bits=0.3, scale_bits=scale_bits)), 0.3 * weights
+    room *= max(1, classes / 10)
+    assert 0 < most < scores // 2
+    assert mask_bits(most, scores, scale_bits) <= room < mask_bits(most + 1, scores, scale_bits)
+
+
+def test_where_every_pack_is_small_all_may_be_cut(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path)
-    single = [replace(layer, weight_shape=(*layer.weight_shape[:2], 1, 1)) for layer in bundle.layers]
-    assert usual_thin(bundle) == 0
-    assert usual_thin(replace(bundle, layers=tuple(single))) == THIN
-    assert usual_thin(load_bundle("embedded")) == THIN
+
+    def most(side: int) -> int:
+        layers = [replace(layer, weight_shape=(*layer.weight_shape[:2], side, side)) for layer in bundle.layers]
+        return most_cut(replace(bundle, layers=tuple(layers)), kernels_of(bundle), 2, Settings())
+
+    assert most(3) == kernels_of(bundle)
+    assert most(1) < kernels_of(bundle) / 10
+    assert most_cut(load_bundle("embedded"), 1000, 1000, Settings()) == 1000
+    assert most_cut(load_bundle("embedded"), 0, 2, Settings()) == 0
+    assert most_cut(load_bundle("embedded"), 1000, 2, Settings(mask_bits=0)) == 0
+
+
+def test_bits_of_masks_are_their_entropy_and_a_scale_each() -> None:
+    assert mask_bits(0, 64, 2) == 0
+    assert mask_bits(32, 64, 2) == 64 + 2 * 32
+    assert mask_bits(16, 64, 0) == pytest.approx(16 * 2 + 48 * math.log2(4 / 3))
+    assert mask_bits(64, 64, 3) == 3 * 64
 
 
 @pytest.mark.parametrize("scaled", [True, False])

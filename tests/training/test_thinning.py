@@ -49,7 +49,7 @@ def test_moments_in_eight_bits_tell_nearly_the_same() -> None:
 def test_the_least_salient_of_all_layers_go_back_and_the_others_stay() -> None:
     subjects = [layer("stem", form="taps", seed=1), layer("project", seed=2)]
     before = [(salience(subject), subject.score < THRESHOLD) for subject in subjects]
-    thin(subjects, 0.5)
+    thin(subjects, sum(values.size for values, _ in before) // 2)
     median = np.quantile(np.concatenate([values for values, _ in before]), 0.5)
     for subject, (values, was_cut) in zip(subjects, before, strict=True):
         is_cut = subject.score < THRESHOLD
@@ -62,13 +62,13 @@ def test_the_least_salient_of_all_layers_go_back_and_the_others_stay() -> None:
 def test_so_many_go_back_as_were_asked_for(share: float) -> None:
     subjects = [layer("stem", form="taps", seed=1), layer("project", seed=2)]
     count = sum((subject.score < THRESHOLD).sum() for subject in subjects)
-    thin(subjects, share)
-    assert sum((subject.score < THRESHOLD).sum() for subject in subjects) == count - int(share * count)
+    thin(subjects, int(share * count))
+    assert sum(subject.cut for subject in subjects) == count - int(share * count)
 
 
 def test_what_is_kept_stays_and_what_is_cut_still_learns() -> None:
     subject = layer("project")
-    thin([subject], 0.5)
+    thin([subject], subject.cut // 2)
     before = subject.score.copy()
     rng = np.random.default_rng(0)
     for count in range(1, 4):
@@ -81,9 +81,9 @@ def test_what_is_kept_stays_and_what_is_cut_still_learns() -> None:
 
 def test_nothing_cut_is_nothing_to_thin() -> None:
     subject = TrainedLayer(TABLE["project"], tiny_weights()["project"], "pointwise", Settings())
-    thin([subject], 0.5)
+    thin([subject], 0)
     assert subject.mask().keep.all()
-    thin([], 0.5)
+    thin([], 0)
 
 
 def test_thinning_leaves_steps_to_learn_to_do_without() -> None:

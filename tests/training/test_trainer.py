@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -382,6 +382,65 @@ def test_masks_are_thinned_once_and_none_is_cut_from_then_on(bundle: Bundle) -> 
         assert set(found) <= set(once)
     train(whole, at, STEPS)
     assert any(set(found) - set(once) for found, once in zip(cut_of(whole), allowed, strict=True))
+
+
+@pytest.fixture
+def limited(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Trainer, int]]:
+    """A trainer whose usual masks may have that share of what they had unlimited, and how many scores that is."""
+    most: list[int] = []
+    monkeypatch.setattr("ksm_edge.training.trainer.most_cut", lambda *of: most[0])
+
+    def make(share: float, warmup: float = SETTINGS.warmup) -> tuple[Trainer, int]:
+        usual = replace(SETTINGS, thin=None, warmup=warmup)
+        most[:] = [1_000_000]
+        free = trainer(bundle, usual)
+        train(free, 0, STEPS)
+        most[:] = [int(share * count(free))]
+        return trainer(bundle, usual), most[0]
+
+    return make
+
+
+def count(subject: Trainer) -> int:
+    return sum(map(len, cut_of(subject)))
+
+
+def test_usual_masks_lose_what_they_have_too_much_and_no_more(limited: Callable[..., tuple[Trainer, int]]) -> None:
+    subject, most = limited(0.5)
+    at = late_step(STEPS, SETTINGS.thin_at)
+    train(subject, 0, at - 1)
+    assert count(subject) > most
+    assert not subject.is_thinned
+    train(subject, at - 1, at)
+    assert count(subject) == most
+    assert subject.is_thinned
+    allowed = cut_of(subject)
+    train(subject, at, STEPS)
+    assert all(set(found) <= set(once) for found, once in zip(cut_of(subject), allowed, strict=True))
+
+
+def test_masks_that_pass_the_limit_later_lose_it_then(limited: Callable[..., tuple[Trainer, int]]) -> None:
+    subject, most = limited(0.95, warmup=0.9)
+    at = late_step(STEPS, SETTINGS.thin_at)
+    train(subject, 0, at)
+    assert 0 < count(subject) < most  # and is not held to what is cut so far
+    counts = []
+    for step in range(at, STEPS):
+        train(subject, step, step + 1)
+        counts.append(count(subject))
+    assert max(counts) == most
+    again, _ = limited(0.95, warmup=0.9)
+    again.restore({name: array.copy() for name, array in subject.state().items()}, STEPS)
+    assert {layer.settled for layer in again.layers.values()} == {True}
+
+
+def test_masks_within_the_limit_are_those_without_one(
+    bundle: Bundle, limited: Callable[..., tuple[Trainer, int]]
+) -> None:
+    subject, whole = limited(1.5)[0], trainer(bundle, replace(SETTINGS, thin=0.0))
+    for other in (subject, whole):
+        train(other, 0, STEPS)
+    assert same_bits(subject, whole)
 
 
 @pytest.mark.parametrize("learn_in_bits", [False, True])
