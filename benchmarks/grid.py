@@ -13,8 +13,9 @@ from typing import Any
 
 from measure import FORMAT_VERSION, read, write
 
-# Settings that did something else than their default now does, before there was a choice.
-BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3}
+# Settings that did something else than their default now does, before there was a choice: without a share of their own
+# (`thin`) masks were thinned by half, whatever bits they took.
+BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3, "mask_bits": None}
 Run = dict[str, Any]  # its `identity` is what makes two runs the same
 
 

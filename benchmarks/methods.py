@@ -138,7 +138,7 @@ def is_earlier(identity: Mapping[str, Any]) -> bool:
     if "settings" not in identity:  # logistic regression has no start, other rivals once began at random
         return identity["method"] != "linear" and identity.get("head_start") != Settings().head_start
     now = {name: value for name, value in _settings(identity).items() if name not in ("epochs", "batch")}
-    return any(name not in identity["settings"] or identity["settings"][name] != now[name] for name in now)
+    return any(identity["settings"][name] != value for name, value in now.items())
 
 
 def title(name: str, *, earlier: bool) -> str:

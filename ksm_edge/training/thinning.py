@@ -26,9 +26,10 @@ def thin(layers: Iterable[TrainedLayer], count: int) -> None:
     """Put so many of all cut kernels, those of least salience, back to 1; none is cut any more from here on."""
     layers = [layer for layer in layers if "score" in layer.learning]
     saliences = [salience(layer) for layer in layers]
-    threshold = _least(np.concatenate(saliences), count) if saliences else 0.0
-    for layer, values in zip(layers, saliences, strict=True):
-        layer.settle(values >= threshold)
+    stays = _all_but_least(np.concatenate(saliences), count)
+    ends = np.cumsum([values.size for values in saliences])
+    for layer, its in zip(layers, np.split(stays, ends[:-1]), strict=True):
+        layer.settle(its)
 
 
 def salience(layer: TrainedLayer) -> np.ndarray:
@@ -40,6 +41,8 @@ def salience(layer: TrainedLayer) -> np.ndarray:
     return np.square(1 - mask.cut_scale) * squares
 
 
-def _least(values: np.ndarray, count: int) -> float:
-    """The value that so many of them lie below."""
-    return float(np.partition(values, count)[count]) if 0 < count < values.size else 0.0
+def _all_but_least(values: np.ndarray, count: int) -> np.ndarray:
+    """Whether each is none of so many of least value: exactly so many, where values are equal as well."""
+    result = np.ones(values.size, bool)
+    result[np.argsort(values, kind="stable")[:count]] = False
+    return result

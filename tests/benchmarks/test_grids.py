@@ -54,6 +54,18 @@ def test_a_run_from_before_a_setting_had_its_default(load: Any, tmp_path: Path) 
     assert not grid.has(path, {"settings": {"epochs": 8, "learn_in_bits": True}})
 
 
+def test_runs_that_were_thinned_by_half_are_earlier_ones(load: Any, tmp_path: Path) -> None:
+    grid, methods, path = load("grid"), load("methods"), tmp_path / "x.json"
+    for name in ("ksm", "whole"):
+        wanted = methods.identity(name, tiny_bundle(tmp_path / name), digits(), 0)
+        assert not methods.is_earlier(wanted)
+        old = {**wanted, "settings": {n: value for n, value in wanted["settings"].items() if n != "mask_bits"}}
+        grid.keep(path, {}, {"identity": old, "machine": {}, "after": {}, "warnings": []}, lambda runs: {})
+        # What has a share of its own was never thinned by anything else.
+        assert grid.has(path, wanted) == (name == "whole")
+        assert methods.is_earlier(grid.runs(path)[-1]["identity"]) == (name == "ksm")
+
+
 def test_only_runs_like_the_last_one_count(load: Any) -> None:
     standing = load("grid").latest(lambda run: run["method"], lambda run: run["rate"])
     runs = [{"method": m, "rate": r, "n": n} for n, (m, r) in enumerate([("a", 1), ("b", 1), ("a", 2), ("b", 1)])]

@@ -119,6 +119,18 @@ def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path
     assert (pack.record["device"], pack.record["emulated"]) == ("host", False)
 
 
+def test_what_masks_may_take_is_said_in_one_way(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--thin", 0.5], ["--small"]):
+        assert main(call(photos, bundle, tmp_path / "a.ksm", "--mask-bits", 0.1, *words)) == 2
+        assert "--mask-bits and --thin" in capsys.readouterr().err
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--mask-bits", 0, "--score-rate", 0.1)) == 0
+    pack = load_pack(tmp_path / "a.ksm")
+    assert all(state.mask is None for state in pack.layers.values())  # without a bit for them there are none
+    assert any(state.gamma_delta.any() for state in pack.layers.values())
+
+
 def test_few_images_are_shown_more_often_unless_told_otherwise() -> None:
     for words, images, epochs in (("adapt DATA", 100, 24), ("adapt DATA --epochs 3", 100, 3), ("adapt", 100, 6)):
         args = build_parser().parse_args(words.split())

@@ -83,9 +83,18 @@ def test_nothing_cut_is_nothing_to_thin() -> None:
     subject = TrainedLayer(TABLE["project"], tiny_weights()["project"], "pointwise", Settings())
     thin([subject], 0)
     assert subject.mask().keep.all()
-    thin([], 0)
 
 
 def test_thinning_leaves_steps_to_learn_to_do_without() -> None:
     assert late_step(1, 0.5) == 1
     assert all(1 <= late_step(steps, 0.5) < steps for steps in range(2, 500))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_among_equals_so_many_go_back_all_the_same(share: float) -> None:
+    subjects = [layer("stem", form="taps"), layer("project")]
+    for subject in subjects:
+        subject.learning["score"].square[...] = 0  # no gradient was ever felt
+    count = sum(subject.cut for subject in subjects)
+    thin(subjects, int(share * count))
+    assert sum(subject.cut for subject in subjects) == count - int(share * count)
