@@ -1,21 +1,24 @@
 """Which epoch's pack a training ends with: the last one that the held-out images cannot tell from the best.
 
 A few dozen images tell accuracies apart by a few points at most, so the best of several epochs is partly the luckiest.
-Later ones were learned at lower rates, behind the thinning, and that is what they are chosen for: the rule is that of
-one standard error (Breiman, Friedman, Olshen and Stone 1984, "Classification and Regression Trees", 3.4.3).
+Later ones were learned at lower rates, behind the thinning, and that is what they are chosen for. Within how many
+standard errors they have to be is a matter of how many epochs there are to be lucky in; one is what trees are pruned by
+(Breiman, Friedman, Olshen and Stone 1984, "Classification and Regression Trees", 3.4.3), two is one chance in forty.
 """
 
 from __future__ import annotations
 
 import math
 
+ERRORS = 2.0
+
 
 def as_good(accuracy: float, best: float, images: int) -> bool:
-    """Whether `accuracy` on so many images is within a standard error of the `best` one on the same images.
+    """Whether `accuracy` on so many images is within two standard errors of the `best` one on the same images.
 
-    >>> as_good(0.95, 0.96, 100), as_good(0.93, 0.96, 100)
+    >>> as_good(0.93, 0.96, 100), as_good(0.90, 0.96, 100)
     (True, False)
     """
     # With two right and two wrong answers more (Agresti and Coull 1998): that all are right does not make it certain.
     share = (best * images + 2) / (images + 4)
-    return accuracy >= best - math.sqrt(share * (1 - share) / (images + 4))
+    return accuracy >= best - ERRORS * math.sqrt(share * (1 - share) / (images + 4))

@@ -12,17 +12,17 @@ from ksm_edge.training.choice import as_good
 @pytest.mark.parametrize("best", [0.0, 0.5, 0.9, 1.0])
 def test_the_best_is_as_good_as_itself_and_nothing_that_is_far_below(best: float, images: int) -> None:
     assert as_good(best, best, images)
-    assert not as_good(best - 1.5 / images**0.5, best, images)
+    assert not as_good(best - 2.5 / images**0.5, best, images)
 
 
 def test_one_more_mistake_counts_the_less_the_fewer_mistakes_tell() -> None:
-    # Of 100 images the error is 3 at 0.9 and 1.3 at 1: that all answers are right does not make it certain.
-    assert as_good(0.87, 0.90, 100)
-    assert not as_good(0.86, 0.90, 100)
-    assert as_good(0.99, 1.00, 100)
-    assert not as_good(0.98, 1.00, 100)
-    assert as_good(0.8975, 0.90, 10_000)
-    assert not as_good(0.896, 0.90, 10_000)
+    # Of 100 images two errors are 6 at 0.9 and 2.7 at 1: that all answers are right does not make it certain.
+    assert as_good(0.84, 0.90, 100)
+    assert not as_good(0.83, 0.90, 100)
+    assert as_good(0.98, 1.00, 100)
+    assert not as_good(0.97, 1.00, 100)
+    assert as_good(0.895, 0.90, 10_000)
+    assert not as_good(0.893, 0.90, 10_000)
 
 
 def chosen(accuracies: list[float | None], images: int) -> tuple[int, float | None]:
@@ -41,7 +41,7 @@ def test_the_last_that_is_as_good_as_the_best_is_chosen() -> None:
 
 
 def test_a_slow_decline_does_not_lower_what_counts_as_good() -> None:
-    assert chosen([0.90, 0.88, 0.86, 0.84, 0.82], 100) == (2, 0.88)
+    assert chosen([0.90, 0.88, 0.86, 0.84, 0.82, 0.80], 100) == (4, 0.84)
 
 
 def test_without_held_out_images_it_is_the_last() -> None:
