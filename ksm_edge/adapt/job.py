@@ -38,7 +38,7 @@ from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import to_pack
 from ksm_edge.training.planner import Plan
 from ksm_edge.training.targets import balanced_weights, target_rows
-from ksm_edge.training.trainer import Trainer
+from ksm_edge.training.trainer import Trainer, training_input
 
 CHECKPOINT_SECONDS = 180.0  # an SD card wears with every write
 SHOWN_STEPS = 50  # that the loss shown is the mean of
@@ -164,7 +164,7 @@ class Job:
         return training_views(
             self.cache,
             self.train,
-            self.bundle.input,
+            training_input(self.bundle, self.settings),
             indices,
             seed=self.settings.seed,
             view=view,

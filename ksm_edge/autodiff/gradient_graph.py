@@ -65,7 +65,8 @@ def build(
     if spec.part != WHOLE:
         nodes = _part(nodes, spec, shapes)
     emit.input(IMAGE, shapes[IMAGE])
-    builder = _Builder(emit, spec, table, nodes, shapes)
+    formed_at = static_shapes(backbone, spec.micro_batch, spec.formed_at) if spec.formed_at else shapes
+    builder = _Builder(emit, spec, table, nodes, shapes, formed_at)
     builder.forward()
     forward = len(emit.nodes)
     if spec.backward:
@@ -99,6 +100,7 @@ class _Builder:
     layers: dict[str, Layer]
     nodes: list[Node]
     shapes: dict[str, Shape]
+    formed_at: dict[str, Shape]  # those that forms are chosen for
 
     def __post_init__(self) -> None:
         for node in self.nodes:
@@ -119,7 +121,7 @@ class _Builder:
         self.done_behind = {conv.behind.name for conv in self.own.values() if conv.behind}
 
     def _form(self, node: Node) -> str:
-        return conv.conv_form(node, self.layers[node.name], self.shapes[node.output], self.spec)
+        return conv.conv_form(node, self.layers[node.name], self.formed_at[node.output], self.spec)
 
     def forward(self) -> None:
         for node in self.nodes:

@@ -124,6 +124,12 @@ def _add_how(group: Options) -> None:
     )
     group.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
     group.add_argument(
+        "--train-size",
+        type=positive,
+        metavar="N",
+        help="pixels of images in training: fewer take less time and memory (default: what the backbone takes)",
+    )
+    group.add_argument(
         "--views",
         type=positive,
         metavar="N",
@@ -243,8 +249,8 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
 
     if args.mask_bits is not None and (args.small or args.thin is not None):
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
-    names = ("epochs", "batch", "method", "layers", "views", "masked", "granularity", "statistics", "head_start",
-             "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
+    names = ("epochs", "batch", "method", "layers", "train_size", "views", "masked", "granularity", "statistics",
+             "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs}

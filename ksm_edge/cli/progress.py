@@ -59,7 +59,9 @@ class ProgressBar(Observer):
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
-        say(f"Plan      {steps} steps of {plan.batch} images, {at_once} at a time{_memory(plan)}")
+        pixels = plan.settings.train_size
+        of = f" of {pixels}x{pixels} pixels" if pixels else ""
+        say(f"Plan      {steps} steps of {plan.batch} images{of}, {at_once} at a time{_memory(plan)}")
         if plan.tuned is not None:
             say(f"Forms     {_forms(plan.tuned)}")
         if plan.front is not None:

@@ -162,7 +162,7 @@ def gradient_work(bundle: Bundle, plan: Plan) -> list[Work]:
     from ksm_edge.autodiff.gradient_graph import build
 
     inference = onnx.load(bundle.graph_path, load_external_data=False)
-    return graph_work(build(inference, bundle.layers, plan.graph.spec).model, bundle.input.size)
+    return graph_work(build(inference, bundle.layers, plan.graph.spec).model, plan.graph.spec.size)
 
 
 def update_work(bundle: Bundle, settings: Settings) -> list[Work]:

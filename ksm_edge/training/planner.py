@@ -128,7 +128,7 @@ def make_plan(
         expected_peak_bytes=need,
         settings=kind,
         graph=graph,
-        forward=compiled(bundle, forward_spec(graph.spec, graph.forms)),
+        forward=compiled(bundle, forward_spec(graph.spec, graph.forms, bundle.input.size)),
         front=compiled(bundle, front_spec(graph.spec)) if settings.views else None,
         tuned=found,
     )
@@ -148,8 +148,10 @@ class _Search:
 
     def beside(self, graph: CompiledGraph) -> list[CompiledGraph]:
         """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
-        views = self.settings.views
-        specs = [forward_spec(graph.spec, graph.forms), front_spec(graph.spec)] if views else []
+        whole = self.bundle.input.size
+        specs = [front_spec(graph.spec)] if self.settings.views else []
+        if self.settings.views or graph.spec.size != whole:
+            specs += [forward_spec(graph.spec, graph.forms, whole)]
         return [compiled(self.bundle, spec) for spec in specs]
 
     def peak(self, candidate: Candidate) -> int:
@@ -245,7 +247,7 @@ def _unmeasured_plan(bundle: Bundle, classes: int, settings: Settings, engine: E
         expected_peak_bytes=None,
         settings=settings,
         graph=graph,
-        forward=compiled(bundle, forward_spec(spec, graph.forms)),
+        forward=compiled(bundle, forward_spec(spec, graph.forms, bundle.input.size)),
     )
 
 
@@ -289,9 +291,9 @@ def _over_budget(
     smaller = (
         "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "
     )
-    other = "or start anew, without --resume" if goes_on else f"{smaller}a smaller --size at export, or --method head"
+    other = "or start anew, without --resume" if goes_on else f"{smaller}a smaller --train-size, or --method head"
     return (
-        f"adapting {bundle.recipe} at {bundle.input.size}x{bundle.input.size} px in steps of {settings.batch} images "
+        f"adapting {bundle.recipe} at {graph.spec.size}x{graph.spec.size} px in steps of {settings.batch} images "
         f"needs about {_mib(need)} MiB ({_mib(activation_bytes(graph, workers))} of it for the activations of "
         f"{workers * graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
         f"{_mib(need)}MiB or more, {other}."

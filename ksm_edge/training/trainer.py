@@ -9,7 +9,7 @@ import numpy as np
 
 from ksm_edge import native
 from ksm_edge.autodiff.spec import FRONT, REST, WHOLE, GradientSpec
-from ksm_edge.bundle.layers import Bundle, Layer, select
+from ksm_edge.bundle.layers import Bundle, InputContract, Layer, select
 from ksm_edge.errors import KsmEdgeError, UsageError
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
@@ -271,6 +271,19 @@ def learning_layers(layers: Sequence[Layer], settings: Settings) -> tuple[frozen
     return trained, masked
 
 
+def training_input(bundle: Bundle, settings: Settings) -> InputContract:
+    """How images enter training, which may show them smaller than the backbone takes them; UsageError for larger ones.
+
+    Activations and time are in proportion to pixels. A random crop shows things larger than evaluation does, so that a
+    network sees them in the size that it will be judged in where training images are somewhat smaller (Touvron et al.
+    2019, "Fixing the train-test resolution discrepancy").
+    """
+    whole, size = bundle.input, settings.train_size
+    if size > whole.size:
+        raise UsageError(f"train_size {size}: the backbone takes images of {whole.size} pixels; give fewer")
+    return replace(whole, size=size, resize=round(whole.resize * size / whole.size)) if size else whole
+
+
 def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientSpec:
     """The gradient graph that these settings need."""
     trained, _ = learning_layers(bundle.layers, settings)
@@ -278,7 +291,7 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
     part = REST if settings.views else WHOLE
     return GradientSpec(
         micro_batch,
-        bundle.input.size,
+        training_input(bundle, settings).size,
         classes,
         trained,
         settings.statistics,
@@ -291,14 +304,16 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
     )
 
 
-def forward_spec(spec: GradientSpec, forms: Mapping[str, str]) -> GradientSpec:
+def forward_spec(spec: GradientSpec, forms: Mapping[str, str], size: int | None = None) -> GradientSpec:
     """The forward pass of a graph, reading the same parameters, with the statistics that a pack brings along.
 
-    `forms`: of the graph's layers.
+    `forms`: of the graph's layers. `size`: pixels of its images, where they are others.
     """
     # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
     tile_bytes = spec.tile_bytes if "winograd" in forms.values() else 0
     read = replace(spec, fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
+    if size not in (None, spec.size):
+        read = replace(read, size=size, formed_at=spec.size)
     return replace(read, backward=False, statistics="frozen", classes=0, half=False, recompute=False, part=WHOLE)
 
 

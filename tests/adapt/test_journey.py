@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from ksm_edge.fuse import fuse, fused_digest
 from ksm_edge.pack.files import load_pack, require_backbone
 from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes.onnxruntime import Session
+from ksm_edge.training.judge import Judge
 from ksm_edge.training.planner import make_plan
+from ksm_edge.training.trainer import Trainer
 
 # What comes out.
 
@@ -107,6 +110,8 @@ VARIANTS = {
     "norm, batch statistics": {"method": "norm", "statistics": "batch"},
     "head, batch statistics": {"method": "head", "statistics": "batch"},
     "balanced": {"balanced": True, "flip": True, "label_smoothing": 0.1},
+    "smaller images": {"train_size": 12},
+    "features of smaller images": {"train_size": 12, "layers": "project..", "views": 2},
 }
 
 
@@ -127,6 +132,34 @@ def test_every_variant_ends_in_a_pack_as_good_as_it_says(
     if chosen.method == "head":
         assert pack.fused_digest == fused_digest(fuse(bundle, None))
     assert all(state.mean is None and state.var is None for state in layers)  # they are in gamma and beta
+
+
+@pytest.mark.parametrize("size", [None, 12])
+def test_images_enter_training_in_the_size_that_was_asked_for(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    seen, judged = set(), set()
+    step, accuracy_of = Trainer.step, Judge.accuracy
+
+    def looking(self: Trainer, images: Any, *of: Any, **more: Any) -> Any:
+        parts = list(images)
+        seen.update(part.shape[1:] for part in parts)
+        return step(self, iter(parts), *of, **more)
+
+    def judging(self: Judge, pack: Pack, batches: Any) -> float:
+        parts = list(batches)
+        judged.update(part.images.shape[1:] for part in parts)
+        return accuracy_of(self, pack, parts)
+
+    monkeypatch.setattr(Trainer, "step", looking)
+    monkeypatch.setattr(Judge, "accuracy", judging)
+    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=1, train_size=size or 0))
+    assert (seen, judged) == ({(3, size or 16, size or 16)}, {(3, 16, 16)})
+
+
+def test_images_larger_than_the_backbone_takes_are_refused(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="train_size 17: the backbone takes images of 16 pixels"):
+        adapt(bundle, images, tmp_path / "a.ksm", settings(train_size=17))
 
 
 def test_without_a_validation_split_the_last_epoch_is_kept(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:

@@ -118,16 +118,21 @@ def test_a_short_budget_has_large_weights_made_in_the_graph(tmp_path: Path, monk
     assert inside == [True, False, False]
 
 
+@pytest.mark.parametrize("train_size", [112, 56])
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_forward_pass_reads_what_training_keeps(form: Form, statistics: str, tmp_path: Path) -> None:
-    """Also where the form of a large stem depends on the memory there is."""
-    bundle = random_bundle("resnet18", 64, tmp_path)
+def test_the_forward_pass_reads_what_training_keeps(
+    form: Form, statistics: str, train_size: int, tmp_path: Path
+) -> None:
+    """Also where the form of a large stem depends on the memory there is, and those of others on the image's size."""
+    bundle = random_bundle("resnet18", 112, tmp_path)
     backbone = onnx.load(bundle.graph_path, load_external_data=False)
-    settings = replace(SETTINGS, statistics=statistics)
+    settings = replace(SETTINGS, statistics=statistics, train_size=train_size)
     spec = replace(gradient_spec(bundle, 3, settings, 1), **form)
     learns = build(backbone, bundle.layers, spec)
-    judges = build(backbone, bundle.layers, forward_spec(spec, learns.forms))
+    judges = build(backbone, bundle.layers, forward_spec(spec, learns.forms, 112))
+    assert (learns.inputs["image"][2], judges.inputs["image"][2]) == (train_size, 112)
+    judges.inputs.pop("image")
     assert set(judges.inputs) <= set(learns.inputs)
     assert all(learns.inputs[name] == shape for name, shape in judges.inputs.items())
 
