@@ -124,10 +124,10 @@ def _add_how(group: Options) -> None:
     )
     group.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
     group.add_argument(
-        "--train-size",
-        type=positive,
-        metavar="N",
-        help="pixels of images in training: fewer take less time and memory (default: what the backbone takes)",
+        "--train-scale",
+        type=float,
+        metavar="X",
+        help="size of images in training, as a share of what the backbone takes: less time and memory (default: 1)",
     )
     group.add_argument(
         "--views",
@@ -249,7 +249,7 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
 
     if args.mask_bits is not None and (args.small or args.thin is not None):
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
-    names = ("epochs", "batch", "method", "layers", "train_size", "views", "masked", "granularity", "statistics",
+    names = ("epochs", "batch", "method", "layers", "train_scale", "views", "masked", "granularity", "statistics",
              "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)

@@ -55,7 +55,7 @@ class Settings:
     warmup: float = 0.3  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
-    train_size: int = 0  # pixels of images in training, where that costs; 0: as many as the backbone takes
+    train_scale: float = 1.0  # size of images in training, as a share of what the backbone takes
     views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
@@ -73,7 +73,7 @@ class Settings:
         for name, known in {"moment_bits": MOMENT_BITS, "activation_bits": ACTIVATION_BITS}.items():
             if (bits := getattr(self, name)) not in known:
                 raise UsageError(f"{name} {bits}: must be one of {', '.join(map(str, known))}")
-        for name in ("seed", "views", "train_size"):
+        for name in ("seed", "views"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} {getattr(self, name)}: must not be negative")
         for name, fewest in FEWEST_BITS.items():
@@ -94,6 +94,8 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
 
+        if not 0 < self.train_scale <= 1:
+            raise UsageError(f"train_scale {self.train_scale}: must lie in (0, 1]")
         if not 0 < self.thin_at < 1:
             raise UsageError(f"thin_at {self.thin_at}: must lie in (0, 1)")
         if not 0 <= self.mask_bits < math.inf:

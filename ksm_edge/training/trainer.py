@@ -22,6 +22,7 @@ from ksm_edge.training.suited import RateScale, most_cut, rate_scale
 from ksm_edge.training.thinning import late_step, thin
 
 ONE_THREAD = Engine()
+PIXELS = 8  # sizes are multiples of
 TILE_BYTES = 2**22  # see `GradientSpec`: larger weights are read too often where memory is slow beside arithmetic
 
 Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or what the front made of them; or parts, one by one
@@ -272,16 +273,15 @@ def learning_layers(layers: Sequence[Layer], settings: Settings) -> tuple[frozen
 
 
 def training_input(bundle: Bundle, settings: Settings) -> InputContract:
-    """How images enter training, which may show them smaller than the backbone takes them; UsageError for larger ones.
+    """How images enter training: by `train_scale` smaller than evaluation has them, to a multiple of 8 pixels.
 
-    Activations and time are in proportion to pixels. A random crop shows things larger than evaluation does, so that a
-    network sees them in the size that it will be judged in where training images are somewhat smaller (Touvron et al.
-    2019, "Fixing the train-test resolution discrepancy").
+    Time and activations are in proportion to pixels. A random crop shows things larger than evaluation does, so that in
+    somewhat smaller images they have the size that the network will be judged in (Touvron et al. 2019, "Fixing the
+    train-test resolution discrepancy").
     """
-    whole, size = bundle.input, settings.train_size
-    if size > whole.size:
-        raise UsageError(f"train_size {size}: the backbone takes images of {whole.size} pixels; give fewer")
-    return replace(whole, size=size, resize=round(whole.resize * size / whole.size)) if size else whole
+    whole = bundle.input
+    size = min(whole.size, max(PIXELS, PIXELS * round(whole.size * settings.train_scale / PIXELS)))
+    return whole if size == whole.size else replace(whole, size=size, resize=round(whole.resize * size / whole.size))
 
 
 def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientSpec:

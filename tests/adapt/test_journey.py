@@ -110,8 +110,8 @@ VARIANTS = {
     "norm, batch statistics": {"method": "norm", "statistics": "batch"},
     "head, batch statistics": {"method": "head", "statistics": "batch"},
     "balanced": {"balanced": True, "flip": True, "label_smoothing": 0.1},
-    "smaller images": {"train_size": 12},
-    "features of smaller images": {"train_size": 12, "layers": "project..", "views": 2},
+    "smaller images": {"train_scale": 0.5},
+    "features of smaller images": {"train_scale": 0.5, "layers": "project..", "views": 2},
 }
 
 
@@ -134,9 +134,9 @@ def test_every_variant_ends_in_a_pack_as_good_as_it_says(
     assert all(state.mean is None and state.var is None for state in layers)  # they are in gamma and beta
 
 
-@pytest.mark.parametrize("size", [None, 12])
+@pytest.mark.parametrize(("scale", "size"), [(1.0, 16), (0.9, 16), (0.6, 8), (0.01, 8)])
 def test_images_enter_training_in_the_size_that_was_asked_for(
-    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, size: int
 ) -> None:
     seen, judged = set(), set()
     step, accuracy_of = Trainer.step, Judge.accuracy
@@ -153,13 +153,8 @@ def test_images_enter_training_in_the_size_that_was_asked_for(
 
     monkeypatch.setattr(Trainer, "step", looking)
     monkeypatch.setattr(Judge, "accuracy", judging)
-    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=1, train_size=size or 0))
-    assert (seen, judged) == ({(3, size or 16, size or 16)}, {(3, 16, 16)})
-
-
-def test_images_larger_than_the_backbone_takes_are_refused(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="train_size 17: the backbone takes images of 16 pixels"):
-        adapt(bundle, images, tmp_path / "a.ksm", settings(train_size=17))
+    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=1, train_scale=scale))
+    assert (seen, judged) == ({(3, size, size)}, {(3, 16, 16)})
 
 
 def test_without_a_validation_split_the_last_epoch_is_kept(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_the_forward_pass_reads_what_training_keeps(
     """Also where the form of a large stem depends on the memory there is, and those of others on the image's size."""
     bundle = random_bundle("resnet18", 112, tmp_path)
     backbone = onnx.load(bundle.graph_path, load_external_data=False)
-    settings = replace(SETTINGS, statistics=statistics, train_size=train_size)
+    settings = replace(SETTINGS, statistics=statistics, train_scale=train_size / 112)
     spec = replace(gradient_spec(bundle, 3, settings, 1), **form)
     learns = build(backbone, bundle.layers, spec)
     judges = build(backbone, bundle.layers, forward_spec(spec, learns.forms, 112))

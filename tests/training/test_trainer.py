@@ -354,7 +354,8 @@ def test_the_backbone_is_not_written_to(bundle: Bundle) -> None:
     [("method", "lora"), ("statistics", "running"), ("head_start", "ones"), ("granularity", "group:0"),
      ("granularity", "pixel"), ("epochs", 0),
      ("batch", 0), ("score_rate", -1.0), ("validation", 1.0), ("label_smoothing", float("nan")),
-     ("mask_bits", float("inf")), ("mask_bits", -0.1), ("thin", 1.0)],
+     ("mask_bits", float("inf")), ("mask_bits", -0.1), ("thin", 1.0),
+     ("train_scale", 0.0), ("train_scale", 1.1)],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=name.partition("_")[0]):
