@@ -1,12 +1,13 @@
-"""How many layers have to change for a task, and what do the others cost?
+"""How many layers have to change for a task, in images of what size, and what do the others cost?
 
     python benchmarks/layers.py            # learns: hours; goes on where it stopped
     python benchmarks/layers.py --time     # measures steps instead, beside full fine-tuning in torch
 
-MobileNetV2 with only its layers from one on adapted, the others plain, and with their output kept in a few views:
-validation accuracy over three tasks and three seeds at 96 px, 30 % of the images held out, each against the run of the
-same task and seed in which all layers change; and, with --time, what an optimizer step of 8 images takes at 224 px, the
-views' share of it included, in processes of one thread that alternate. The test sets are not read.
+MobileNetV2 with only its layers from one on adapted, the others plain, and with their output kept in a few views, or
+learned in smaller images: validation accuracy over three tasks and three seeds at 96 px, 30 % of the images held out,
+each against the run of the same task and seed in which all layers change; and, with --time, what an optimizer step of 8
+images takes at 224 px, the views' share of it included, in processes of one thread that alternate. The test sets are
+not read.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
 TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 HELD_OUT = 0.3
 ALL = ""
-WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2")  # options of `adapt`
+# Options of `adapt`.
+WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2", "train-scale=0.7")
+KINDS = {"views": int, "train_scale": float}
 QUESTION = __doc__.split("\n")[0]
 
 
@@ -50,7 +53,7 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
-                        help="each some of layers=NAMES views=N, as of adapt (default: a few)")  # fmt: skip
+                        help="each some of layers=NAMES views=N train-scale=X, as of adapt")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")
@@ -170,12 +173,12 @@ def _time(options: argparse.Namespace) -> int:
 def _words(way: str) -> Iterator[str]:
     """As `adapt` takes them."""
     for name, value in _settings(way).items():
-        yield from (f"--{name}", str(value))
+        yield from (f"--{name.replace('_', '-')}", str(value))
 
 
 def _settings(way: str) -> dict[str, Any]:
-    given = dict(part.split("=", 1) for part in way.split())
-    return {name: int(value) if name == "views" else value for name, value in given.items()}
+    given = ((name.replace("-", "_"), value) for name, value in (part.split("=", 1) for part in way.split()))
+    return {name: KINDS.get(name, str)(value) for name, value in given}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch
 
 Given = dict[
     str, Any
-]  # recipe, size, batch, threads, steps, bundle; layers, views of ours; onnxruntime_training; trace
+]  # recipe, size, batch, threads, steps, bundle; layers, views, train_scale of ours; onnxruntime_training; trace
 Found = dict[str, Any]
 
 
@@ -73,7 +73,7 @@ def _ours(
     from ksm_edge.errors import UnsupportedError
     from ksm_edge.resident import use_compact_heap
     from ksm_edge.training.targets import target_rows
-    from ksm_edge.training.trainer import Trainer
+    from ksm_edge.training.trainer import Trainer, training_input
 
     use_compact_heap()
     if not operators:
@@ -83,7 +83,7 @@ def _ours(
     except UnsupportedError as error:
         return {"absent": str(error)}
     trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned once, later
-    side, batch = bundle.input.size, given["batch"]
+    side, batch = training_input(bundle, plan.settings).size, given["batch"]
     targets = target_rows(np.arange(batch) % CLASSES, CLASSES, 0.0)
     # Images as an adaptation has them: a part at a time, however large the batch, and made by somebody else: what is
     # waited for them does not count, as little as with the rivals, who have them all from the start.
@@ -127,7 +127,8 @@ def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str, tune: bo
     bundle, budget = load_bundle(given["bundle"]), None
     rates = {"score_rate": RATE, "norm_rate": RATE, "head_rate": RATE}
     layers = given.get("layers", "*") if stem else f"{bundle.layers[1].name}.."
-    settings = Settings(batch=given["batch"], layers=layers, views=given.get("views", 0), **rates)
+    more = {name: given[name] for name in ("views", "train_scale") if name in given}
+    settings = Settings(batch=given["batch"], layers=layers, **more, **rates)
     if smallest:
         try:
             make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)

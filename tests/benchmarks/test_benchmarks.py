@@ -318,6 +318,8 @@ def test_a_way_is_what_adapt_takes(load: Any) -> None:
     layers = load("layers")
     assert list(layers._words("layers=35%.. views=4")) == ["--layers", "35%..", "--views", "4"]
     assert layers._settings("layers=35%.. views=4") == {"layers": "35%..", "views": 4}
+    assert list(layers._words("train-scale=0.7 layers=a-b..")) == ["--train-scale", "0.7", "--layers", "a-b.."]
+    assert layers._settings("train-scale=0.7") == {"train_scale": 0.7}
     assert list(layers._words("")) == []
 
 
