@@ -185,7 +185,8 @@ def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
 
     args = build_parser().parse_args(["adapt", "DATA", *_schedule(identity), *identity["words"]])
     settings = settings_of(args, Device.load("host"), 0)
-    without = {"seed"} if settings.thin is None else {"seed", "mask_bits"}  # which then limits nothing
+    limited = settings.thin is None and settings.method == "ksm"
+    without = {"seed"} if limited else {"seed", "mask_bits"}  # which then limits nothing
     return {name: value for name, value in asdict(settings).items() if name not in without}
 
 
@@ -193,7 +194,9 @@ def _require_settings(pack: Path, identity: dict[str, Any]) -> None:
     from ksm_edge.pack.files import load_pack
 
     wanted = {**identity["settings"], "seed": identity["seed"]}
-    used = {name: value for name, value in load_pack(pack).record["settings"].items() if name in wanted}
+    used = dict(load_pack(pack).record["settings"])
+    if "mask_bits" not in wanted:
+        del used["mask_bits"]
     if used != {**wanted, "batch": min(wanted["batch"], used["batch"])}:  # a task may have fewer images than a batch
         raise SystemExit(f"{identity['task']}: `ksm-edge adapt` used the settings {used}, expected were {wanted}")
 

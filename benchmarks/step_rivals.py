@@ -82,7 +82,7 @@ def _ours(
         bundle, plan = _planned(given, smallest=smallest, stem=stem, runtime=runtime, tune=tune)
     except UnsupportedError as error:
         return {"absent": str(error)}
-    trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned once, later
+    trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned later, if at all
     side, batch = training_input(bundle, plan.settings).size, given["batch"]
     targets = target_rows(np.arange(batch) % CLASSES, CLASSES, 0.0)
     # Images as an adaptation has them: a part at a time, however large the batch, and made by somebody else: what is

@@ -35,8 +35,8 @@ RATES = {
 }
 CUTS = {
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",
-    "mask_bits": "bits that masks may take in the pack for each weight of the backbone, more beyond ten classes: "
-    "the cut kernels that matter least go back to 1 until they do (default: 0.25, so that packs are 1 %% of it)",
+    "mask_bits": "bits that masks may take in the pack for each weight of the backbone, more beyond ten classes: in "
+    "mid training cut kernels that matter least go back to 1 (default: 0.25, for packs below 1 %% of the backbone)",
     "thin": "put this share of the cut kernels back instead",
     "thin_at": "when, as a share of all steps; --learn-in-bits begins there too",
 }
@@ -127,7 +127,7 @@ def _add_how(group: Options) -> None:
         "--train-scale",
         type=float,
         metavar="X",
-        help="size of images in training, as a share of what the backbone takes: less time and memory (default: 1)",
+        help="size of images in training, as a share of what the backbone takes, for less time (default: 1)",
     )
     group.add_argument(
         "--views",

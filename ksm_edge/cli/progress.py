@@ -60,7 +60,7 @@ class ProgressBar(Observer):
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
         pixels = plan.graph.spec.size
-        of = f" of {pixels}x{pixels} pixels" if plan.settings.train_scale < 1 else ""
+        of = f" of {pixels}x{pixels} pixels" if pixels != plan.forward.spec.size else ""
         say(f"Plan      {steps} steps of {plan.batch} images{of}, {at_once} at a time{_memory(plan)}")
         if plan.tuned is not None:
             say(f"Forms     {_forms(plan.tuned)}")

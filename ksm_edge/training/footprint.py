@@ -52,7 +52,7 @@ def expected_peak_bytes(
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
     parts = parts_ahead(graph.spec.micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)
     # Features are read from disk as bytes, and made into numbers: a part more is there.
-    running = [_running_bytes(graph, workers, parts + 1 if beside else parts)]
+    running = [_running_bytes(graph, workers, parts + 1 if settings.views else parts)]
     in_front = sum(_size(layer.weight_shape) for layer in bundle.layers if layer.name not in graph.forms)
     running += [_running_bytes(each, workers, parts) + FLOAT_BYTES * in_front for each in beside]
     stepping = max(running) + int(LAYER_COPIES * FLOAT_BYTES * largest)
@@ -65,7 +65,7 @@ def expected_peak_bytes(
     spare = COMPACT_BYTES * score_count(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
     parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
     parameters += turned + int(PAGES_SHARE * stored) + (workers - 1) * _accumulator_bytes(graph)
-    return PROCESS_BYTES - (OPENING_BYTES if beside else 0) + parameters + max(stepping, packing)
+    return PROCESS_BYTES - (OPENING_BYTES if settings.views else 0) + parameters + max(stepping, packing)
 
 
 def _running_bytes(graph: CompiledGraph, workers: int, parts: int) -> int:

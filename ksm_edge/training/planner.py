@@ -291,7 +291,11 @@ def _over_budget(
     smaller = (
         "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "
     )
-    other = "or start anew, without --resume" if goes_on else f"{smaller}a smaller --train-scale, or --method head"
+    other = (
+        "or start anew, without --resume"
+        if goes_on
+        else f"{smaller}a smaller --size at export or --train-scale, or --method head"
+    )
     return (
         f"adapting {bundle.recipe} at {graph.spec.size}x{graph.spec.size} px in steps of {settings.batch} images "
         f"needs about {_mib(need)} MiB ({_mib(activation_bytes(graph, workers))} of it for the activations of "

@@ -99,7 +99,7 @@ class Settings:
         if not 0 < self.thin_at < 1:
             raise UsageError(f"thin_at {self.thin_at}: must lie in (0, 1)")
         if not 0 <= self.mask_bits < math.inf:
-            raise UsageError(f"mask_bits {self.mask_bits}: must not be negative, and finite")
+            raise UsageError(f"mask_bits {self.mask_bits}: must be finite and at least 0")
         if self.thin is not None and not 0 <= self.thin < 1:
             raise UsageError(f"thin {self.thin}: must lie in [0, 1)")
 

@@ -43,9 +43,10 @@ def rate_scale(bundle: Bundle) -> RateScale:
 
 def most_cut(bundle: Bundle, scores: int, classes: int, settings: Settings) -> int:
     """How many of so many scores may be cut in the end, by `mask_bits`; all of them where that is never too much."""
-    weights, scale_bits = sum(math.prod(layer.weight_shape) for layer in bundle.layers), settings.scale_bits
+    weights = sum(math.prod(layer.weight_shape) for layer in bundle.layers)
+    scale_bits = settings.scale_bits if settings.soft else 0
     room = settings.mask_bits * weights * max(1.0, classes / CLASSES)
-    low, high = 0, scores // 2  # up to there every one more takes more bits
+    low, high = 0, round(scores / (1 + 2**-scale_bits))  # up to there every one more takes more bits
     if mask_bits(high, scores, scale_bits) <= room:
         return scores
     while high - low > 1:

@@ -95,7 +95,8 @@ class Trainer:
         }
         self._settled = np.zeros(1, np.uint8)  # 1: masks were thinned, and what is kept stays
         scores = sum(layer.score.size for layer in self.layers.values())
-        self._most_cut = most_cut(bundle, scores, classes, settings) if settings.thin is None else scores
+        self._share = settings.thin if scores else 0.0  # of the cut ones, that is put back; None: down to so many
+        self._most_cut = most_cut(bundle, scores, classes, settings) if self._share is None else scores
         self.head_weight = _first_head(settings, classes, bundle.features)
         self.head_bias = np.zeros(classes, np.float32)
         self.run_head = self.head_weight.copy()  # as the graph has it
@@ -175,7 +176,8 @@ class Trainer:
             layer.step(rates, self.count)
         for name, adam in self.head_learning.items():
             adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
-        if surplus := self._surplus():
+        if self._is_to_be_thinned:
+            surplus = self._cut - self._most_cut if self._share is None else int(self._share * self._cut)
             thin(self.layers.values(), surplus)
             self._settled[:] = 1
         if self.count == self._late_step:
@@ -207,13 +209,12 @@ class Trainer:
         """How many scores are cut now."""
         return sum(layer.cut for layer in self.layers.values())
 
-    def _surplus(self) -> int:
-        """How many of them have to be put back now; never any once that was done, as none is cut from there on."""
-        if not self._is_late:
-            return 0
-        if self.settings.thin is None:
-            return max(0, self._cut - self._most_cut)
-        return int(self.settings.thin * self._cut) if self.count == self._late_step else 0
+    @property
+    def _is_to_be_thinned(self) -> bool:
+        """Whether this is the step for it; there is none behind it, as no more are cut from there on."""
+        if self._share is None:
+            return self._is_late and self._cut > self._most_cut
+        return self._share > 0 and self.count == self._late_step
 
     @property
     def _is_late(self) -> bool:
@@ -226,7 +227,7 @@ class Trainer:
     @property
     def is_thinned(self) -> bool:
         """Whether no more masks are cut than a pack is to have."""
-        return self._cut <= self._most_cut and (self._is_late or not self.settings.thin)
+        return self._cut <= self._most_cut and (self._is_late or not self._share)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that changes, by name; the arrays themselves, not copies."""
@@ -279,9 +280,11 @@ def training_input(bundle: Bundle, settings: Settings) -> InputContract:
     somewhat smaller images they have the size that the network will be judged in (Touvron et al. 2019, "Fixing the
     train-test resolution discrepancy").
     """
-    whole = bundle.input
-    size = min(whole.size, max(PIXELS, PIXELS * round(whole.size * settings.train_scale / PIXELS)))
-    return whole if size == whole.size else replace(whole, size=size, resize=round(whole.resize * size / whole.size))
+    whole, scale = bundle.input, settings.train_scale
+    if scale == 1:
+        return whole
+    size = min(whole.size, max(PIXELS, PIXELS * round(scale * whole.size / PIXELS)))
+    return replace(whole, size=size, resize=round(whole.resize * size / whole.size))
 
 
 def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientSpec:

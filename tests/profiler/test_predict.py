@@ -93,6 +93,16 @@ def test_backward_is_about_twice_forward() -> None:
     assert 2.5 < both / forward < 3.5
 
 
+def test_smaller_images_are_less_work_in_proportion_to_their_pixels() -> None:
+    embedded = load_bundle("embedded")
+    whole, half = (
+        sum(work.flops for work in gradient_work(embedded, make_plan(
+            embedded, 10, Settings(batch=1, train_scale=scale), threads=1, budget_bytes=None)))
+        for scale in (1.0, 0.5)
+    )  # fmt: skip
+    assert 3 < whole / half < 4
+
+
 def test_an_update_is_of_the_layers_that_learn(bundle: Bundle) -> None:
     every = update_work(bundle, SETTINGS)
     assert len(every) == len(bundle.layers)

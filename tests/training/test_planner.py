@@ -12,8 +12,9 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsupportedError, UsageError
 from ksm_edge.runtimes.compile import compiled
-from ksm_edge.training.footprint import PROCESS_BYTES, parameter_bytes
-from ksm_edge.training.planner import FORMS, Plan, make_plan
+from ksm_edge.runtimes.engine import Engine
+from ksm_edge.training.footprint import PROCESS_BYTES, activation_bytes, expected_peak_bytes, parameter_bytes
+from ksm_edge.training.planner import FORMS, Plan, _unmeasured_plan, make_plan
 from ksm_edge.training.settings import MOMENT_BITS, Settings
 from ksm_edge.training.trainer import gradient_spec
 
@@ -190,6 +191,30 @@ def test_what_learns_less_needs_less(bundle: Bundle) -> None:
     ]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[1]
+
+
+def test_smaller_images_need_less_where_those_that_are_judged_are_no_larger(bundle: Bundle) -> None:
+    whole, small = (plan(bundle, None, replace(SETTINGS, batch=1, train_scale=scale)) for scale in (1.0, 0.5))
+    assert (small.graph.spec.size, small.forward.spec.size) == (128, 256)
+    assert small.expected_peak_bytes < whole.expected_peak_bytes
+    # What judges is the larger one at some scale, and then decides.
+    tiny = plan(bundle, None, replace(SETTINGS, batch=1, train_scale=0.05))
+    judging = activation_bytes(tiny.forward)
+    assert judging > activation_bytes(tiny.graph)
+    assert tiny.expected_peak_bytes > PROCESS_BYTES + judging
+
+
+def test_an_engine_of_its_own_judges_in_whole_images_too(bundle: Bundle) -> None:
+    found = _unmeasured_plan(bundle, 4, replace(SETTINGS, train_scale=0.5), Engine("pytorch", 1))
+    assert (found.graph.spec.size, found.forward.spec.size) == (128, 256)
+
+
+def test_images_are_opened_in_a_training_without_views(bundle: Bundle) -> None:
+    """Whatever else runs beside it."""
+    trained = replace(SETTINGS, batch=1, train_scale=0.9)
+    beside = plan(bundle, None, trained)
+    alone = expected_peak_bytes(bundle, 4, trained, 1, beside.graph)
+    assert beside.expected_peak_bytes >= alone
 
 
 def test_parameters_are_counted_with_their_scores_and_moments(bundle: Bundle) -> None:

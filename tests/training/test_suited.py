@@ -71,14 +71,20 @@ def kernels_of(bundle: Bundle) -> int:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 15, 30])
-@pytest.mark.parametrize("scale_bits", [1, 2, 8])
-def test_as_many_may_be_cut_as_there_are_bits_for(classes: int, scale_bits: int) -> None:
+@pytest.mark.parametrize("soft_bits", [0, 1, 2, 8])
+@pytest.mark.parametrize("given", [0.3, 1.5])
+def test_as_many_may_be_cut_as_there_are_bits_for(classes: int, soft_bits: int, given: float) -> None:
     bundle = load_bundle("embedded")
     scores, weights = kernels_of(bundle), sum(math.prod(layer.weight_shape) for layer in bundle.layers)
-    most, room = most_cut(bundle, scores, classes, Settings(mask_bits=0.3, scale_bits=scale_bits)), 0.3 * weights
-    room *= max(1, classes / 10)
-    assert 0 < most < scores // 2
-    assert mask_bits(most, scores, scale_bits) <= room < mask_bits(most + 1, scores, scale_bits)
+    chosen = Settings(mask_bits=given, scale_bits=max(1, soft_bits), soft=soft_bits > 0)
+    most, room = most_cut(bundle, scores, classes, chosen), given * weights * max(1, classes / 10)
+    shares = np.linspace(0, 1, 200)
+    if most == scores:  # no share of them is too much
+        assert max(mask_bits(int(share * scores), scores, soft_bits) for share in shares) <= room
+    else:
+        assert most > 0
+        assert mask_bits(most, scores, soft_bits) <= room < mask_bits(most + 1, scores, soft_bits)
+        assert all(mask_bits(int(share * most), scores, soft_bits) <= room for share in shares)
 
 
 def test_where_every_pack_is_small_all_may_be_cut(tmp_path: Path) -> None:
@@ -88,11 +94,13 @@ def test_where_every_pack_is_small_all_may_be_cut(tmp_path: Path) -> None:
         layers = [replace(layer, weight_shape=(*layer.weight_shape[:2], side, side)) for layer in bundle.layers]
         return most_cut(replace(bundle, layers=tuple(layers)), kernels_of(bundle), 2, Settings())
 
-    assert most(3) == kernels_of(bundle)
+    assert most(4) == kernels_of(bundle)
+    assert most(3) > kernels_of(bundle) / 2  # and no task cuts as much
     assert most(1) < kernels_of(bundle) / 10
     assert most_cut(load_bundle("embedded"), 1000, 1000, Settings()) == 1000
     assert most_cut(load_bundle("embedded"), 0, 2, Settings()) == 0
-    assert most_cut(load_bundle("embedded"), 1000, 2, Settings(mask_bits=0)) == 0
+    for scores in (1, 2, 1000):
+        assert most_cut(load_bundle("embedded"), scores, 2, Settings(mask_bits=0)) == 0
 
 
 def test_bits_of_masks_are_their_entropy_and_a_scale_each() -> None:

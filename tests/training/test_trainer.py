@@ -27,7 +27,7 @@ from ksm_edge.training.packing import finished, to_pack, unquantized
 from ksm_edge.training.settings import Settings, usual_epochs
 from ksm_edge.training.targets import target_rows
 from ksm_edge.training.thinning import late_step
-from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
+from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec, training_input
 
 CLASSES = 3
 STEPS = 30
@@ -350,6 +350,19 @@ def test_the_backbone_is_not_written_to(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
+    ("whole", "scale", "expected"),
+    [(36, 1.0, 36), (36, 0.9, 32), (30, 0.99, 30), (224, 0.7, 160), (160, 0.7, 112), (16, 0.01, 8), (4, 0.5, 4)],
+)
+def test_smaller_images_are_of_a_multiple_of_eight_pixels(
+    bundle: Bundle, whole: int, scale: float, expected: int
+) -> None:
+    odd = replace(bundle, input=replace(bundle.input, size=whole, resize=2 * whole))
+    found = training_input(odd, replace(SETTINGS, train_scale=scale))
+    assert (found.size, found.resize) == (expected, 2 * expected)
+    assert gradient_spec(odd, CLASSES, replace(SETTINGS, train_scale=scale), 1).size == expected
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [("method", "lora"), ("statistics", "running"), ("head_start", "ones"), ("granularity", "group:0"),
      ("granularity", "pixel"), ("epochs", 0),
@@ -431,9 +444,47 @@ def test_masks_that_pass_the_limit_later_lose_it_then(limited: Callable[..., tup
         train(subject, step, step + 1)
         counts.append(count(subject))
     assert max(counts) == most
-    again, _ = limited(0.95, warmup=0.9)
-    again.restore({name: array.copy() for name, array in subject.state().items()}, STEPS)
-    assert {layer.settled for layer in again.layers.values()} == {True}
+
+
+def test_a_training_resumed_in_front_of_the_limit_knows_so(limited: Callable[..., tuple[Trainer, int]]) -> None:
+    (straight, _), (again, _) = limited(0.95, warmup=0.9), limited(0.95, warmup=0.9)
+
+    def settled(subject: Trainer) -> set[bool]:
+        return {layer.settled for layer in subject.layers.values()}
+
+    seen = []
+    for step in range(STEPS):
+        train(straight, step, step + 1)
+        again.restore({name: array.copy() for name, array in straight.state().items()}, step + 1)
+        seen.append(settled(again))
+        assert seen[-1] == settled(straight)
+    at = late_step(STEPS, SETTINGS.thin_at)
+    assert (seen[at], seen[-1]) == ({False}, {True})
+
+
+def test_what_may_be_cut_is_that_of_the_task(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("ksm_edge.training.trainer.most_cut", lambda *of: asked.append(of) or 5)
+    usual = replace(SETTINGS, thin=None)
+    subject = trainer(bundle, usual)
+    assert asked == [(bundle, sum(layer.score.size for layer in subject.layers.values()), CLASSES, usual)]
+
+
+@pytest.mark.parametrize("thin_at", [0.05, 0.5])
+def test_a_share_of_none_leaves_none_to_be_cut_later(bundle: Bundle, thin_at: float) -> None:
+    subject = trainer(bundle, replace(SETTINGS, thin=0.5, thin_at=thin_at))
+    at = late_step(STEPS, thin_at)
+    train(subject, 0, at)
+    left = count(subject)
+    train(subject, at, STEPS)
+    assert count(subject) <= left
+
+
+@pytest.mark.parametrize("method", ["norm", "head"])
+def test_without_masks_every_epoch_may_be_the_one_to_end_with(bundle: Bundle, method: str) -> None:
+    subject = trainer(bundle, replace(SETTINGS, method=method, thin=0.7))
+    train(subject, 0, 1)
+    assert subject.is_thinned
 
 
 def test_masks_within_the_limit_are_those_without_one(
