@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from ksm_edge.errors import DamagedFileError, FileError, UsageError
-from ksm_edge.training.checkpoint import Progress, load_checkpoint, read_identity, save_checkpoint
+from ksm_edge.training.checkpoint import VERSION, Progress, load_checkpoint, read_identity, save_checkpoint
 
 IDENTITY = {"backbone": "b" * 64, "settings": {"batch": 4, "granularity": "kernel"}, "threads": 1}
 PROGRESS = Progress(3, 2, 17, 1.5, 7, 8, 0.75, 2, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
@@ -86,7 +86,8 @@ def test_any_other_safetensors_file_is_no_checkpoint(tmp_path: Path, metadata: d
 
 
 @pytest.mark.parametrize(
-    "record", ["{}", "[]", '{"version": 10, "progress": {"odd": 1}, "identity": {}}', '{"version": 10}']
+    "record",
+    ["{}", "[]", f'{{"version": {VERSION}, "progress": {{"odd": 1}}, "identity": {{}}}}', f'{{"version": {VERSION}}}'],
 )
 def test_a_record_that_lacks_something_is_damaged(tmp_path: Path, record: str) -> None:
     path = tmp_path / "x.checkpoint"
