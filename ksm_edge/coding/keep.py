@@ -135,14 +135,14 @@ def _busy(counts: np.ndarray, cells: int) -> np.ndarray | None:
     """
     ordered = np.sort(counts)
     below, number = np.cumsum(ordered)[:-1], np.arange(1, counts.size)
-    total, cost = int(ordered.sum()), _entropy(ordered.sum(), counts.size * cells)
-    split = _entropy(below, number * cells) + _entropy(total - below, (counts.size - number) * cells)
-    split += _entropy(number, counts.size) + SPLIT_COST
+    total, cost = int(ordered.sum()), entropy(ordered.sum(), counts.size * cells)
+    split = entropy(below, number * cells) + entropy(total - below, (counts.size - number) * cells)
+    split += entropy(number, counts.size) + SPLIT_COST
     split[ordered[1:] == ordered[:-1]] = np.inf  # equal counts stay together
     return counts > ordered[split.argmin()] if split.size and split.min() < cost else None
 
 
-def _entropy(events: np.ndarray | int, cells: np.ndarray | int) -> np.ndarray:
+def entropy(events: np.ndarray | int, cells: np.ndarray | int) -> np.ndarray:
     """Bits that so many events among so many cells take: cells H(events / cells)."""
     p = np.asarray(events) / cells
     terms = [x * np.log2(np.where(x > 0, x, 1)) for x in (p, 1 - p)]

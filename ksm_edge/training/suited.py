@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksm_edge.bundle.layers import Bundle, LayerWeights
+from ksm_edge.coding.keep import entropy
 from ksm_edge.training.settings import Settings
 
 LAYERS, GAMMA = 52, 0.21
@@ -57,10 +58,7 @@ def most_cut(bundle: Bundle, scores: int, classes: int, settings: Settings) -> i
 
 def mask_bits(cut: int, scores: int, scale_bits: int) -> float:
     """What masks take in a pack if so many scores are cut, anywhere: their entropy, and a scale each."""
-    if cut in (0, scores):
-        return float(cut * scale_bits)
-    share = cut / scores
-    return scores * -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) + cut * scale_bits
+    return float(entropy(cut, max(1, scores))) + cut * scale_bits
 
 
 def _typical_gamma(weights: Mapping[str, LayerWeights], names: list[str]) -> float:

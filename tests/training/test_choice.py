@@ -12,7 +12,7 @@ from ksm_edge.training.choice import as_good
 @pytest.mark.parametrize("best", [0.0, 0.5, 0.9, 1.0])
 def test_the_best_is_as_good_as_itself_and_nothing_that_is_far_below(best: float, images: int) -> None:
     assert as_good(best, best, images)
-    assert not as_good(best - 2.5 / images**0.5, best, images)
+    assert not as_good(best - 1.5 / images**0.5, best, images)
 
 
 def test_one_more_mistake_counts_the_less_the_fewer_mistakes_tell() -> None:
