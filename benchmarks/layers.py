@@ -44,7 +44,7 @@ HELD_OUT = 0.3
 ALL = ""
 # Options of `adapt`.
 WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2", "train-scale=0.7")
-KINDS = {"views": int, "train_scale": float}
+KINDS = {"views": int, "train_scale": float, "whole_at": float}
 QUESTION = __doc__.split("\n")[0]
 
 

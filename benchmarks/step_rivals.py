@@ -32,9 +32,8 @@ CHANNELS_LAST = "torch, full fine-tuning, channels-last"
 COMPILED = "torch, KSM, frozen statistics, channels-last, compiled"
 ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch training, full fine-tuning"
 
-Given = dict[
-    str, Any
-]  # recipe, size, batch, threads, steps, bundle; layers, views, train_scale of ours; onnxruntime_training; trace
+# recipe, size, batch, threads, steps, bundle; layers, views, train_scale, whole_at of ours; onnxruntime_training; trace
+Given = dict[str, Any]
 Found = dict[str, Any]
 
 
@@ -66,14 +65,10 @@ def _ours(
     operators: bool = True,
     tune: bool = False,
 ) -> Found:
-    import numpy as np
-
     from ksm_edge import native
-    from ksm_edge.data.batches import Batch, parts_of_batches
     from ksm_edge.errors import UnsupportedError
     from ksm_edge.resident import use_compact_heap
-    from ksm_edge.training.targets import target_rows
-    from ksm_edge.training.trainer import Trainer, training_input
+    from ksm_edge.training.trainer import Trainer
 
     use_compact_heap()
     if not operators:
@@ -83,7 +78,28 @@ def _ours(
     except UnsupportedError as error:
         return {"absent": str(error)}
     trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned later, if at all
-    side, batch = training_input(bundle, plan.settings).size, given["batch"]
+    choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
+    stages = plan.stages[:1] if given.get("trace") else plan.stages
+    found = [_of_stage(trainer, plan, each, given) for each in stages]
+    last = {**found[-1], "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
+    if "step_ms" not in last:
+        return last
+    # A step takes what it does on the mean over the epochs.
+    shares = [len(each.stage.epochs) / plan.settings.epochs for each in stages]
+    together = zip(*(of_stage["step_ms"] for of_stage in found), strict=True)
+    last["step_ms"] = [round(sum(s * ms for s, ms in zip(shares, each, strict=True)), 3) for each in together]
+    return {**last, "losses": [loss for of_stage in found for loss in of_stage["losses"]]}
+
+
+def _of_stage(trainer: Any, plan: Any, each: Any, given: Given) -> Found:
+    """Steps in a stage's images, with what its views take shared out over its epochs."""
+    import numpy as np
+
+    from ksm_edge.data.batches import Batch, parts_of_batches
+    from ksm_edge.training.targets import target_rows
+
+    trainer.go_on_with(each.graph)
+    side, batch = each.stage.input.size, given["batch"]
     targets = target_rows(np.arange(batch) % CLASSES, CLASSES, 0.0)
     # Images as an adaptation has them: a part at a time, however large the batch, and made by somebody else: what is
     # waited for them does not count, as little as with the rivals, who have them all from the start.
@@ -94,7 +110,9 @@ def _ours(
         for indices in parts:
             yield Batch(rng.standard_normal((len(indices), 3, side, side), np.float32), indices % CLASSES, indices)
 
-    views, front_ms = (None, 0.0) if plan.front is None else _views(bundle, plan, batch, images, len(parts))
+    views, front_ms = None, 0.0
+    if each.front is not None:
+        views, front_ms = _views(trainer.bundle, plan.engine, each.front, batch, images, len(parts))
     waited_ms: list[float] = []
 
     def seen() -> Iterator[np.ndarray]:
@@ -108,10 +126,9 @@ def _ours(
         waited_ms.append(found.waited_ms if views is None else 0.0)
         return float(found.loss)
 
-    choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
-    found = {**_seen(step, given), "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
+    found = _seen(step, given)
     if "step_ms" in found:
-        of_views = front_ms * plan.settings.kept_views / plan.settings.epochs
+        of_views = front_ms * each.stage.views / len(each.stage.epochs)
         pairs = zip(found["step_ms"], waited_ms[-len(found["step_ms"]) :], strict=True)
         found["step_ms"] = [round(ms - waited + of_views, 3) for ms, waited in pairs]
     return found | ({} if views is None else {"front_ms": round(front_ms, 3)})
@@ -127,7 +144,7 @@ def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str, tune: bo
     bundle, budget = load_bundle(given["bundle"]), None
     rates = {"score_rate": RATE, "norm_rate": RATE, "head_rate": RATE}
     layers = given.get("layers", "*") if stem else f"{bundle.layers[1].name}.."
-    more = {name: given[name] for name in ("views", "train_scale") if name in given}
+    more = {name: given[name] for name in ("views", "train_scale", "whole_at") if name in given}
     settings = Settings(batch=given["batch"], layers=layers, **more, **rates)
     if smallest:
         try:
@@ -140,11 +157,13 @@ def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str, tune: bo
     return bundle, plan
 
 
-def _views(bundle: Any, plan: Any, batch: int, images: Callable[[], Iterator[Any]], parts: int) -> tuple[Any, float]:
+def _views(
+    bundle: Any, engine: Any, front: Any, batch: int, images: Callable[[], Iterator[Any]], parts: int
+) -> tuple[Any, float]:
     """One view of each of a step's images, and the milliseconds that a step's take."""
     from ksm_edge.adapt.views import Views
 
-    views = Views(bundle, plan.front, plan.engine, batch, 1)
+    views = Views(bundle, front, engine, batch, 1)
     views.fill(0, images())
     again = [next(images())] * (BATCHES_SEEN * parts)
     began = time.perf_counter()

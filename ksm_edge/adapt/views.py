@@ -46,7 +46,7 @@ class Views:
         self._bundle, self._graph, self._engine, self._images = bundle, graph, engine, images
         self._shape = graph.outputs["features"][1:]
         self._image_bytes = stored_bytes(graph, 1, 1)
-        self._there: set[int] = set()  # views that have been put through
+        self._slots: dict[int, int] = {}  # of the views that have been put through, where they are
         self.bytes = stored_bytes(graph, images, count)
         self._file = nameless_file(folder)
         try:
@@ -60,7 +60,7 @@ class Views:
 
     def has(self, view: int) -> bool:
         """Whether it has been put through the front."""
-        return view in self._there
+        return view in self._slots
 
     def fill(self, view: int, batches: Iterable[Batch], progress: Callable[[int, int], None] | None = None) -> None:
         """Put a view of every image through the front; batches of at most a micro-batch.
@@ -68,26 +68,28 @@ class Views:
         Sessions of its own, gone behind it: kept, their memory would be held while learning.
         """
         workers, done = self._engine.open(self._bundle, self._graph, {}), 0
+        slot = self._slots.get(view, len(self._slots))
         for indices, features in workers.map(_run, batches):
             for index, values in zip(indices, features, strict=True):
-                self._write(view, int(index), values)
+                self._write(slot, int(index), values)
             done += len(indices)
             if progress is not None:
                 progress(done, self._images)
-        self._there.add(view)
+        self._slots[view] = slot
 
     def features(self, view: int, indices: np.ndarray) -> np.ndarray:
         """Those of some images, float32 (n, ...), as the rest of the graph wants them."""
-        parts = [os.pread(self._file, self._image_bytes, self._place(view, int(index))) for index in indices]
+        slot = self._slots[view]
+        parts = [os.pread(self._file, self._image_bytes, self._place(slot, int(index))) for index in indices]
         return np.frombuffer(b"".join(parts), STORED).reshape(len(indices), *self._shape).astype(np.float32)
 
-    def _write(self, view: int, index: int, values: np.ndarray) -> None:
+    def _write(self, slot: int, index: int, values: np.ndarray) -> None:
         data = np.clip(values, -LARGEST, LARGEST).astype(STORED).tobytes()
-        if os.pwrite(self._file, data, self._place(view, index)) < len(data):
+        if os.pwrite(self._file, data, self._place(slot, index)) < len(data):
             raise DataError("no room is left to keep features in: make some, or give fewer --views")
 
-    def _place(self, view: int, index: int) -> int:
-        return (view * self._images + index) * self._image_bytes
+    def _place(self, slot: int, index: int) -> int:
+        return (slot * self._images + index) * self._image_bytes
 
     def close(self) -> None:
         """Give the disk space back."""

@@ -130,6 +130,12 @@ def _add_how(group: Options) -> None:
         help="size of images in training, as a share of what the backbone takes, for less time (default: 1)",
     )
     group.add_argument(
+        "--whole-at",
+        type=float,
+        metavar="X",
+        help="with --train-scale, share of the epochs behind which images are whole (default: 0.75)",
+    )
+    group.add_argument(
         "--views",
         type=positive,
         metavar="N",
@@ -249,8 +255,8 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
 
     if args.mask_bits is not None and (args.small or args.thin is not None):
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
-    names = ("epochs", "batch", "method", "layers", "train_scale", "views", "masked", "granularity", "statistics",
-             "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
+    names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "masked", "granularity",
+             "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs}

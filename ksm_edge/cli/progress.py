@@ -59,14 +59,12 @@ class ProgressBar(Observer):
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
         say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
-        pixels = plan.graph.spec.size
-        of = f" of {pixels}x{pixels} pixels" if pixels != plan.forward.spec.size else ""
-        say(f"Plan      {steps} steps of {plan.batch} images{of}, {at_once} at a time{_memory(plan)}")
+        say(f"Plan      {steps} steps of {plan.batch} images{_sizes(plan)}, {at_once} at a time{_memory(plan)}")
         if plan.tuned is not None:
             say(f"Forms     {_forms(plan.tuned)}")
-        if plan.front is not None:
-            views = plan.settings.kept_views
-            size = stored_bytes(plan.front, train, views) / 2**20
+        if fronts := [(each.front, each.stage.views) for each in plan.stages if each.front is not None]:
+            views = " and ".join(str(count) for _, count in fronts)
+            size = sum(stored_bytes(front, train, count) for front, count in fronts) / 2**20
             say(f"Views     {views} of each image, of which {size:.0f} MiB on disk keep what the layers in front make")
         self._batch = plan.batch
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)
@@ -104,6 +102,16 @@ def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.update()
+
+
+def _sizes(plan: Plan) -> str:
+    """Of the images that are learned from, where they are not always whole."""
+    first, *later = (each.stage for each in plan.stages)
+    if first.input.size == plan.forward.spec.size:
+        return ""
+    sizes = [f" of {first.input.size} pixels"]
+    sizes += [f"from epoch {stage.epochs.start + 1} on of {stage.input.size}" for stage in later]
+    return ", ".join(sizes)
 
 
 def _memory(plan: Plan) -> str:

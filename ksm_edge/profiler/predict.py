@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.device import HOST, Device
 from ksm_edge.errors import BudgetError
@@ -118,7 +119,7 @@ def predict(
     forward = [*features, linear_work("head", bundle.features, classes)]
     forward_ms = _milliseconds(forward, machine, engine, threads)
     settings = replace(settings, batch=min(settings.batch, images))
-    plan, refusal, step_ms, adapting = None, None, None, []
+    plan, refusal, step_ms, adapting = None, None, None, list[tuple[Work, float]]()
     if engine.backward:  # an engine of its own, with memory of its own
         step_ms = settings.batch * sum(forward_ms) * (1 + engine.backward)
     elif engine.adaptation:
@@ -127,13 +128,17 @@ def predict(
         except BudgetError as error:
             refusal = str(error)
     if plan is not None:
-        gradient, update = gradient_work(bundle, plan), update_work(bundle, settings)
-        gradient_ms = [ms * engine.adaptation for ms in _milliseconds(gradient, machine, engine, threads)]
+        update = update_work(bundle, settings)
         # numpy's loops run in one thread, and cost next to nothing to start.
         update_ms = _milliseconds(update, machine, replace(engine, overhead_cycles=0), 1)
         # Workers that share the threads take as long for a run each as all threads for one run after the other.
-        step_ms = sum(gradient_ms) * -(-settings.batch // plan.micro_batch) + sum(update_ms)
-        adapting = [*zip(gradient, gradient_ms, strict=True), *zip(update, update_ms, strict=True)]
+        runs, step_ms = -(-settings.batch // plan.micro_batch), sum(update_ms)
+        for each in plan.stages:
+            share, gradient = len(each.stage.epochs) / settings.epochs, gradient_work(bundle, each.graph.spec)
+            gradient_ms = _milliseconds(gradient, machine, engine, threads)
+            step_ms += share * runs * engine.adaptation * sum(gradient_ms)
+            adapting += [(work, share * engine.adaptation * ms) for work, ms in zip(gradient, gradient_ms, strict=True)]
+        adapting += zip(update, update_ms, strict=True)
     return Prediction(
         device=device,
         kernels=engine,
@@ -155,14 +160,14 @@ def inference_bytes(bundle: Bundle, works: Sequence[Work]) -> int:
     return int(INFERENCE_PROCESS_BYTES + WEIGHT_COPIES * weights + moved)
 
 
-def gradient_work(bundle: Bundle, plan: Plan) -> list[Work]:
+def gradient_work(bundle: Bundle, spec: GradientSpec) -> list[Work]:
     """Of one run of the gradient graph: forward, loss and backward of one micro-batch."""
     import onnx
 
     from ksm_edge.autodiff.gradient_graph import build
 
     inference = onnx.load(bundle.graph_path, load_external_data=False)
-    return graph_work(build(inference, bundle.layers, plan.graph.spec).model, plan.graph.spec.size)
+    return graph_work(build(inference, bundle.layers, spec).model, spec.size)
 
 
 def update_work(bundle: Bundle, settings: Settings) -> list[Work]:

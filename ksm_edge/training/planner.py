@@ -16,7 +16,8 @@ from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.footprint import activation_bytes, expected_peak_bytes, score_count
 from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, Settings
-from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers
+from ksm_edge.training.stages import Stage, stages
+from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers, of_size
 from ksm_edge.training.tuning import Tuned, forms_that_may_differ, measured
 
 # Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
@@ -46,6 +47,15 @@ CHOSEN = ("fast", "inside", "own", "widened", "tile_bytes")
 Candidate = tuple[Settings, int, CompiledGraph]  # settings, workers, graph
 
 
+@dataclass(frozen=True, eq=False)
+class StageGraphs:
+    """What the epochs of a stage run by."""
+
+    stage: Stage
+    graph: CompiledGraph
+    front: CompiledGraph | None  # with kept views, what lies in front of `graph`
+
+
 @dataclass(frozen=True)
 class Plan:
     """What was decided, and what it costs."""
@@ -56,10 +66,14 @@ class Plan:
     activation_bytes: int | None  # of all runs at once; None where nobody knows before
     expected_peak_bytes: int | None  # resident, of the whole process; likewise
     settings: Settings  # as asked for, but for what a short budget made of them
-    graph: CompiledGraph
-    forward: CompiledGraph  # its forward pass, for validation
-    front: CompiledGraph | None = None  # with kept views, what lies in front of `graph`
+    stages: tuple[StageGraphs, ...]
+    forward: CompiledGraph  # the forward pass in whole images, for validation
     tuned: Tuned | None = None  # where forms were measured
+
+    @property
+    def graph(self) -> CompiledGraph:
+        """That of the first epochs, by which the layers' forms were chosen."""
+        return self.stages[0].graph
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -127,9 +141,8 @@ def make_plan(
         activation_bytes=activation_bytes(graph, workers),
         expected_peak_bytes=need,
         settings=kind,
-        graph=graph,
+        stages=_stages(bundle, settings, graph),
         forward=compiled(bundle, forward_spec(graph.spec, graph.forms, bundle.input.size)),
-        front=compiled(bundle, front_spec(graph.spec)) if settings.views else None,
         tuned=found,
     )
 
@@ -148,11 +161,11 @@ class _Search:
 
     def beside(self, graph: CompiledGraph) -> list[CompiledGraph]:
         """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
-        whole = self.bundle.input.size
-        specs = [front_spec(graph.spec)] if self.settings.views else []
+        whole, planned = self.bundle.input.size, _stages(self.bundle, self.settings, graph)
+        found = [each.graph for each in planned[1:]] + [each.front for each in planned if each.front is not None]
         if self.settings.views or graph.spec.size != whole:
-            specs += [forward_spec(graph.spec, graph.forms, whole)]
-        return [compiled(self.bundle, spec) for spec in specs]
+            found.append(compiled(self.bundle, forward_spec(graph.spec, graph.forms, whole)))
+        return found
 
     def peak(self, candidate: Candidate) -> int:
         return expected_peak_bytes(self.bundle, self.classes, *candidate, self.beside(candidate[-1]))
@@ -193,6 +206,16 @@ class _Search:
         fitting = {name: graph for name, graph in graphs.items() if self.fits((kind, engine.workers, graph), here)}
         found = measured(self.bundle, kind, engine, fitting)
         return found, graphs[found.name]
+
+
+def _stages(bundle: Bundle, settings: Settings, graph: CompiledGraph) -> tuple[StageGraphs, ...]:
+    """`graph`: of the first."""
+    found = []
+    for stage in stages(bundle, settings):
+        spec = of_size(graph.spec, stage.input.size)
+        front = compiled(bundle, front_spec(spec)) if stage.views else None
+        found.append(StageGraphs(stage, graph if spec == graph.spec else compiled(bundle, spec), front))
+    return tuple(found)
 
 
 def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
@@ -246,7 +269,7 @@ def _unmeasured_plan(bundle: Bundle, classes: int, settings: Settings, engine: E
         activation_bytes=None,
         expected_peak_bytes=None,
         settings=settings,
-        graph=graph,
+        stages=_stages(bundle, settings, graph),
         forward=compiled(bundle, forward_spec(spec, graph.forms, bundle.input.size)),
     )
 
@@ -294,7 +317,7 @@ def _over_budget(
     other = (
         "or start anew, without --resume"
         if goes_on
-        else f"{smaller}a smaller --size at export or --train-scale, or --method head"
+        else f"{smaller}a smaller --size at export, --train-scale 0.7 --whole-at 1, or --method head"
     )
     return (
         f"adapting {bundle.recipe} at {graph.spec.size}x{graph.spec.size} px in steps of {settings.batch} images "

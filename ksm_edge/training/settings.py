@@ -56,6 +56,7 @@ class Settings:
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
     train_scale: float = 1.0  # size of images in training, as a share of what the backbone takes
+    whole_at: float = 0.75  # from when on they are whole all the same, as a share of the epochs; 1: never
     views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
@@ -96,17 +97,14 @@ class Settings:
 
         if not 0 < self.train_scale <= 1:
             raise UsageError(f"train_scale {self.train_scale}: must lie in (0, 1]")
+        if not 0 <= self.whole_at <= 1:
+            raise UsageError(f"whole_at {self.whole_at}: must lie in [0, 1]")
         if not 0 < self.thin_at < 1:
             raise UsageError(f"thin_at {self.thin_at}: must lie in (0, 1)")
         if not 0 <= self.mask_bits < math.inf:
             raise UsageError(f"mask_bits {self.mask_bits}: must be finite and at least 0")
         if self.thin is not None and not 0 <= self.thin < 1:
             raise UsageError(f"thin {self.thin}: must lie in [0, 1)")
-
-    @property
-    def kept_views(self) -> int:
-        """More than epochs would never be looked at."""
-        return min(self.views, self.epochs)
 
     @property
     def pack_bits(self) -> dict[str, int]:

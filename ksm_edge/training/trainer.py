@@ -9,7 +9,7 @@ import numpy as np
 
 from ksm_edge import native
 from ksm_edge.autodiff.spec import FRONT, REST, WHOLE, GradientSpec
-from ksm_edge.bundle.layers import Bundle, InputContract, Layer, select
+from ksm_edge.bundle.layers import Bundle, Layer, select
 from ksm_edge.errors import KsmEdgeError, UsageError
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
@@ -18,11 +18,11 @@ from ksm_edge.runtimes.workers import Session
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import ACTIVATION_BITS, Settings
+from ksm_edge.training.stages import stages
 from ksm_edge.training.suited import RateScale, most_cut, rate_scale
 from ksm_edge.training.thinning import late_step, thin
 
 ONE_THREAD = Engine()
-PIXELS = 8  # sizes are multiples of
 TILE_BYTES = 2**22  # see `GradientSpec`: larger weights are read too often where memory is slow beside arithmetic
 
 Images = np.ndarray | Iterable[np.ndarray]  # (n, 3, S, S), or what the front made of them; or parts, one by one
@@ -102,8 +102,18 @@ class Trainer:
         self.run_head = self.head_weight.copy()  # as the graph has it
         self.head_learning = {"weight": Adam(self.head_weight), "bias": Adam(self.head_bias)}
         self._head_gradients = {n: np.zeros_like(a.parameter) for n, a in self.head_learning.items()}
-        self._pixels, self._halved = graph.pixels, graph.halved
-        self._workers = engine.open(bundle, graph, self.bound(graph))
+        self._engine = engine
+        self._open(graph)
+
+    def go_on_with(self, graph: CompiledGraph) -> None:
+        """Learn by another graph from here on: that of images of another size, its layers in the same forms."""
+        if graph is not self._graph:
+            del self._workers  # whose memory is for the next ones
+            self._open(graph)
+
+    def _open(self, graph: CompiledGraph) -> None:
+        self._graph = graph
+        self._workers = self._engine.open(self.bundle, graph, self.bound(graph))
 
     def bound(self, graph: CompiledGraph) -> dict[str, np.ndarray]:
         """The arrays that a session of `graph` is to be bound to."""
@@ -163,12 +173,12 @@ class Trainer:
         for name, layer in self.layers.items():
             if layer.batch_norm:
                 mean, var = (session.output(f"{name}.batch_{which}") for which in ("mean", "var"))
-                layer.observe(mean, var, n * self._pixels[name])
+                layer.observe(mean, var, n * self._graph.pixels[name])
 
     def update(self) -> None:
         """The second half: new parameters from the gradients, and the weights that they make."""
         settings, factor = self.settings, rate_factor(self.count, self.steps, self.settings.warmup)
-        if self._halved:
+        if self._graph.halved:
             self._require_finite()
         self.count += 1
         rates = {name: rate * factor for name, rate in self.rates.items()}
@@ -273,20 +283,6 @@ def learning_layers(layers: Sequence[Layer], settings: Settings) -> tuple[frozen
     return trained, masked
 
 
-def training_input(bundle: Bundle, settings: Settings) -> InputContract:
-    """How images enter training: by `train_scale` smaller than evaluation has them, to a multiple of 8 pixels.
-
-    Time and activations are in proportion to pixels. A random crop shows things larger than evaluation does, so that in
-    somewhat smaller images they have the size that the network will be judged in (Touvron et al. 2019, "Fixing the
-    train-test resolution discrepancy").
-    """
-    whole, scale = bundle.input, settings.train_scale
-    if scale == 1:
-        return whole
-    size = min(whole.size, max(PIXELS, PIXELS * round(scale * whole.size / PIXELS)))
-    return replace(whole, size=size, resize=round(whole.resize * size / whole.size))
-
-
 def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch: int) -> GradientSpec:
     """The gradient graph that these settings need."""
     trained, _ = learning_layers(bundle.layers, settings)
@@ -294,7 +290,7 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
     part = REST if settings.views else WHOLE
     return GradientSpec(
         micro_batch,
-        training_input(bundle, settings).size,
+        stages(bundle, settings)[0].input.size,
         classes,
         trained,
         settings.statistics,
@@ -307,6 +303,11 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
     )
 
 
+def of_size(spec: GradientSpec, size: int) -> GradientSpec:
+    """The same for images of so many pixels, reading and adding to the same arrays."""
+    return spec if size == spec.size else replace(spec, size=size, formed_at=spec.formed_at or spec.size)
+
+
 def forward_spec(spec: GradientSpec, forms: Mapping[str, str], size: int | None = None) -> GradientSpec:
     """The forward pass of a graph, reading the same parameters, with the statistics that a pack brings along.
 
@@ -314,9 +315,7 @@ def forward_spec(spec: GradientSpec, forms: Mapping[str, str], size: int | None 
     """
     # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
     tile_bytes = spec.tile_bytes if "winograd" in forms.values() else 0
-    read = replace(spec, fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
-    if size not in (None, spec.size):
-        read = replace(read, size=size, formed_at=spec.size)
+    read = replace(of_size(spec, size or spec.size), fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
     return replace(read, backward=False, statistics="frozen", classes=0, half=False, recompute=False, part=WHOLE)
 
 

@@ -110,8 +110,10 @@ VARIANTS = {
     "norm, batch statistics": {"method": "norm", "statistics": "batch"},
     "head, batch statistics": {"method": "head", "statistics": "batch"},
     "balanced": {"balanced": True, "flip": True, "label_smoothing": 0.1},
-    "smaller images": {"train_scale": 0.5},
-    "features of smaller images": {"train_scale": 0.5, "layers": "project..", "views": 2},
+    "smaller images": {"train_scale": 0.5, "whole_at": 1.0},
+    "smaller images, then whole ones": {"train_scale": 0.5, "whole_at": 0.5},
+    "features of smaller images": {"train_scale": 0.5, "layers": "project..", "views": 2, "whole_at": 1.0},
+    "features of smaller images, then of whole ones": {"train_scale": 0.5, "layers": "project..", "views": 2},
 }
 
 
@@ -134,16 +136,25 @@ def test_every_variant_ends_in_a_pack_as_good_as_it_says(
     assert all(state.mean is None and state.var is None for state in layers)  # they are in gamma and beta
 
 
-@pytest.mark.parametrize(("scale", "size"), [(1.0, 16), (0.9, 16), (0.6, 8), (0.01, 8)])
+@pytest.mark.parametrize(
+    ("scale", "whole_at", "sizes"),
+    [(1.0, 0.75, [16, 16]), (0.9, 0.75, [16, 16]), (0.6, 1.0, [8, 8]), (0.01, 0.5, [8, 16]), (0.5, 0.0, [16, 16])],
+)
 def test_images_enter_training_in_the_size_that_was_asked_for(
-    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, size: int
+    bundle: Bundle,
+    images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scale: float,
+    whole_at: float,
+    sizes: list[int],
 ) -> None:
-    seen, judged = set(), set()
+    seen, judged = list[tuple[int, ...]](), set()
     step, accuracy_of = Trainer.step, Judge.accuracy
 
     def looking(self: Trainer, images: Any, *of: Any, **more: Any) -> Any:
         parts = list(images)
-        seen.update(part.shape[1:] for part in parts)
+        seen.extend({part.shape[1:] for part in parts})
         return step(self, iter(parts), *of, **more)
 
     def judging(self: Judge, pack: Pack, batches: Any) -> float:
@@ -153,8 +164,9 @@ def test_images_enter_training_in_the_size_that_was_asked_for(
 
     monkeypatch.setattr(Trainer, "step", looking)
     monkeypatch.setattr(Judge, "accuracy", judging)
-    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=1, train_scale=scale))
-    assert (seen, judged) == ({(3, size, size)}, {(3, 16, 16)})
+    found = adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=2, train_scale=scale, whole_at=whole_at))
+    assert seen == [(3, size, size) for size in sizes for _ in range(found.steps // 2)]
+    assert judged == {(3, 16, 16)}
 
 
 def test_without_a_validation_split_the_last_epoch_is_kept(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:

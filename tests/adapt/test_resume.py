@@ -51,6 +51,8 @@ def test_a_resumed_training_ends_in_the_very_bytes_of_an_uninterrupted_one(
         {"moment_bits": 8},
         {"activation_bits": 16},
         {"views": 1, "layers": "dw.."},
+        {"train_scale": 0.5, "whole_at": 0.5},
+        {"train_scale": 0.5, "whole_at": 0.5, "views": 1, "layers": "dw.."},
     ],
     ids=str,
 )

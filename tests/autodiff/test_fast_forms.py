@@ -54,6 +54,17 @@ def test_gradients_are_the_same(recipe: str, tmp_path: Path) -> None:
     assert_same_with_and_without("fast", recipe, 64, tmp_path)
 
 
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+@pytest.mark.parametrize("recipe", ["resnet18", "vgg16_bn", "mobilenet_v2"])
+def test_gradients_are_the_same_in_forms_chosen_for_smaller_images(
+    recipe: str, statistics: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    bundle = random_bundle(recipe, 96, tmp_path / "bundle")
+    settings = replace(SETTINGS, statistics=statistics)
+    assert_same(*(gradients(bundle, tmp_path / str(size), settings, formed_at=size) for size in (0, 32)))
+
+
 def assert_same_with_and_without(form: str, recipe: str, size: int, folder: Path) -> None:
     (folder / "bundle").mkdir()
     bundle = random_bundle(recipe, size, folder / "bundle")

@@ -15,6 +15,7 @@ from ksm_edge.profiler.predict import gradient_work, predict, update_work
 from ksm_edge.profiler.work import graph_work
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
+from ksm_edge.training.trainer import gradient_spec
 
 SETTINGS = Settings(batch=4, epochs=3)
 BOARD = Device.load("raspberry-pi-4")
@@ -88,7 +89,7 @@ def test_backward_is_about_twice_forward() -> None:
     embedded = load_bundle("embedded")
     settings = Settings(batch=1)
     plan = make_plan(embedded, 10, settings, threads=1, budget_bytes=None)
-    both = sum(work.flops for work in gradient_work(embedded, plan))
+    both = sum(work.flops for work in gradient_work(embedded, plan.graph.spec))
     forward = sum(work.flops for work in graph_work(embedded.graph_path, embedded.input.size))
     assert 2.5 < both / forward < 3.5
 
@@ -96,11 +97,21 @@ def test_backward_is_about_twice_forward() -> None:
 def test_smaller_images_are_less_work_in_proportion_to_their_pixels() -> None:
     embedded = load_bundle("embedded")
     whole, half = (
-        sum(work.flops for work in gradient_work(embedded, make_plan(
-            embedded, 10, Settings(batch=1, train_scale=scale), threads=1, budget_bytes=None)))
+        sum(work.flops for work in gradient_work(embedded, gradient_spec(embedded, 10, Settings(train_scale=scale), 1)))
         for scale in (1.0, 0.5)
-    )  # fmt: skip
+    )
     assert 3 < whole / half < 4
+
+
+def test_a_step_takes_what_it_does_on_the_mean_over_the_epochs(bundle: Bundle) -> None:
+    """A quarter of them is in whole images here."""
+    step_ms = [
+        predict(bundle, BOARD, images=32, settings=replace(SETTINGS, epochs=8, train_scale=0.5, whole_at=at)).step_ms
+        for at in (0.0, 0.75, 1.0)
+    ]
+    whole, mean, small = map(float, step_ms)
+    assert small < whole
+    assert mean == pytest.approx(0.75 * small + 0.25 * whole)
 
 
 def test_an_update_is_of_the_layers_that_learn(bundle: Bundle) -> None:

@@ -194,14 +194,21 @@ def test_what_learns_less_needs_less(bundle: Bundle) -> None:
 
 
 def test_smaller_images_need_less_where_those_that_are_judged_are_no_larger(bundle: Bundle) -> None:
-    whole, small = (plan(bundle, None, replace(SETTINGS, batch=1, train_scale=scale)) for scale in (1.0, 0.5))
+    always = replace(SETTINGS, batch=1, whole_at=1.0)
+    whole, small = (plan(bundle, None, replace(always, train_scale=scale)) for scale in (1.0, 0.5))
     assert (small.graph.spec.size, small.forward.spec.size) == (128, 256)
     assert small.expected_peak_bytes < whole.expected_peak_bytes
     # What judges is the larger one at some scale, and then decides.
-    tiny = plan(bundle, None, replace(SETTINGS, batch=1, train_scale=0.05))
+    tiny = plan(bundle, None, replace(always, train_scale=0.05))
     judging = activation_bytes(tiny.forward)
     assert judging > activation_bytes(tiny.graph)
     assert tiny.expected_peak_bytes > PROCESS_BYTES + judging
+
+
+def test_whole_images_at_the_end_need_what_they_do_all_along(bundle: Bundle) -> None:
+    whole, small = (plan(bundle, None, replace(SETTINGS, batch=1, train_scale=scale)) for scale in (1.0, 0.5))
+    assert [each.graph.spec.size for each in small.stages] == [128, 256]
+    assert small.expected_peak_bytes == whole.expected_peak_bytes
 
 
 def test_an_engine_of_its_own_judges_in_whole_images_too(bundle: Bundle) -> None:

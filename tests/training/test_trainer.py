@@ -27,7 +27,7 @@ from ksm_edge.training.packing import finished, to_pack, unquantized
 from ksm_edge.training.settings import Settings, usual_epochs
 from ksm_edge.training.targets import target_rows
 from ksm_edge.training.thinning import late_step
-from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec, training_input
+from ksm_edge.training.trainer import Trainer, forward_spec, gradient_spec
 
 CLASSES = 3
 STEPS = 30
@@ -350,25 +350,12 @@ def test_the_backbone_is_not_written_to(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "scale", "expected"),
-    [(36, 1.0, 36), (36, 0.9, 32), (30, 0.99, 30), (224, 0.7, 160), (160, 0.7, 112), (16, 0.01, 8), (4, 0.5, 4)],
-)
-def test_smaller_images_are_of_a_multiple_of_eight_pixels(
-    bundle: Bundle, whole: int, scale: float, expected: int
-) -> None:
-    odd = replace(bundle, input=replace(bundle.input, size=whole, resize=2 * whole))
-    found = training_input(odd, replace(SETTINGS, train_scale=scale))
-    assert (found.size, found.resize) == (expected, 2 * expected)
-    assert gradient_spec(odd, CLASSES, replace(SETTINGS, train_scale=scale), 1).size == expected
-
-
-@pytest.mark.parametrize(
     ("name", "value"),
     [("method", "lora"), ("statistics", "running"), ("head_start", "ones"), ("granularity", "group:0"),
      ("granularity", "pixel"), ("epochs", 0),
      ("batch", 0), ("score_rate", -1.0), ("validation", 1.0), ("label_smoothing", float("nan")),
      ("mask_bits", float("inf")), ("mask_bits", -0.1), ("thin", 1.0),
-     ("train_scale", 0.0), ("train_scale", 1.1)],
+     ("train_scale", 0.0), ("train_scale", 1.1), ("whole_at", -0.1), ("whole_at", 1.1)],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=name.partition("_")[0]):
