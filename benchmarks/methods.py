@@ -66,6 +66,8 @@ METHODS = {
     "lora:4": Method("conv LoRA rank 4, fp16", None),
     "lora:8": Method("conv LoRA rank 8, fp16", None),
     "fast": Method("KSM, --fast", _always("--fast"), ours=True),
+    "smaller": Method("KSM, --train-scale 0.7", _always("--train-scale", "0.7"), ours=True),
+    "fast-smaller": Method("KSM, --fast --train-scale 0.7", _always("--fast", "--train-scale", "0.7"), ours=True),
 }  # fmt: skip
 
 # The default with one thing changed.
