@@ -127,13 +127,13 @@ def _add_how(group: Options) -> None:
         "--train-scale",
         type=float,
         metavar="X",
-        help="size of images in training, as a share of what the backbone takes, for less time (default: 1)",
+        help="for less time, size of images in most epochs, as a share of what the backbone takes (default: 1)",
     )
     group.add_argument(
         "--whole-at",
         type=float,
         metavar="X",
-        help="with --train-scale, share of the epochs behind which images are whole (default: 0.75)",
+        help="with --train-scale, share of the epochs behind which they are whole; 1: never (default: 0.75)",
     )
     group.add_argument(
         "--views",

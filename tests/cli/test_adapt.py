@@ -157,6 +157,18 @@ def test_fast_is_a_set_of_defaults_that_options_still_change(
     assert "Views     1 of each image" in stderr
 
 
+def test_which_epochs_are_in_images_of_what_size_is_said(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--train-scale", 0.5, "--whole-at", 0.5, "--layers", "project..", "--views", 3)
+    assert main(call(photos, bundle, tmp_path / "a.ksm", *words)) == 0
+    chosen = load_pack(tmp_path / "a.ksm").record["settings"]
+    assert (chosen["train_scale"], chosen["whole_at"]) == (0.5, 0.5)
+    stderr = capsys.readouterr().err
+    assert "images of 8 pixels, from epoch 2 on of 16, " in stderr
+    assert "Views     1 and 1 of each image" in stderr
+
+
 def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tmp_path: Path) -> None:
     arguments = call(photos, bundle, tmp_path / "a.ksm", "--device", "jetson-nano", "--epochs", 1)
     at = arguments.index("--batch")
