@@ -43,7 +43,8 @@ TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 HELD_OUT = 0.3
 ALL = ""
 # Options of `adapt`.
-WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2", "train-scale=0.7")
+WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2", "train-scale=0.7",
+        "layers=35%.. views=4 train-scale=0.7")  # fmt: skip
 KINDS = {"views": int, "train_scale": float, "whole_at": float}
 QUESTION = __doc__.split("\n")[0]
 
@@ -53,7 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
-                        help="each some of layers=NAMES views=N train-scale=X, as of adapt")  # fmt: skip
+                        help="each some of layers=NAMES views=N train-scale=X whole-at=X, as of adapt")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")

@@ -37,13 +37,17 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("mobilenet_v2", 0, ("--method", "head", "--views", "1")),
     ("resnet18", 0, ("--fast",)),
     # Judged in images that are larger than those of training.
-    *((recipe, 0, ("--train-scale", scale)) for recipe in ("mobilenet_v2", "resnet18") for scale in ("0.7", "0.3")),
-    ("mobilenet_v2", 0, ("--fast", "--train-scale", "0.7")),
+    *(
+        (recipe, 0, ("--train-scale", scale, "--whole-at", "1"))
+        for recipe in ("mobilenet_v2", "resnet18")
+        for scale in ("0.7", "0.3")
+    ),
+    ("mobilenet_v2", 0, ("--fast", "--train-scale", "0.7", "--whole-at", "1")),
     # The second epoch in whole images.
-    *((recipe, 0, ("--train-scale", "0.5", "--whole-at", "0.5")) for recipe in ("mobilenet_v2", "resnet18")),
-    ("mobilenet_v2", 0, ("--train-scale", "0.5", "--whole-at", "0.5", "--threads", "4")),
-    ("mobilenet_v2", 0, ("--fast", "--train-scale", "0.5", "--whole-at", "0.5")),
-    ("resnet20_cifar10", 0, ("--batch", "1", "--train-scale", "0.75")),
+    *((recipe, 0, ("--train-scale", "0.5")) for recipe in ("mobilenet_v2", "resnet18")),
+    ("mobilenet_v2", 0, ("--train-scale", "0.5", "--threads", "4")),
+    ("mobilenet_v2", 0, ("--fast", "--train-scale", "0.5")),
+    ("resnet20_cifar10", 0, ("--batch", "1", "--train-scale", "0.75", "--whole-at", "1")),
     # The features of one image are 21 times as large.
     ("vgg16_bn", 0, ("--batch", "4", "--layers", "features.3..", "--views", "1")),
     ("mobilenet_v2", 0, ("--granularity", "element")),

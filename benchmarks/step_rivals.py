@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from timing import timed, traced
+from timing import falls, timed, traced
 
 CLASSES, RATE = 10, 1e-4
 BATCHES_SEEN = 8  # put through the front at once, whose session opens once for all
@@ -79,7 +79,7 @@ def _ours(
         return {"absent": str(error)}
     trainer = Trainer(bundle, plan.graph, plan.settings, steps=1000, engine=plan.engine)  # thinned later, if at all
     choices = {**plan.choices, "recompute": plan.graph.spec.recompute}
-    stages = plan.stages[:1] if given.get("trace") else plan.stages
+    stages = plan.stages[-1:] if given.get("trace") else plan.stages
     found = [_of_stage(trainer, plan, each, given) for each in stages]
     last = {**found[-1], "expected_peak_bytes": plan.expected_peak_bytes, "plan": choices}
     if "step_ms" not in last:
@@ -88,7 +88,12 @@ def _ours(
     shares = [len(each.stage.epochs) / plan.settings.epochs for each in stages]
     together = zip(*(of_stage["step_ms"] for of_stage in found), strict=True)
     last["step_ms"] = [round(sum(s * ms for s, ms in zip(shares, each, strict=True)), 3) for each in together]
-    return {**last, "losses": [loss for of_stage in found for loss in of_stage["losses"]]}
+    if len(found) > 1:
+        last["stages"] = [{"size": each.stage.input.size, "epochs": len(each.stage.epochs), "step_ms": one["step_ms"]}
+                          for each, one in zip(stages, found, strict=True)]  # fmt: skip
+    # Those of a stage that learns nothing, if there is one.
+    losses = (of_stage["losses"] for of_stage in found)
+    return {**last, "losses": next((each for each in losses if not falls(each)), last["losses"])}
 
 
 def _of_stage(trainer: Any, plan: Any, each: Any, given: Given) -> Found:
@@ -163,7 +168,7 @@ def _views(
     """One view of each of a step's images, and the milliseconds that a step's take."""
     from ksm_edge.adapt.views import Views
 
-    views = Views(bundle, front, engine, batch, 1)
+    views = Views(bundle, [(front, 1)], engine, batch)
     views.fill(0, images())
     again = [next(images())] * (BATCHES_SEEN * parts)
     began = time.perf_counter()

@@ -81,17 +81,13 @@ class Job:
         self.best: bytes | None = None  # pack
         self._observer, self._saved_at = observer, time.monotonic()
         self._losses: list[float] = []
-        self._stage = plan.stages[0]
+        self._running = plan.stages[0]
         self.per_epoch = self._steps_of_an_epoch()
         steps = self.per_epoch * self.settings.epochs
         self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, engine=plan.engine)
         self.judge = Judge(self.trainer, plan.forward, plan.engine)
-        # Room for all of them is made now, not when much has been learned.
-        self._views = {
-            each: Views(bundle, each.front, plan.engine, len(train), each.stage.views)
-            for each in plan.stages
-            if each.front is not None
-        }
+        fronts = [(each.front, each.stage.views) for each in plan.stages if each.front is not None]
+        self.views = Views(bundle, fronts, plan.engine, len(train)) if fronts else None
         self._labels = np.array([item.label for item in train])
         self._class_weights = balanced_weights(self._labels, len(images.classes)) if self.settings.balanced else None
 
@@ -121,8 +117,8 @@ class Job:
 
     def close(self) -> None:
         """Give back what it holds on disk."""
-        for views in self._views.values():
-            views.close()
+        if self.views is not None:
+            self.views.close()
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -134,24 +130,21 @@ class Job:
         """All epochs that are left; raises KsmEdgeError where the loss is no longer a number."""
         try:
             while self.progress.epoch < self.settings.epochs:
-                self._enter_stage()
+                self._begin_stage()
                 self._learn_epoch()
                 self._judge_epoch()
         finally:
             self.close()  # a pack or a checkpoint may need the room on disk
 
-    def _enter_stage(self) -> None:
-        """That of this epoch."""
+    def _begin_stage(self) -> None:
+        """Go on by the graphs of this epoch's stage, where it is another one than before."""
         found = next(each for each in self.plan.stages if self.progress.epoch in each.stage.epochs)
-        if found is not self._stage and self.views is not None:
-            self.views.close()
-        self._stage = found
+        if found is self._running:
+            return
+        self._running = found
+        if self.views is not None and found.front is not None:
+            self.views.begin(found.front)
         self.trainer.go_on_with(found.graph)
-
-    @property
-    def views(self) -> Views | None:
-        """Those of the stage that is being learned."""
-        return self._views.get(self._stage)
 
     def _learn_epoch(self) -> None:
         progress, batch = self.progress, self.plan.batch
@@ -170,35 +163,35 @@ class Job:
 
     def _parts(self, order: np.ndarray) -> Generator[Batch, None, None]:
         """What is left of this epoch, micro-batch by micro-batch."""
-        step = self.progress.step
+        step, view = self.progress.step, self._view
         for indices in parts_of_batches(order, self.plan.batch, first_step=step, part=self.plan.micro_batch):
             if self.views is None:
-                yield self._seen(indices)
+                yield self._seen(indices, view)
             else:
-                yield Batch(self.views.features(self._view, indices), self._labels[indices], indices)
+                yield Batch(self.views.features(view, indices), self._labels[indices], indices)
 
-    def _seen(self, indices: np.ndarray) -> Batch:
+    def _seen(self, indices: np.ndarray, view: int) -> Batch:
         augmentation = Augmentation(flip=self.settings.flip)
         return training_views(
             self.cache,
             self.train,
-            self._stage.stage.input,
+            self._running.stage.input,
             indices,
             seed=self.settings.seed,
-            view=self._view,
+            view=view,
             augmentation=augmentation,
         )
 
     @property
     def _view(self) -> int:
         """That of this epoch."""
-        return self._stage.stage.view(self.progress.epoch)
+        return self._running.stage.view(self.progress.epoch)
 
     def _see(self, views: Views) -> None:
         """Put this epoch's view of every image through the front."""
         began, count = time.perf_counter(), self.plan.micro_batch
         everything = parts_of_batches(np.arange(len(self.train)), count)
-        seen = prefetch((self._seen(indices) for indices in everything), depth=self._ahead)
+        seen = prefetch((self._seen(indices, self._view) for indices in everything), depth=self._ahead)
         try:
             views.fill(self._view, seen, self._observer.seeing)
         finally:

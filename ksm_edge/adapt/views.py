@@ -8,7 +8,7 @@ value takes two bytes on disk, and none in memory; half precision changes it by 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +31,23 @@ def stored_bytes(graph: CompiledGraph, images: int, views: int) -> int:
 
 
 class Views:
-    """The features of `images` training images in `count` views, in a file without a name."""
+    """The features of `images` training images in a few views, in a file without a name."""
 
     def __init__(
         self,
         bundle: Bundle,
-        graph: CompiledGraph,
+        fronts: Sequence[tuple[CompiledGraph, int]],
         engine: Engine,
         images: int,
-        count: int,
         folder: str | Path | None = None,
     ) -> None:
-        """`graph`: compiled from `front_spec`. Raises DataError where the disk has no room for so much."""
-        self._bundle, self._graph, self._engine, self._images = bundle, graph, engine, images
-        self._shape = graph.outputs["features"][1:]
-        self._image_bytes = stored_bytes(graph, 1, 1)
-        self._slots: dict[int, int] = {}  # of the views that have been put through, where they are
-        self.bytes = stored_bytes(graph, images, count)
+        """`fronts`: compiled from `front_spec`, one after the other to be used, each with how many views it has.
+
+        Raises DataError where the disk has no room for the one that takes most.
+        """
+        self._bundle, self._engine, self._images = bundle, engine, images
+        self.bytes, count = max((stored_bytes(graph, images, count), count) for graph, count in fronts)
+        self.begin(fronts[0][0])
         self._file = nameless_file(folder)
         try:
             os.posix_fallocate(self._file, 0, self.bytes)
@@ -57,6 +57,13 @@ class Views:
                 f"to keep features of {count} views of {images} images, {-(-self.bytes // 2**20)} MiB are needed in "
                 f"{folder or temporary_folder()}: {error.strerror}. Make room there, or give fewer --views"
             ) from error
+
+    def begin(self, graph: CompiledGraph) -> None:
+        """Anew, with another front: what there was of the one before makes room."""
+        self._graph = graph
+        self._shape = graph.outputs["features"][1:]
+        self._image_bytes = stored_bytes(graph, 1, 1)
+        self._slots: dict[int, int] = {}  # of the views that have been put through, where they are
 
     def has(self, view: int) -> bool:
         """Whether it has been put through the front."""

@@ -255,6 +255,8 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
 
     if args.mask_bits is not None and (args.small or args.thin is not None):
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
+    if args.whole_at is not None and args.train_scale is None:
+        raise UsageError("--whole-at says when images of --train-scale end: give that too")
     names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "masked", "granularity",
              "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -306,6 +308,7 @@ def _report(device: Device, bundle: Bundle, images: ImageSet, result: Adapted, w
         "pack_path": str(result.pack_path),
         "pack_bytes": result.pack_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
+        "step_ms_mean": sum(ordered) / len(ordered) if ordered else None,
         "step_ms_p50": ordered[len(ordered) // 2] if ordered else None,
         "data_wait_ms_p50": waits[len(waits) // 2] if waits else None,
         "views_seconds": timing.views_ms / 1e3,
@@ -323,13 +326,16 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
     )
     bundle = "" if args.bundle == "embedded" else f" --bundle {args.bundle}"
     seeing = f", {report['views_seconds']:.0f} s to keep features" if report["views_seconds"] else ""
+    # In images of two sizes steps are of two kinds, and a median is of one of them.
+    usual = ("p50", "median") if args.train_scale is None else ("mean", "mean")
+    step = f"{report[f'step_ms_{usual[0]}'] or 0:.0f} ms each ({usual[1]})"
     board = f"{report['device']} (emulated)" if report["emulated"] else report["device"]
     following = f"ksm-edge eval {' '.join(filter(None, [str(report['pack_path']), args.data]))}{bundle}"
     return "\n".join(
         [
             f"Task pack  {report['pack_path']}, {report['pack_bytes'] / 1e3:.1f} kB, {len(report['classes'])} classes",
             f"Accuracy   {chosen}",
-            f"Training   {report['steps']} steps, {report['step_ms_p50'] or 0:.0f} ms each (median), "
+            f"Training   {report['steps']} steps, {step}, "
             f"{report['images_per_second'] or 0:.0f} images/s{seeing}, {report['wall_seconds']:.0f} s in all",
             f"Memory     {report['peak_rss_bytes'] / 2**20:.0f} MiB peak RSS, device profile {board}",
             f"Next       {following}",

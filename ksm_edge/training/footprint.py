@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ksm_edge.autodiff.spec import HALF_SHARE, fused_shape, product_shape, transformed_shape
+from ksm_edge.autodiff.spec import HALF_SHARE, REST, fused_shape, product_shape, transformed_shape
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.mask import score_shape
 from ksm_edge.runtimes.compile import CompiledGraph
@@ -50,11 +50,11 @@ def expected_peak_bytes(
     """
     trained, _ = learning_layers(bundle.layers, settings)
     largest = max((_size(layer.weight_shape) for layer in bundle.layers if layer.name in trained), default=0)
-    parts = parts_ahead(graph.spec.micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)
-    # Features are read from disk as bytes, and made into numbers: a part more is there.
-    running = [_running_bytes(graph, workers, parts + 1 if settings.views else parts)]
     in_front = sum(_size(layer.weight_shape) for layer in bundle.layers if layer.name not in graph.forms)
-    running += [_running_bytes(each, workers, parts) + FLOAT_BYTES * in_front for each in beside]
+    running = (
+        _running_bytes(each, workers) + (0 if each.spec.backward else FLOAT_BYTES * in_front)
+        for each in (graph, *beside)
+    )
     stepping = max(running) + int(LAYER_COPIES * FLOAT_BYTES * largest)
     packing = PACKING_BYTES * score_count(bundle, settings)
     # Weights a second time.
@@ -68,8 +68,11 @@ def expected_peak_bytes(
     return PROCESS_BYTES - (OPENING_BYTES if settings.views else 0) + parameters + max(stepping, packing)
 
 
-def _running_bytes(graph: CompiledGraph, workers: int, parts: int) -> int:
+def _running_bytes(graph: CompiledGraph, workers: int) -> int:
     """Of activations, the parts of a step's images that are there, and features that nobody has taken yet."""
+    parts = parts_ahead(graph.spec.micro_batch, workers) + PARTS_IN_HAND + 2 * (workers - 1)
+    # Features are read from disk as bytes, and made into numbers: a part more is there.
+    parts += graph.spec.part == REST
     features = (workers + 1) * _size(graph.outputs.get("features", (0,)))
     return activation_bytes(graph, workers) + FLOAT_BYTES * (parts * _size(graph.inputs["image"]) + features)
 

@@ -48,7 +48,7 @@ Candidate = tuple[Settings, int, CompiledGraph]  # settings, workers, graph
 
 
 @dataclass(frozen=True, eq=False)
-class StageGraphs:
+class PlannedStage:
     """What the epochs of a stage run by."""
 
     stage: Stage
@@ -66,7 +66,7 @@ class Plan:
     activation_bytes: int | None  # of all runs at once; None where nobody knows before
     expected_peak_bytes: int | None  # resident, of the whole process; likewise
     settings: Settings  # as asked for, but for what a short budget made of them
-    stages: tuple[StageGraphs, ...]
+    stages: tuple[PlannedStage, ...]
     forward: CompiledGraph  # the forward pass in whole images, for validation
     tuned: Tuned | None = None  # where forms were measured
 
@@ -130,18 +130,19 @@ def make_plan(
             graph = search.with_more_images(kind, workers, graph)
         if tune:
             found, graph = search.fastest(kind, replace(engine, workers=workers), graph)
-    need = search.peak((kind, workers, graph))
+    need, planned = search.peak((kind, workers, graph)), _stages(bundle, settings, graph)
+    largest = max((each.graph for each in planned), key=activation_bytes)
     if budget_bytes is not None and need > budget_bytes:
-        over = _over_budget(bundle, settings, graph, workers, need, budget_bytes, goes_on=before is not None)
+        over = _over_budget(bundle, settings, largest, workers, need, budget_bytes, goes_on=before is not None)
         raise BudgetError(over, need)
     return Plan(
         batch=settings.batch,
         micro_batch=graph.spec.micro_batch,
         engine=replace(engine, workers=workers),
-        activation_bytes=activation_bytes(graph, workers),
+        activation_bytes=activation_bytes(largest, workers),
         expected_peak_bytes=need,
         settings=kind,
-        stages=_stages(bundle, settings, graph),
+        stages=planned,
         forward=compiled(bundle, forward_spec(graph.spec, graph.forms, bundle.input.size)),
         tuned=found,
     )
@@ -208,13 +209,13 @@ class _Search:
         return found, graphs[found.name]
 
 
-def _stages(bundle: Bundle, settings: Settings, graph: CompiledGraph) -> tuple[StageGraphs, ...]:
+def _stages(bundle: Bundle, settings: Settings, graph: CompiledGraph) -> tuple[PlannedStage, ...]:
     """`graph`: of the first."""
     found = []
     for stage in stages(bundle, settings):
         spec = of_size(graph.spec, stage.input.size)
         front = compiled(bundle, front_spec(spec)) if stage.views else None
-        found.append(StageGraphs(stage, graph if spec == graph.spec else compiled(bundle, spec), front))
+        found.append(PlannedStage(stage, graph if spec == graph.spec else compiled(bundle, spec), front))
     return tuple(found)
 
 
@@ -314,11 +315,11 @@ def _over_budget(
     smaller = (
         "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "
     )
-    other = (
-        "or start anew, without --resume"
-        if goes_on
-        else f"{smaller}a smaller --size at export, --train-scale 0.7 --whole-at 1, or --method head"
-    )
+    if settings.train_scale == 1:
+        smaller += "--train-scale 0.7 --whole-at 1, "
+    elif settings.whole_at < 1:
+        smaller += "--whole-at 1, "
+    other = "or start anew, without --resume" if goes_on else f"{smaller}a smaller --size at export, or --method head"
     return (
         f"adapting {bundle.recipe} at {graph.spec.size}x{graph.spec.size} px in steps of {settings.batch} images "
         f"needs about {_mib(need)} MiB ({_mib(activation_bytes(graph, workers))} of it for the activations of "

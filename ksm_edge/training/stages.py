@@ -36,8 +36,10 @@ def stages(bundle: Bundle, settings: Settings) -> tuple[Stage, ...]:
     if size == whole.size:
         return (_stage(range(epochs), whole, settings),)
     smaller = replace(whole, size=size, resize=round(whole.resize * size / whole.size))
-    turn = round(settings.whole_at * epochs)
-    found = _stage(range(turn), smaller, settings), _stage(range(turn, epochs), whole, settings)
+    first_whole = epochs
+    if settings.whole_at < 1 and epochs > 1:  # then the last one is
+        first_whole = min(int(settings.whole_at * epochs + 0.5), epochs - 1)
+    found = _stage(range(first_whole), smaller, settings), _stage(range(first_whole, epochs), whole, settings)
     return tuple(stage for stage in found if stage.epochs)
 
 

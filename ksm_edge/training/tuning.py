@@ -3,7 +3,8 @@
 The usual ones were chosen on a few processors. One with fewer registers, smaller caches or a memory that is slow beside
 its arithmetic may be quicker with others: they compute the same but for last bits. Each alternative is a whole gradient
 graph, as what an operator takes depends on what its neighbours leave in the cache, and is timed as it would run: with
-the plan's threads, and with an update. The usual ones stay where nothing else saves a thirtieth.
+the plan's threads, and with an update; of images of two sizes, in those of the first epochs. The usual ones stay where
+nothing else saves a thirtieth.
 """
 
 from __future__ import annotations

@@ -51,8 +51,6 @@ def test_a_resumed_training_ends_in_the_very_bytes_of_an_uninterrupted_one(
         {"moment_bits": 8},
         {"activation_bits": 16},
         {"views": 1, "layers": "dw.."},
-        {"train_scale": 0.5, "whole_at": 0.5},
-        {"train_scale": 0.5, "whole_at": 0.5, "views": 1, "layers": "dw.."},
     ],
     ids=str,
 )
@@ -62,6 +60,19 @@ def test_that_holds_for_every_kind_of_state(
     chosen = settings(epochs=2, **changes)
     whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen)
     resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", chosen, Stopper(step=6))
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+
+
+@pytest.mark.parametrize("views", [{}, {"views": 1, "layers": "dw.."}], ids=str)
+@pytest.mark.parametrize("stop", [Stopper(step=3), Stopper(step=5), Stopper(epoch=1), Stopper(step=7)], ids=vars)
+def test_that_holds_for_images_of_two_sizes(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, stop: Observer, views: dict[str, Any]
+) -> None:
+    chosen = settings(epochs=2, train_scale=0.5, whole_at=0.5, **views)
+    whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen, threads=2)
+    with pytest.raises(Interrupted):
+        adapt(bundle, images, tmp_path / "stopped.ksm", chosen, threads=2, observer=stop)
+    resumed = adapt(bundle, images, tmp_path / "stopped.ksm", chosen, threads=2, resume=True)
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 

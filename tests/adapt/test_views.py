@@ -60,10 +60,27 @@ def first_layer(bundle: Bundle, images: np.ndarray) -> np.ndarray:
     return np.maximum(np.einsum("nihwkl,oikl->nohw", windows, weight) + bias[:, None, None], 0)
 
 
+def test_another_front_begins_anew_in_the_same_room(bundle: Bundle, tmp_path: Path) -> None:
+    spec = replace(gradient_spec(bundle, CLASSES, Settings(**LATE), 2), size=8)
+    small = compiled(bundle, front_spec(spec))
+    views = Views(bundle, [(small, 2), (front(bundle), 1)], ONE_THREAD, IMAGES, tmp_path)
+    images = some_images(bundle)
+    for view in (0, 1):
+        views.fill(view, batches(np.ascontiguousarray(images[:, :, :8, :8])))
+    views.begin(front(bundle))
+    assert not views.has(0)
+    views.fill(7, batches(images))
+    assert views.has(7)
+    expected = first_layer(bundle, images)[[3, 1]]
+    np.testing.assert_allclose(views.features(7, np.array([3, 1])), expected, rtol=2**-11, atol=1e-5)
+    assert os.fstat(views._file).st_size == views.bytes == 2 * IMAGES * expected[0].size
+    views.close()
+
+
 @pytest.mark.parametrize("engine", [ONE_THREAD, Engine(threads=2, workers=2)])
 def test_each_view_has_the_features_of_its_own_images(bundle: Bundle, tmp_path: Path, engine: Engine) -> None:
     """Only the stem lies in front of `project`: what it gives goes around `project` too."""
-    views, seen = Views(bundle, front(bundle), engine, IMAGES, 2, tmp_path), []
+    views, seen = Views(bundle, [(front(bundle), 2)], engine, IMAGES, tmp_path), []
     assert not any(tmp_path.iterdir())  # no name, so nothing is left behind
     for view in (0, 1):
         assert not views.has(view)
@@ -80,7 +97,7 @@ def test_each_view_has_the_features_of_its_own_images(bundle: Bundle, tmp_path: 
 
 
 def test_values_that_half_precision_cannot_hold_end_at_its_largest(bundle: Bundle) -> None:
-    views = Views(bundle, front(bundle), ONE_THREAD, IMAGES, 1)
+    views = Views(bundle, [(front(bundle), 1)], ONE_THREAD, IMAGES)
     views.fill(0, batches(1e7 * some_images(bundle)))
     found = views.features(0, np.arange(IMAGES))
     assert found.max() == np.finfo(np.float16).max
@@ -95,7 +112,7 @@ def test_a_disk_without_room_is_told_of_before_anything_is_learned(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"3 views of 5 images, 1 MiB are needed in .*No space left.*fewer --views"):
-        Views(bundle, front(bundle), ONE_THREAD, IMAGES, 3)
+        Views(bundle, [(front(bundle), 3)], ONE_THREAD, IMAGES)
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,13 @@ def test_which_epochs_are_in_images_of_what_size_is_said(
     assert "Views     1 and 1 of each image" in stderr
 
 
+def test_when_images_are_whole_is_asked_of_smaller_ones_alone(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--whole-at", 0.5)) == 2
+    assert "--whole-at says when images of --train-scale end" in capsys.readouterr().err
+
+
 def test_batch_comes_from_the_device_unless_given(photos: Path, bundle: Path, tmp_path: Path) -> None:
     arguments = call(photos, bundle, tmp_path / "a.ksm", "--device", "jetson-nano", "--epochs", 1)
     at = arguments.index("--batch")

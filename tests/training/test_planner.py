@@ -4,6 +4,7 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import LAYERS, saved_tiny_bundle
@@ -209,6 +210,29 @@ def test_whole_images_at_the_end_need_what_they_do_all_along(bundle: Bundle) -> 
     whole, small = (plan(bundle, None, replace(SETTINGS, batch=1, train_scale=scale)) for scale in (1.0, 0.5))
     assert [each.graph.spec.size for each in small.stages] == [128, 256]
     assert small.expected_peak_bytes == whole.expected_peak_bytes
+    assert small.activation_bytes == whole.activation_bytes
+
+
+@pytest.mark.parametrize("changes", [{}, {"views": 2, "layers": "dw.."}], ids=str)
+def test_all_sizes_run_as_many_images_at_once_as_whole_ones(bundle: Bundle, changes: dict[str, Any]) -> None:
+    whole, small = (plan(bundle, None, replace(SETTINGS, train_scale=scale, **changes)) for scale in (1.0, 0.5))
+    assert small.micro_batch == whole.micro_batch
+    assert small.expected_peak_bytes == whole.expected_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "--train-scale 0.7 --whole-at 1, a smaller --size"),
+        ({"train_scale": 0.5}, "first ones out, --whole-at 1, a smaller --size"),
+        ({"train_scale": 0.5, "whole_at": 1.0}, "first ones out, a smaller --size"),
+    ],
+)
+def test_what_would_do_with_less_is_said_of_what_takes_most(bundle: Bundle, changes: dict[str, Any], said: str) -> None:
+    settings = replace(SETTINGS, **changes)
+    size = 128 if settings.whole_at == 1 else 256
+    with pytest.raises(BudgetError, match=f"at {size}x{size} px.*{said}"):
+        plan(bundle, 8 * MIB, settings)
 
 
 def test_an_engine_of_its_own_judges_in_whole_images_too(bundle: Bundle) -> None:

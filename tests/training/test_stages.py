@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tiny import tiny_bundle
 
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.runtimes.compile import compile_graph
+from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.stages import stages
 from ksm_edge.training.trainer import Trainer, gradient_spec, of_size
@@ -44,6 +46,11 @@ def test_smaller_images_are_of_a_multiple_of_eight_pixels(
         (8, 1.0, {range(8): 8}),
         (8, 0.0, {range(8): 16}),
         (1, 0.75, {range(1): 8}),
+        (2, 0.75, {range(1): 8, range(1, 2): 16}),
+        (3, 0.75, {range(2): 8, range(2, 3): 16}),
+        (6, 0.75, {range(5): 8, range(5, 6): 16}),
+        (10, 0.75, {range(8): 8, range(8, 10): 16}),
+        (8, 0.99, {range(7): 8, range(7, 8): 16}),
     ],
 )
 def test_the_last_epochs_are_in_whole_images(
@@ -69,22 +76,27 @@ def test_kept_views_take_turns_and_none_is_kept_that_nobody_looks_at(bundle: Bun
     assert [[stage.view(epoch) for epoch in stage.epochs] for stage in found] == [[0, 1, 2, 3, 0, 1], [6, 7]]
 
 
-@pytest.mark.parametrize("statistics", ["frozen", "batch"])
-def test_training_goes_on_in_another_size_with_the_same_parameters(bundle: Bundle, statistics: str) -> None:
+@pytest.mark.parametrize(("statistics", "workers"), [("frozen", 1), ("frozen", 2), ("batch", 1)])
+def test_training_goes_on_in_another_size_with_the_same_parameters(
+    bundle: Bundle, statistics: str, workers: int
+) -> None:
     """What a step does next is what it does in a training that had those parameters in that size from the start."""
     settings = Settings(batch=4, train_scale=0.5, statistics=statistics, score_rate=2e-3, norm_rate=1e-2)
-    small = gradient_spec(bundle, CLASSES, settings, 4)
+    small, engine = gradient_spec(bundle, CLASSES, settings, 4 // workers), Engine(threads=workers, workers=workers)
     graphs = []
     for size in (8, 16):
         folder = bundle.path / str(size)
         folder.mkdir()
         graphs.append(compile_graph(bundle, of_size(small, size), folder))
-    began = Trainer(bundle, graphs[0], settings, steps=10)
+    began = Trainer(bundle, graphs[0], settings, steps=10, engine=engine)
     for step in range(3):
         began.step(*batch(step, 8))
-    other = Trainer(bundle, graphs[1], settings, steps=10)
+    other = Trainer(bundle, graphs[1], settings, steps=10, engine=engine)
     other.restore({name: array.copy() for name, array in began.state().items()}, began.count)
+    former = weakref.ref(began._workers)
     began.go_on_with(graphs[1])
+    assert former() is None  # whose memory the next ones are planned to have
+    assert len(began._workers._sessions) == workers
     found = [trainer.step(*batch(3, 16)) for trainer in (began, other)]
     assert found[0] == found[1]
     assert all(np.array_equal(array, other.state()[name]) for name, array in began.state().items())
