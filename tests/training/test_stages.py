@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny import tiny_bundle
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.runtimes.engine import Engine
+from ksm_edge.runtimes.workers import Workers
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.stages import stages
 from ksm_edge.training.trainer import Trainer, gradient_spec, of_size
@@ -78,7 +80,7 @@ def test_kept_views_take_turns_and_none_is_kept_that_nobody_looks_at(bundle: Bun
 
 @pytest.mark.parametrize(("statistics", "workers"), [("frozen", 1), ("frozen", 2), ("batch", 1)])
 def test_training_goes_on_in_another_size_with_the_same_parameters(
-    bundle: Bundle, statistics: str, workers: int
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, statistics: str, workers: int
 ) -> None:
     """What a step does next is what it does in a training that had those parameters in that size from the start."""
     settings = Settings(batch=4, train_scale=0.5, statistics=statistics, score_rate=2e-3, norm_rate=1e-2)
@@ -93,9 +95,14 @@ def test_training_goes_on_in_another_size_with_the_same_parameters(
         began.step(*batch(step, 8))
     other = Trainer(bundle, graphs[1], settings, steps=10, engine=engine)
     other.restore({name: array.copy() for name, array in began.state().items()}, began.count)
-    former = weakref.ref(began._workers)
+    former, opens = weakref.ref(began._workers), Engine.open
+
+    def alone(self: Engine, *given: Any) -> Workers:
+        assert former() is None  # whose memory the next ones are planned to have
+        return opens(self, *given)
+
+    monkeypatch.setattr(Engine, "open", alone)
     began.go_on_with(graphs[1])
-    assert former() is None  # whose memory the next ones are planned to have
     assert len(began._workers._sessions) == workers
     found = [trainer.step(*batch(3, 16)) for trainer in (began, other)]
     assert found[0] == found[1]
