@@ -23,7 +23,8 @@ from methods import METHODS, title
 from tasks import FIVE
 
 LEGEND_COLUMNS = 3
-COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "lime", "navy", "saddlebrown", "orchid")
+COLOURS = (*(f"C{number}" for number in range(10)),
+           "black", "gold", "lime", "navy", "saddlebrown", "orchid", "teal", "tomato")  # fmt: skip
 
 
 @dataclass(frozen=True)
