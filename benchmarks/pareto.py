@@ -72,7 +72,8 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
     shown = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    titles = [label for method in METHODS.values() for label in sorted(shown) if label.startswith(method.title)]
+    known = (title(name, earlier=earlier) for name in METHODS for earlier in (False, True))
+    titles = [label for label in known if label in shown]
     figure.legend([shown[label] for label in titles], titles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False)
     legend_inches = 0.25 * (1 + -(-len(titles) // LEGEND_COLUMNS))
     figure.tight_layout(rect=(0, legend_inches / size[1], 1, 1))
