@@ -56,7 +56,7 @@ class Settings:
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
     train_scale: float = 1.0  # size of images in the first epochs, as a share of what the backbone takes
-    whole_at: float = 0.75  # when they are whole from, as a share of the epochs; 1: never
+    whole_at: float = 0.75  # from when on they are whole, as a share of the epochs; 1: never
     views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing

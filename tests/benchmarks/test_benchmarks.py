@@ -439,3 +439,14 @@ def test_an_app_is_held_against_one_onnx_file_for_each_task(load: Any) -> None:
     row = found["loads"][names[0]]
     assert (row["total"], row["ratio"], row["bytes_ratio"]) == (8.0, 0.8, 0.05)
     assert (found["loaded_task_bytes"], found["loaded_task_ratio"]) == (60, 1.2)
+
+
+def test_a_step_in_images_of_two_sizes_takes_what_it_does_on_the_mean_over_the_epochs(load: Any) -> None:
+    rivals = load("step_rivals")
+    given = {"recipe": "embedded", "size": 96, "batch": 2, "threads": 1, "steps": 2, "bundle": "embedded"}
+    found = rivals.RIVALS[rivals.OURS]({**given, "train_scale": 0.5})
+    small, whole = found["stages"]
+    assert [(stage["size"], stage["epochs"]) for stage in (small, whole)] == [(48, 6), (96, 2)]
+    means = [0.75 * s + 0.25 * w for s, w in zip(small["step_ms"], whole["step_ms"], strict=True)]
+    assert found["step_ms"] == pytest.approx(means, abs=1e-3)
+    assert "stages" not in rivals.RIVALS[rivals.OURS](given)
