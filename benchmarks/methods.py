@@ -82,17 +82,14 @@ ABLATIONS = {
     "norm-slow": Method("batch-norm at 2.5e-4", _always("--norm-rate", "2.5e-4"), ours=True),
     "norm-fast": Method("batch-norm at 1e-3", _always("--norm-rate", "1e-3"), ours=True),
     "warmup-short": Method("a warm-up of 5 %", _always("--warmup", "0.05"), ours=True),
-    "norm-fast-warmup-short": Method(
-        "batch-norm at 1e-3, a warm-up of 5 %", _always("--norm-rate", "1e-3", "--warmup", "0.05"), ours=True
-    ),
     "head-random": Method("a head that starts at random", _always("--head-start", "random"), ours=True),
     "moments-8": Method("moments of Adam in 8 bits", _always("--moment-bits", "8"), ours=True),
     "activations-16": Method("activations in half precision", _always("--activation-bits", "16"), ours=True),
     "no-smoothing": Method("no label smoothing", _always("--label-smoothing", "0"), ours=True),
     "flip": Method("mirrored images as well", _always("--flip"), ours=True),
     "epochs-2": Method("2 epochs", _always(), ours=True, epochs=2),
-    "epochs-4": Method("4 epochs", _always(), ours=True, epochs=4),
-    "epochs-16": Method("16 epochs", _always(), ours=True, epochs=16),
+    "epochs-5": Method("5 epochs", _always(), ours=True, epochs=5),
+    "epochs-10": Method("10 epochs", _always(), ours=True, epochs=10),
     "epochs-30": Method("30 epochs", _always(), ours=True, epochs=30),
 }
 ALL = {**METHODS, **ABLATIONS}
