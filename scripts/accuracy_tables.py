@@ -15,6 +15,7 @@ from tasks import FIVE
 
 BACKBONES = ("mobilenet_v2, 160 px", "mobilenet_v2, 96 px", "efficientnet_lite0, 96 px")
 FEW = "@10"
+COUNTS = {"@5": "5", FEW: "10", "@20": "20", "": "all"}  # images a class, by what stands behind a task's name
 SUITE = "caltech100-"
 
 Row = Mapping[str, Any]
@@ -37,6 +38,19 @@ def few_tables(content: Mapping[str, Any]) -> str:
     tasks = content["summary"].get(BACKBONES[0], {})
     heads = ("test accuracy, %", *FIVE, "mean", "pack, kB", "steps")
     return "\n".join(_table(heads, _method_rows(tasks, [task + FEW for task in FIVE], (*METHODS, "head-random"))))
+
+
+def count_tables(content: Mapping[str, Any]) -> str:
+    """What more images a class are worth: the default beside classifier only, both with the first seed."""
+    tasks = content["summary"].get(BACKBONES[0], {})
+    lines = []
+    for suffix, count in COUNTS.items():
+        for key in ("ksm", "linear"):
+            found = [tasks.get(task + suffix, {}).get(key, {}).get("by_seed", {}).get("0") for task in FIVE]
+            cells = ("" if accuracy is None else _percent(accuracy) for accuracy in found)
+            if any(found):
+                lines.append((count, METHODS[key].title, *cells))
+    return "\n".join(_table(("images a class", "test accuracy, %", *FIVE), lines))
 
 
 def suite_tables(content: Mapping[str, Any]) -> str:
