@@ -246,8 +246,9 @@ def _epoch(
 ) -> tuple[list[float], int]:  # fmt: skip
     """One pass over the images: the losses, and how many steps of all are done."""
     losses = []
+    augmentation = Augmentation(crop_scale=(settings.crop_scale, 1.0), flip=settings.flip)
     batches = training_batches(cache, items, bundle.input, batch=settings.batch, seed=settings.seed, epoch=epoch,
-                               augmentation=Augmentation(flip=settings.flip))  # fmt: skip
+                               augmentation=augmentation)  # fmt: skip
     for batch in batches:
         factor = rate_factor(done, steps, settings.warmup if _is_masked(network) else WARMUP)
         for group in adam.param_groups:

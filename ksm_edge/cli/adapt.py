@@ -141,6 +141,13 @@ def _add_how(group: Options) -> None:
         metavar="N",
         help="see each image in N ways only, and keep on disk what the layers in front of --layers make of them",
     )
+    group.add_argument(
+        "--crop-scale",
+        type=float,
+        metavar="X",
+        help="least share of an image that a random crop shows (default: 0.35); more where what matters fills the "
+        "image, as a character does",
+    )
     group.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     group.add_argument("--balanced", action="store_true", help="weigh rare classes more")
     group.add_argument(
@@ -257,8 +264,8 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
     if args.whole_at is not None and args.train_scale is None:
         raise UsageError("--whole-at says when images of --train-scale end: give that too")
-    names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "masked", "granularity",
-             "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
+    names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "masked",
+             "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs}

@@ -10,6 +10,7 @@ import pytest
 from journeys import Watcher, accuracy, settings
 from shapes import CLASSES, make_shapes
 
+from ksm_edge.adapt import job
 from ksm_edge.adapt.journey import Adapted, adapt
 from ksm_edge.bundle.golden import golden_images
 from ksm_edge.bundle.layers import Bundle
@@ -92,6 +93,20 @@ def test_whoever_watches_is_told_in_order(journey: tuple[Adapted, Pack, Watcher]
     assert "reading" in watcher.told
     assert "reading" not in told
     assert [i for i, what in enumerate(told) if what == "epoch"] == [e * (steps // 6 + 1) for e in range(1, 7)]
+
+
+def test_crops_show_at_least_the_share_that_was_asked_for(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, views = [], job.training_views
+
+    def noted(*words: Any, **options: Any) -> Any:
+        asked.append(options["augmentation"].crop_scale)
+        return views(*words, **options)
+
+    monkeypatch.setattr(job, "training_views", noted)
+    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=1, crop_scale=0.8))
+    assert set(asked) == {(0.8, 1.0)}
 
 
 def test_no_checkpoint_is_left_behind(journey: tuple[Adapted, Pack, Watcher]) -> None:

@@ -109,14 +109,14 @@ def test_text_ends_in_the_next_command(
 
 def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path: Path) -> None:
     more = ("--granularity", "group:2", "--binary", "--statistics", "batch", "--seed", 3, "--flip", "--balanced",
-            "--score-rate", 0.001, "--label-smoothing", 0, "--train-scale", 0.5)  # fmt: skip
+            "--score-rate", 0.001, "--label-smoothing", 0, "--train-scale", 0.5, "--crop-scale", 0.8)  # fmt: skip
     assert main(call(photos, bundle, tmp_path / "a.ksm", *more)) == 0
     pack = load_pack(tmp_path / "a.ksm")
     assert (pack.granularity, pack.soft, pack.statistics) == ("group:2", False, "batch")
     chosen = pack.record["settings"]
     assert (chosen["seed"], chosen["flip"], chosen["balanced"], chosen["epochs"]) == (3, True, True, 2)
     assert (chosen["score_rate"], chosen["label_smoothing"], chosen["head_rate"]) == (0.001, 0, 2e-3)
-    assert chosen["train_scale"] == 0.5
+    assert (chosen["train_scale"], chosen["crop_scale"]) == (0.5, 0.8)
     assert (pack.record["device"], pack.record["emulated"]) == ("host", False)
 
 

@@ -355,7 +355,8 @@ def test_the_backbone_is_not_written_to(bundle: Bundle) -> None:
      ("granularity", "pixel"), ("epochs", 0),
      ("batch", 0), ("score_rate", -1.0), ("validation", 1.0), ("label_smoothing", float("nan")),
      ("mask_bits", float("inf")), ("mask_bits", -0.1), ("thin", 1.0),
-     ("train_scale", 0.0), ("train_scale", 1.1), ("whole_at", -0.1), ("whole_at", 1.1)],
+     ("train_scale", 0.0), ("train_scale", 1.1), ("whole_at", -0.1), ("whole_at", 1.1),
+     ("crop_scale", 0.0), ("crop_scale", 1.1)],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=name.partition("_")[0]):
