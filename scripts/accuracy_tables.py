@@ -14,6 +14,7 @@ from methods import ABLATIONS, METHODS, title  # found by the line above
 from tasks import FIVE
 
 BACKBONES = ("mobilenet_v2, 160 px", "mobilenet_v2, 96 px", "efficientnet_lite0, 96 px")
+ABLATED = (BACKBONES[1], "resnet20_cifar10, 32 px")
 FEW = "@10"
 COUNTS = {"@5": "5", FEW: "10", "@20": "20", "": "all"}  # images a class, by what stands behind a task's name
 SUITE = "caltech100-"
@@ -67,10 +68,19 @@ def suite_tables(content: Mapping[str, Any]) -> str:
 
 
 def ablation_tables(content: Mapping[str, Any]) -> str:
-    """One change at a time, against the default on the same task and seeds."""
-    tasks = content["summary"].get(BACKBONES[1], {})
-    names = [task for task in FIVE if "ksm" in tasks.get(task, {}) and ABLATIONS.keys() & tasks[task].keys()]
-    lines = [("the default", *(_percent(tasks[name]["ksm"]["test_accuracy"]) for name in names))]
+    """For each backbone one change at a time, against the default on the same task and seeds."""
+    parts = []
+    for backbone in ABLATED:
+        tasks = content["summary"].get(backbone, {})
+        names = [task for task in FIVE if "ksm" in tasks.get(task, {}) and ABLATIONS.keys() & tasks[task].keys()]
+        if names:
+            lines = _ablation_rows(tasks, names)
+            parts.append("\n".join([f"{backbone}:", "", *_table(("points of test accuracy", *names), lines)]))
+    return "\n\n".join(parts)
+
+
+def _ablation_rows(tasks: Mapping[str, Any], names: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    yield "the default", *(_percent(tasks[name]["ksm"]["test_accuracy"]) for name in names)
     for key, change in ABLATIONS.items():
         cells = []
         for name in names:
@@ -78,8 +88,7 @@ def ablation_tables(content: Mapping[str, Any]) -> str:
             changes = [changed[seed] - default[seed] for seed in changed if seed in default]
             cells.append(f"{100 * statistics.fmean(changes):+.1f}" if changes else "")
         if any(cells):
-            lines.append((change.title, *cells))
-    return "\n".join(_table(("points of test accuracy", *names), lines))
+            yield change.title, *cells
 
 
 def _method_rows(
