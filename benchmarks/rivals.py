@@ -246,7 +246,7 @@ def _epoch(
 ) -> tuple[list[float], int]:  # fmt: skip
     """One pass over the images: the losses, and how many steps of all are done."""
     losses = []
-    augmentation = Augmentation(crop_scale=(settings.crop_scale, 1.0), flip=settings.flip)
+    augmentation = Augmentation(crop_scale=settings.crop_scale, flip=settings.flip)
     batches = training_batches(cache, items, bundle.input, batch=settings.batch, seed=settings.seed, epoch=epoch,
                                augmentation=augmentation)  # fmt: skip
     for batch in batches:

@@ -68,7 +68,7 @@ def suite_tables(content: Mapping[str, Any]) -> str:
 
 
 def ablation_tables(content: Mapping[str, Any]) -> str:
-    """For each backbone one change at a time, against the default on the same task and seeds."""
+    """For each backbone one change at a time, against the default on the same task and seeds and otherwise alike."""
     parts = []
     for backbone in ABLATED:
         tasks = content["summary"].get(backbone, {})
@@ -84,8 +84,10 @@ def _ablation_rows(tasks: Mapping[str, Any], names: Sequence[str]) -> Iterable[t
     for key, change in ABLATIONS.items():
         cells = []
         for name in names:
-            changed, default = tasks[name].get(key, {}).get("by_seed", {}), tasks[name]["ksm"]["by_seed"]
-            changes = [changed[seed] - default[seed] for seed in changed if seed in default]
+            row, default = tasks[name].get(key), tasks[name]["ksm"]
+            alike = row is not None and row["earlier"] == default["earlier"]
+            seeds = row["by_seed"].keys() & default["by_seed"].keys() if alike else ()
+            changes = [row["by_seed"][seed] - default["by_seed"][seed] for seed in seeds]
             cells.append(f"{100 * statistics.fmean(changes):+.1f}" if changes else "")
         if any(cells):
             yield change.title, *cells

@@ -171,7 +171,7 @@ class Job:
                 yield Batch(self.views.features(view, indices), self._labels[indices], indices)
 
     def _seen(self, indices: np.ndarray, view: int) -> Batch:
-        augmentation = Augmentation(crop_scale=(self.settings.crop_scale, 1.0), flip=self.settings.flip)
+        augmentation = Augmentation(crop_scale=self.settings.crop_scale, flip=self.settings.flip)
         return training_views(
             self.cache,
             self.train,

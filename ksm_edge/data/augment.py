@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]
 class Augmentation:
     """What may happen to a training image. A strength of 0.2 means a random factor in [0.8, 1.2]."""
 
-    crop_scale: tuple[float, float] | None = (0.35, 1.0)  # share of the image's area; None: the evaluation's crop
+    crop_scale: float | None = 0.35  # least share of the image's area, up to all of it; None: the evaluation's crop
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     brightness: float = 0.2
     contrast: float = 0.2
@@ -52,7 +52,7 @@ def augment(
     if augmentation.crop_scale is None:
         view = centre_crop(image, contract)
     else:
-        box = random_box(image.size, augmentation.crop_scale, augmentation.crop_ratio, rng)
+        box = random_box(image.size, (augmentation.crop_scale, 1.0), augmentation.crop_ratio, rng)
         view = image.resize((contract.size, contract.size), Image.Resampling.BILINEAR, box=box)
     if flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -376,6 +376,15 @@ def test_images_a_class_are_compared_with_the_same_seed(pages: Any) -> None:
     ]
 
 
+def test_a_change_is_held_only_against_a_default_that_is_otherwise_alike(pages: Any) -> None:
+    def learned(accuracy: float, *, earlier: bool = False) -> dict[str, Any]:
+        return {"test_accuracy": accuracy, "by_seed": {"0": accuracy}, "earlier": earlier}
+
+    tasks = {"trashnet": {"ksm": learned(0.8), "binary": learned(0.7, earlier=True), "channel": learned(0.6)}}
+    table = pages.accuracy_tables.ablation_tables({"summary": {"mobilenet_v2, 96 px": tasks}})
+    assert table.splitlines()[4:] == ["| the default | 80.0 |", "| one score per filter | -20.0 |"]
+
+
 def with_geometry(bundle: Bundle, layer: str, **changed: list[int]) -> Bundle:
     """Its graph with other attributes of one conv."""
     model = onnx.load(bundle.graph_path, load_external_data=False)
