@@ -40,6 +40,7 @@ from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.runtimes.pytorch import Attributes, features, read_graph
 from ksm_edge.training.adam import rate_factor
 from ksm_edge.training.choice import as_good
+from ksm_edge.training.crops import crop_scale
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.suited import rate_scale
 from ksm_edge.training.targets import target_rows
@@ -224,13 +225,14 @@ def learn(
                 own = next((own for part, own in rates.items() if part in name), rate)
                 groups.setdefault(own, []).append(parameter)
         adam = torch.optim.Adam([{"params": group, "at": own} for own, group in groups.items()])
-        history, best, chosen, kept, done = [], -1.0, 0, None, 0
+        history, best, chosen, kept = [], -1.0, 0, None
         for epoch in range(settings.epochs):
             network.train(statistics == "batch")
-            losses, done = _epoch(network, adam, cache, learned_from, bundle, settings, epoch, done, steps, images)
+            losses, right = _epoch(network, adam, cache, learned_from, bundle, settings, history, steps, images)
             judged = evaluation_batches(cache, judged_on, bundle.input, batch=EVALUATION_BATCH)
             found = accuracy(network, ((b.images, b.labels) for b in judged))
-            history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)), "validation_accuracy": found})
+            history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)),
+                            "train_accuracy": right / len(learned_from), "validation_accuracy": found})  # fmt: skip
             print(json.dumps(history[-1]), file=sys.stderr)
             best = max(best, found)
             if as_good(found, best, len(judged_on)):
@@ -242,14 +244,18 @@ def learn(
 
 def _epoch(
     network: torch.nn.Module, adam: torch.optim.Adam, cache: ImageCache, items: Sequence[Item], bundle: Bundle,
-    settings: Settings, epoch: int, done: int, steps: int, images: ImageSet,
+    settings: Settings, history: Sequence[dict[str, Any]], steps: int, images: ImageSet,
 ) -> tuple[list[float], int]:  # fmt: skip
-    """One pass over the images: the losses, and how many steps of all are done."""
-    losses = []
-    augmentation = Augmentation(crop_scale=settings.crop_scale, flip=settings.flip)
+    """One pass over the images: the losses, and how many answers were right.
+
+    `history`: a record of each epoch before this one.
+    """
+    losses, right, epoch = [], 0, len(history)
+    first = epoch * steps // settings.epochs
+    augmentation = Augmentation(crop_scale(settings, history, epoch), flip=settings.flip)
     batches = training_batches(cache, items, bundle.input, batch=settings.batch, seed=settings.seed, epoch=epoch,
                                augmentation=augmentation)  # fmt: skip
-    for batch in batches:
+    for done, batch in enumerate(batches, first):
         factor = rate_factor(done, steps, settings.warmup if _is_masked(network) else WARMUP)
         for group in adam.param_groups:
             group["lr"] = group["at"] * factor
@@ -260,8 +266,8 @@ def _epoch(
         loss.backward()
         adam.step()
         losses.append(float(loss))
-        done += 1
-    return losses, done
+        right += int((logits.argmax(1).numpy() == batch.labels).sum())
+    return losses, right
 
 
 def _tensor(images: np.ndarray) -> torch.Tensor:

@@ -33,6 +33,7 @@ from ksm_edge.pack.format import encode
 from ksm_edge.pack.record import Pack
 from ksm_edge.resident import give_back
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.crops import crop_scale
 from ksm_edge.training.footprint import parts_ahead
 from ksm_edge.training.judge import Judge
 from ksm_edge.training.packing import to_pack
@@ -171,7 +172,8 @@ class Job:
                 yield Batch(self.views.features(view, indices), self._labels[indices], indices)
 
     def _seen(self, indices: np.ndarray, view: int) -> Batch:
-        augmentation = Augmentation(crop_scale=self.settings.crop_scale, flip=self.settings.flip)
+        scale = crop_scale(self.settings, self.progress.history, view)
+        augmentation = Augmentation(scale, flip=self.settings.flip)
         return training_views(
             self.cache,
             self.train,

@@ -145,8 +145,7 @@ def _add_how(group: Options) -> None:
         "--crop-scale",
         type=float,
         metavar="X",
-        help="least share of an image that a random crop shows (default: 0.35); more for a small backbone, or where "
-        "what matters fills the image",
+        help="least share of an image that a random crop shows (default: 0.8, and down to 0.35 with what is known)",
     )
     group.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     group.add_argument("--balanced", action="store_true", help="weigh rare classes more")

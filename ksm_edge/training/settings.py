@@ -58,7 +58,7 @@ class Settings:
     train_scale: float = 1.0  # size of images in the first epochs, as a share of what the backbone takes
     whole_at: float = 0.75  # from when on they are whole, as a share of the epochs; 1: never
     views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
-    crop_scale: float = 0.35  # least share of an image's area that a training crop of it shows; 1: all of it
+    crop_scale: float | None = None  # least share of an image's area that a training crop shows; None: see `crops`
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
     seed: int = 0
@@ -97,8 +97,9 @@ class Settings:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
 
         for name in ("train_scale", "crop_scale"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"{name} {getattr(self, name)}: must lie in (0, 1]")
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise UsageError(f"{name} {share}: must lie in (0, 1]")
         if not 0 <= self.whole_at <= 1:
             raise UsageError(f"whole_at {self.whole_at}: must lie in [0, 1]")
         if not 0 < self.thin_at < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +96,37 @@ def test_whoever_watches_is_told_in_order(journey: tuple[Adapted, Pack, Watcher]
     assert [i for i, what in enumerate(told) if what == "epoch"] == [e * (steps // 6 + 1) for e in range(1, 7)]
 
 
-def test_crops_show_at_least_the_share_that_was_asked_for(
-    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, views = [], job.training_views
+@pytest.fixture
+def crops(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The least shares that crops are asked to show, in their order, each once."""
+    asked: list[float] = []
+    views = job.training_views
 
     def noted(*words: Any, **options: Any) -> Any:
-        asked.append(options["augmentation"].crop_scale)
+        scale = options["augmentation"].crop_scale
+        asked.extend([scale] if asked[-1:] != [scale] else [])
         return views(*words, **options)
 
     monkeypatch.setattr(job, "training_views", noted)
-    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=1, crop_scale=0.8))
-    assert set(asked) == {0.8}
+    return asked
+
+
+def test_crops_show_at_least_the_share_that_was_asked_for(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, crops: list[float]
+) -> None:
+    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=2, crop_scale=0.7))
+    assert crops == [0.7]
+
+
+@pytest.mark.parametrize("changes", [{}, {"views": 6, "layers": "project.."}], ids=str)
+def test_crops_narrow_with_what_was_known_in_the_epoch_before(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, crops: list[float], changes: dict[str, Any]
+) -> None:
+    found = adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=12, **changes))
+    seen = [0.0, *(epoch["train_accuracy"] for epoch in found.history)][: changes.get("views", 12)]
+    expected = [0.35 + 0.45 * min(1.0, (1 - known) / 0.2) for known in seen]
+    assert crops == pytest.approx([scale for scale, _ in groupby(expected)])
+    assert len(crops) > 1
 
 
 def test_no_checkpoint_is_left_behind(journey: tuple[Adapted, Pack, Watcher]) -> None:

@@ -1,0 +1,28 @@
+"""How much of an image a training crop shows at least, by how much of the task is known already.
+
+A wide crop is near to what the network will be judged on; a narrow one shows things larger than that, and parts of them
+alone. So what is not known yet is learned soonest from wide crops, and a small backbone, which is far from knowing its
+training images to the end, gains most by them. One that knows them all learns nothing more from what it knows: narrow
+crops keep saying something new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ksm_edge.training.settings import Settings
+
+WIDE, NARROW = 0.8, 0.35  # least share of the area
+UNKNOWN = 0.2  # share of the training images that are answered wrong, from which on crops are wide
+
+
+def crop_scale(settings: Settings, history: Sequence[Mapping[str, float]], view: int) -> float:
+    """The least share of an image's area that its crop shows in a view, where the settings leave that open.
+
+    `history`: a record of each epoch so far. `view`: the epoch (from 0) that sees it first; where later ones see it
+    again, it has to be the same as then, kept or made anew.
+    """
+    if settings.crop_scale is not None:
+        return settings.crop_scale
+    unknown = 1 - history[view - 1]["train_accuracy"] if view else 1.0
+    return NARROW + (WIDE - NARROW) * min(1.0, unknown / UNKNOWN)
