@@ -86,7 +86,7 @@ ABLATIONS = {
     "moments-8": Method("moments of Adam in 8 bits", _always("--moment-bits", "8"), ours=True),
     "activations-16": Method("activations in half precision", _always("--activation-bits", "16"), ours=True),
     "no-smoothing": Method("no label smoothing", _always("--label-smoothing", "0"), ours=True),
-    "crop-narrow": Method("crops of 20 % of an image or more", _always("--crop-scale", "0.2"), ours=True),
+    "crop-narrow": Method("crops of 35 % of an image or more", _always("--crop-scale", "0.35"), ours=True),
     "crop-wide": Method("crops of 65 % of an image or more", _always("--crop-scale", "0.65"), ours=True),
     "flip": Method("mirrored images as well", _always("--flip"), ours=True),
     "epochs-2": Method("2 epochs", _always(), ours=True, epochs=2),
