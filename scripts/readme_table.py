@@ -153,7 +153,8 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[Row]:
         spread = f" ({low} to {high}, {len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else " (one seed)"
         value = f"{100 * row['test_accuracy']:.1f} %{spread}"
         beside = "classifier only: " + ("not measured" if linear is None else f"{100 * linear['test_accuracy']:.1f} %")
-        rows.append((f"Test accuracy, {task}, 160 px", value, beside))
+        what = f"Test accuracy, {task}, 160 px" + (", earlier settings" if row["earlier"] else "")
+        rows.append((what, value, beside))
     sizes = [tasks[task]["ksm"]["pack_bytes"] / 1e3 for task in TASKS]
     minutes = [tasks[task]["ksm"]["wall_seconds"] / 60 for task in TASKS]
     pack = (
