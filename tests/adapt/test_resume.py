@@ -76,6 +76,19 @@ def test_that_holds_for_images_of_two_sizes(
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 
+@pytest.mark.parametrize("views", [0, 6])
+def test_that_holds_where_crops_have_become_narrower(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, views: int
+) -> None:
+    chosen = settings(epochs=12, layers="project..", views=views)
+    whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen)
+    known = [epoch["train_accuracy"] for epoch in whole.history]
+    assert max(known[2:6]) > 0.85  # narrower than the first
+    assert len(set(known[2:])) > 1
+    resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", chosen, Stopper(step=5 * 9 + 2))
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+
+
 def test_that_holds_for_workers(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
     whole, other = (adapt(bundle, images, tmp_path / f"{n}.ksm", settings(), threads=3) for n in (1, 2))
     assert other.pack_path.read_bytes() == whole.pack_path.read_bytes()
