@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import grid
 from measure import RESULTS, add_backbone, backbone, condition, disturbance, machine, print_table
-from methods import ALL, identity, is_earlier, learn, temporary_pack
+from methods import ALL, identity, learn, outdated, temporary_pack
 from tasks import FIVE, task_data
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _row(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
     for name in AVERAGED:
         if all(name in run for run in runs):
             row[name] = statistics.fmean(run[name] for run in runs)
-    row["earlier"] = is_earlier(runs[0]["identity"])
+    row["earlier"] = outdated(runs[0]["identity"])
     if all("peak_rss_bytes" in run for run in runs):
         row["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in runs)
     return row

@@ -121,7 +121,7 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
     if method.words or name in IN_RIVALS:
         found["settings"] = _settings(found)
     elif name not in SCRIPTS:
-        found["head_start"] = Settings().head_start
+        found |= _shared()
     return found
 
 
@@ -132,14 +132,21 @@ def _words(method: Method, bundle: Bundle) -> tuple[str, ...]:
     return ("--thin", "0") if method is METHODS["reference"] else ()
 
 
-def is_earlier(identity: Mapping[str, Any]) -> bool:
-    """Whether it was learned with defaults that have changed since."""
+def outdated(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What it was learned with where that has another default since, by setting; None: before there was a choice."""
+    if identity["method"] in SCRIPTS:
+        return {}
+    now = _settings(identity) if "settings" in identity else _shared()
+    then = identity.get("settings", identity)
+    changed = {name for name, value in now.items() if name not in ("epochs", "batch") and then.get(name) != value}
+    return {name: then.get(name) for name in sorted(changed)}
+
+
+def _shared() -> dict[str, Any]:
+    """Settings of today that rivals, which have none of their own, share with the default."""
     from ksm_edge.training.settings import Settings
 
-    if "settings" not in identity:  # logistic regression has no start, other rivals once began at random
-        return identity["method"] != "linear" and identity.get("head_start") != Settings().head_start
-    now = {name: value for name, value in _settings(identity).items() if name not in ("epochs", "batch")}
-    return any(identity["settings"][name] != value for name, value in now.items())
+    return {"head_start": Settings().head_start, "crops": Settings().crop_scale or "by training accuracy"}
 
 
 def title(name: str, *, earlier: bool) -> str:

@@ -38,6 +38,7 @@ SETTINGS = Settings(
     warmup=0.05,
     label_smoothing=0.0,
     validation=0.2,
+    crop_scale=0.35,
     scale_bits=8,
     norm_bits=8,
     head_bits=8,
@@ -88,9 +89,7 @@ def test_before_its_first_step_a_child_is_its_parent(
     child = begun(bundle, folder / "two", tmp_path, pack)
     before, after = fuse(bundle, pack), fuse(bundle, child)
     for name in before:
-        # A step has 16 bits of a mantissa; that backbone and difference are rounded to a sum may change the last.
-        greatest = max(np.abs(d).max() for state in pack.layers.values() for d in (state.gamma_delta, state.beta_delta))
-        np.testing.assert_allclose(after[name], before[name], rtol=1e-5, atol=2**-15 * greatest + 1e-7)
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(child.head_weight, pack.head_weight, rtol=1e-5)
 
 

@@ -58,12 +58,12 @@ def test_runs_that_were_thinned_by_half_are_earlier_ones(load: Any, tmp_path: Pa
     grid, methods, path = load("grid"), load("methods"), tmp_path / "x.json"
     for name in ("ksm", "whole"):
         wanted = methods.identity(name, tiny_bundle(tmp_path / name), digits(), 0)
-        assert not methods.is_earlier(wanted)
+        assert not methods.outdated(wanted)
         old = {**wanted, "settings": {n: value for n, value in wanted["settings"].items() if n != "mask_bits"}}
         grid.keep(path, {}, {"identity": old, "machine": {}, "after": {}, "warnings": []}, lambda runs: {})
         # What has a share of its own was never thinned by anything else.
         assert grid.has(path, wanted) == (name == "whole")
-        assert methods.is_earlier(grid.runs(path)[-1]["identity"]) == (name == "ksm")
+        assert bool(methods.outdated(grid.runs(path)[-1]["identity"])) == (name == "ksm")
 
 
 def test_only_runs_like_the_last_one_count(load: Any) -> None:
@@ -111,6 +111,7 @@ def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str
             "seed": seed,
             "epochs": 8,
             "head_start": "random" if method == "full" else "zero",
+            "crops": "by training accuracy",
         },
         "test_accuracy": accuracy,
         "validation_accuracy": accuracy,
@@ -377,12 +378,24 @@ def test_images_a_class_are_compared_with_the_same_seed(pages: Any) -> None:
 
 
 def test_a_change_is_held_only_against_a_default_that_is_otherwise_alike(pages: Any) -> None:
-    def learned(accuracy: float, *, earlier: bool = False) -> dict[str, Any]:
+    def learned(accuracy: float, **earlier: Any) -> dict[str, Any]:
         return {"test_accuracy": accuracy, "by_seed": {"0": accuracy}, "earlier": earlier}
 
-    tasks = {"trashnet": {"ksm": learned(0.8), "binary": learned(0.7, earlier=True), "channel": learned(0.6)}}
-    table = pages.accuracy_tables.ablation_tables({"summary": {"mobilenet_v2, 96 px": tasks}})
-    assert table.splitlines()[4:] == ["| the default | 80.0 |", "| one score per filter | -20.0 |"]
+    def lines(**earlier: Any) -> list[str]:
+        tasks = {"trashnet": {"ksm": learned(0.8, **earlier), "binary": learned(0.7, crop_scale=0.35, warmup=0.05),
+                              "channel": learned(0.6, **earlier)}}  # fmt: skip
+        return pages.accuracy_tables.ablation_tables({"summary": {"mobilenet_v2, 96 px": tasks}}).splitlines()[4:]
+
+    for earlier in ({}, {"crop_scale": 0.35}):
+        assert lines(**earlier) == ["| the default | 80.0 |", "| one score per filter | -20.0 |"]
+
+
+def test_rivals_share_the_crops_of_the_default(load: Any, tmp_path: Path) -> None:
+    methods = load("methods")
+    wanted = methods.identity("full", tiny_bundle(tmp_path / "b"), digits(), 0)
+    assert not methods.outdated(wanted)
+    assert list(methods.outdated({n: value for n, value in wanted.items() if n != "crops"})) == ["crops"]
+    assert not methods.outdated(methods.identity("linear", tiny_bundle(tmp_path / "c"), digits(), 0))
 
 
 def with_geometry(bundle: Bundle, layer: str, **changed: list[int]) -> Bundle:
