@@ -145,4 +145,6 @@ class Residents:
                     loose[0][1].leaving = True
                 return False
             del self._places[idle]
+        for place in self._places.values():
+            place.leaving = False  # room has come from elsewhere
         return True

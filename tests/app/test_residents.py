@@ -97,6 +97,20 @@ def test_one_in_use_does_not_leave_before_its_user_is_done() -> None:
     assert order == ["a is done", "b is ready"]
 
 
+def test_one_that_was_to_leave_stays_where_room_has_come_from_another() -> None:
+    residents = Residents(make := Maker(), limit=2)
+    other = threading.Thread(target=used, args=(residents, "c"))
+    with residents.use("a"):
+        with residents.use("b"):
+            other.start()
+            while not residents._places["a"].leaving:
+                time.sleep(0.001)
+        other.join()  # in the place of "b", which was done first
+    assert residents.names == ("a", "c")
+    used(residents, "a")
+    assert make.made == ["a", "b", "c"]
+
+
 def test_users_that_follow_each_other_do_not_keep_another_task_out() -> None:
     residents, done = Residents(Maker(), limit=1), threading.Event()
 
