@@ -86,6 +86,7 @@ class Residents:
             self._pinned.add(name)
             if name in self._places:
                 self._places[name].leaving = False
+            self._changed.notify_all()
             return is_new
 
     def unpin(self, name: str) -> None:

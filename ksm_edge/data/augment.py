@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]
 class Augmentation:
     """What may happen to a training image. A strength of 0.2 means a random factor in [0.8, 1.2]."""
 
-    crop_scale: float | None = 0.35  # least share of the image's area, up to all of it; None: the evaluation's crop
+    crop_scale: float | None  # least share of the image's area, up to all of it; None: the evaluation's crop
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     brightness: float = 0.2
     contrast: float = 0.2

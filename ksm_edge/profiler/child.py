@@ -148,6 +148,7 @@ def _optimizer_steps(trainer: Trainer, photos: Path, plan: Plan, steps: int) -> 
     from ksm_edge.data.cache import ImageCache
     from ksm_edge.data.image_set import open_image_set
     from ksm_edge.data.prefetch import prefetch
+    from ksm_edge.training.crops import crop_scale
     from ksm_edge.training.footprint import parts_ahead
     from ksm_edge.training.targets import target_rows
 
@@ -166,7 +167,7 @@ def _optimizer_steps(trainer: Trainer, photos: Path, plan: Plan, steps: int) -> 
                 batch=settings.batch,
                 seed=0,
                 epoch=step,
-                augmentation=Augmentation(),
+                augmentation=Augmentation(crop_scale(settings, [])),
                 part=plan.micro_batch,
             )
             making = _Clock()

@@ -16,13 +16,16 @@ WIDE, NARROW = 0.8, 0.35  # least share of the area
 UNKNOWN = 0.2  # share of the training images that are answered wrong, from which on crops are wide
 
 
-def crop_scale(settings: Settings, history: Sequence[Mapping[str, float]], view: int) -> float:
-    """The least share of an image's area that its crop shows in a view, where the settings leave that open.
+def crop_scale(settings: Settings, history: Sequence[Mapping[str, float]]) -> float:
+    """The least share of an image's area that a crop shows in the epoch behind these, where settings leave that open.
 
-    `history`: a record of each epoch so far. `view`: the epoch (from 0) that sees it first; where later ones see it
-    again, it has to be the same as then, kept or made anew.
+    `history`: a record of each epoch so far, whose training accuracy is that of the images as they were cropped then.
+    A training that starts from a pack starts wide as well: nobody knows yet how much it knows.
     """
     if settings.crop_scale is not None:
         return settings.crop_scale
-    unknown = 1 - history[view - 1]["train_accuracy"] if view else 1.0
+    if settings.views or settings.train_scale < 1:
+        # Views that are kept come back when more is known, and smaller images make up for what narrow crops enlarge.
+        return NARROW
+    unknown = 1 - history[-1]["train_accuracy"] if history else 1.0
     return NARROW + (WIDE - NARROW) * min(1.0, unknown / UNKNOWN)

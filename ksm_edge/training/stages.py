@@ -1,6 +1,6 @@
 """Which epochs are learned in images of what size.
 
-Time and activations are in proportion to pixels. A random crop shows things larger than evaluation does, so that in
+Time and activations are in proportion to pixels. A narrow crop shows things larger than evaluation does, so that in
 somewhat smaller images they have the size that the network will be judged in (Touvron et al. 2019, "Fixing the
 train-test resolution discrepancy"). What is finest is learned at the end, in whole images, when rates are low.
 """

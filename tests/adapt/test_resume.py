@@ -77,12 +77,10 @@ def test_that_holds_for_images_of_two_sizes(
 
 
 def test_that_holds_where_crops_have_become_narrower(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
-    chosen = settings(epochs=12, layers="project..", views=6)
+    chosen = settings(epochs=6, layers="project..")
     whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen)
-    known = [epoch["train_accuracy"] for epoch in whole.history]
-    assert max(known[2:6]) > 0.85  # narrower than the first
-    assert len(set(known[2:])) > 1
-    resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", chosen, Stopper(step=5 * 9 + 2))
+    assert whole.history[-2]["train_accuracy"] > 0.85  # so that the last epoch, in which it stops, has narrower ones
+    resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", chosen, Stopper(step=whole.steps - 2))
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 

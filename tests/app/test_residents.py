@@ -103,9 +103,11 @@ def test_one_that_was_to_leave_stays_where_room_has_come_from_another() -> None:
     with residents.use("a"):
         with residents.use("b"):
             other.start()
+            deadline = time.monotonic() + 60
             while not residents._places["a"].leaving:
+                assert time.monotonic() < deadline
                 time.sleep(0.001)
-        other.join()  # in the place of "b", which was done first
+        other.join(60)  # in the place of "b", which was done first
     assert residents.names == ("a", "c")
     used(residents, "a")
     assert make.made == ["a", "b", "c"]

@@ -29,7 +29,7 @@ def test_none_is_the_evaluation_preprocessing():
 def test_a_view_is_contiguous_float32_within_black_and_white(size):
     mean, std = np.array(CONTRACT.mean)[:, None, None], np.array(CONTRACT.std)[:, None, None]
     for seed in range(20):
-        view = augment(photo(*size), CONTRACT, Augmentation(brightness=0.8, contrast=0.8, flip=True), rng(seed))
+        view = augment(photo(*size), CONTRACT, Augmentation(0.35, brightness=0.8, contrast=0.8, flip=True), rng(seed))
         assert view.shape == (3, 64, 64)
         assert view.dtype == np.float32
         assert view.flags["C_CONTIGUOUS"]
@@ -38,7 +38,7 @@ def test_a_view_is_contiguous_float32_within_black_and_white(size):
 
 
 def test_the_same_generator_gives_the_same_view():
-    views = [augment(photo(100, 80), CONTRACT, Augmentation(flip=True), rng(seed)) for seed in (5, 5, 6)]
+    views = [augment(photo(100, 80), CONTRACT, Augmentation(0.35, flip=True), rng(seed)) for seed in (5, 5, 6)]
     np.testing.assert_array_equal(views[0], views[1])
     assert not np.array_equal(views[0], views[2])
 
@@ -101,6 +101,6 @@ def test_flipping_happens_only_where_asked_for():
 def test_switching_the_flip_leaves_the_crop():
     image = photo(100, 100)
     for seed in range(5):
-        plain = augment(image, CONTRACT, Augmentation(), rng(seed))
-        other = augment(image, CONTRACT, Augmentation(flip=True), rng(seed))
+        plain = augment(image, CONTRACT, Augmentation(0.35), rng(seed))
+        other = augment(image, CONTRACT, Augmentation(0.35, flip=True), rng(seed))
         assert np.allclose(plain, other, atol=1e-4) or np.allclose(plain, other[:, :, ::-1], atol=1e-4)

@@ -34,7 +34,7 @@ def cache():
 
 
 def epoch_of(cache, first_step=0, **changes):
-    options = {"batch": 4, "seed": 3, "epoch": 2, "augmentation": Augmentation(flip=True)} | changes
+    options = {"batch": 4, "seed": 3, "epoch": 2, "augmentation": Augmentation(0.35, flip=True)} | changes
     return list(training_batches(cache, cache.image_set.train, CONTRACT, first_step=first_step, **options))
 
 
@@ -114,7 +114,8 @@ def test_a_real_set_gives_normalised_batches(shared_data):
     contract = InputContract(96, 110, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with ImageCache(images, 110, 10**7) as cache:
         good, skipped = cache.prepare(images.train[::100])
-        batch = next(training_batches(cache, good, contract, batch=16, seed=0, epoch=0, augmentation=Augmentation()))
+        augmentation = Augmentation(0.35)
+        batch = next(training_batches(cache, good, contract, batch=16, seed=0, epoch=0, augmentation=augmentation))
         assert cache.spilled_bytes > 0
     assert skipped == []
     assert batch.images.shape == (16, 3, 96, 96)
