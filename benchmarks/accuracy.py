@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import grid
 from measure import RESULTS, add_backbone, backbone, condition, disturbance, machine, print_table
-from methods import ALL, identity, learn, outdated, temporary_pack
+from methods import ALL, given, identity, learn, outdated, temporary_pack
 from tasks import FIVE, task_data
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def _row(runs: list[Mapping[str, Any]]) -> dict[str, Any]:
         if all(name in run for run in runs):
             row[name] = statistics.fmean(run[name] for run in runs)
     row["earlier"] = outdated(runs[0]["identity"])
+    row["given"] = given(runs[0]["identity"])
     if all("peak_rss_bytes" in run for run in runs):
         row["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in runs)
     return row

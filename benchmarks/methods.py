@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ksm_edge.data.image_set import ImageSet
 
 HERE = Path(__file__).parent
+CROPS = {"crop_scale", "crops"}  # settings, of ours and of rivals, that say how much of an image a crop shows
+REMARKS = ("", " (crops of 35 %)", " (earlier settings)")  # on runs that differ from today's in nothing, crops, more
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
 IN_RIVALS = {"reference": "ksm"}
 SCRIPTS = {"linear": "linear.py"}  # of this folder; all others that are not `ksm-edge adapt` run in rivals.py
@@ -121,7 +123,7 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
     if method.words or name in IN_RIVALS:
         found["settings"] = _settings(found)
     elif name not in SCRIPTS:
-        found |= _shared()
+        found |= _shared_with_rivals()
     return found
 
 
@@ -136,22 +138,33 @@ def outdated(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What it was learned with where that has another default since, by setting; None: before there was a choice."""
     if identity["method"] in SCRIPTS:
         return {}
-    now = _settings(identity) if "settings" in identity else _shared()
+    now = _settings(identity) if "settings" in identity else _shared_with_rivals()
     then = identity.get("settings", identity)
     changed = {name for name, value in now.items() if name not in ("epochs", "batch") and then.get(name) != value}
     return {name: then.get(name) for name in sorted(changed)}
 
 
-def _shared() -> dict[str, Any]:
+def given(identity: Mapping[str, Any]) -> list[str]:
+    """Settings that the method's own words are about."""
+    return [word.removeprefix("--").replace("-", "_") for word in identity["words"] if word.startswith("--")]
+
+
+def _shared_with_rivals() -> dict[str, Any]:
     """Settings of today that rivals, which have none of their own, share with the default."""
     from ksm_edge.training.settings import Settings
 
     return {"head_start": Settings().head_start, "crops": Settings().crop_scale or "by training accuracy"}
 
 
-def title(name: str, *, earlier: bool) -> str:
-    """The method's, with a remark where its runs are from before the defaults were what they are."""
-    return ALL[name].title + (" (earlier settings)" if earlier else "")
+def title(name: str, earlier: Iterable[str]) -> str:
+    """The method's, with a remark on settings that have another default since its runs were learned."""
+    return ALL[name].title + remark(earlier)
+
+
+def remark(earlier: Iterable[str]) -> str:
+    """One of `REMARKS`."""
+    changed = set(earlier)
+    return REMARKS[2 if changed - CROPS else 1 if changed else 0]
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import grid
 from accuracy import STANDING, summary
 from drawing import pyplot
 from measure import RESULTS, ROOT
-from methods import METHODS, title
+from methods import METHODS, REMARKS, title
 from tasks import FIVE
 
 LEGEND_COLUMNS = 3
@@ -72,7 +72,7 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
     shown = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    known = (title(name, earlier=earlier) for name in METHODS for earlier in (False, True))
+    known = (method.title + remark for method in METHODS.values() for remark in REMARKS)
     titles = [label for label in known if label in shown]
     figure.legend([shown[label] for label in titles], titles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False)
     legend_inches = 0.25 * (1 + -(-len(titles) // LEGEND_COLUMNS))
@@ -101,7 +101,7 @@ def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost, heading: str) -> None
                 *point,
                 linestyle="",
                 markersize=7,
-                label=title(name, earlier=rows[name]["earlier"]),
+                label=title(name, rows[name]["earlier"]),
                 color=colour,
                 marker=marker,
             )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from readme_table import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from methods import ABLATIONS, METHODS, title  # found by the line above
+from methods import ABLATIONS, ALL, METHODS, remark  # found by the line above
 from tasks import FIVE
 
 BACKBONES = (
@@ -79,19 +79,20 @@ def ablation_tables(content: Mapping[str, Any]) -> str:
     for backbone in ABLATED:
         tasks = content["summary"].get(backbone, {})
         names = [task for task in FIVE if "ksm" in tasks.get(task, {}) and ABLATIONS.keys() & tasks[task].keys()]
-        if names:
-            lines = _ablation_rows(tasks, names)
+        lines = list(_ablation_rows(tasks, names)) if names else []
+        if len(lines) > 1:  # more than the default
             parts.append("\n".join([f"{backbone}:", "", *_table(("points of test accuracy", *names), lines)]))
     return "\n\n".join(parts)
 
 
 def _ablation_rows(tasks: Mapping[str, Any], names: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    yield "the default", *(_percent(tasks[name]["ksm"]["test_accuracy"]) for name in names)
+    defaults = [tasks[name]["ksm"] for name in names]
+    yield "the default" + _remark(defaults), *(_percent(row["test_accuracy"]) for row in defaults)
     for key, change in ABLATIONS.items():
         cells = []
         for name in names:
             row, default = tasks[name].get(key), tasks[name]["ksm"]
-            alike = row is not None and row["earlier"] == default["earlier"]
+            alike = row is not None and row["earlier"] == _otherwise(default["earlier"], row["given"])
             seeds = row["by_seed"].keys() & default["by_seed"].keys() if alike else ()
             changes = [row["by_seed"][seed] - default["by_seed"][seed] for seed in seeds]
             cells.append(f"{100 * statistics.fmean(changes):+.1f}" if changes else "")
@@ -117,8 +118,17 @@ def _method_rows(
             )
 
 
+def _otherwise(earlier: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Those that a change leaves as they were, because it does not give them itself."""
+    return {name: value for name, value in earlier.items() if name not in given}
+
+
 def _title(key: str, rows: Sequence[Row]) -> str:
-    return title(key, earlier=any(row["earlier"] for row in rows))
+    return ALL[key].title + _remark(rows)
+
+
+def _remark(rows: Iterable[Row]) -> str:
+    return remark({name for row in rows for name in row["earlier"]})
 
 
 def _cell(row: Row) -> str:

@@ -85,7 +85,7 @@ def pareto_tables(content: Mapping[str, Any]) -> str:
         for key in METHODS:
             rows = [tasks[name].get(key) for name in names]
             if any(rows):
-                name = title(key, earlier=any(row["earlier"] for row in rows if row))
+                name = title(key, {setting for row in rows if row for setting in row["earlier"]})
                 lines.append(f"| {name} | {' | '.join(map(_cell, rows))} |")
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, _origin(content)])

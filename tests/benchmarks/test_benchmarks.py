@@ -121,6 +121,7 @@ def accuracy_run(task: str, seed: int, test: float, method: str = "ksm", batch: 
             "method": method,
             "recipe": "mobilenet_v2",
             "size": 160,
+            "words": [],
             "task": task,
             "seed": seed,
             "batch": batch,

@@ -108,6 +108,7 @@ def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str
             "task": task,
             "recipe": recipe,
             "size": size,
+            "words": [],
             "seed": seed,
             "epochs": 8,
             "head_start": "random" if method == "full" else "zero",
@@ -378,16 +379,29 @@ def test_images_a_class_are_compared_with_the_same_seed(pages: Any) -> None:
 
 
 def test_a_change_is_held_only_against_a_default_that_is_otherwise_alike(pages: Any) -> None:
-    def learned(accuracy: float, **earlier: Any) -> dict[str, Any]:
-        return {"test_accuracy": accuracy, "by_seed": {"0": accuracy}, "earlier": earlier}
+    def learned(accuracy: float, *given: str, **earlier: Any) -> dict[str, Any]:
+        return {"test_accuracy": accuracy, "by_seed": {"0": accuracy}, "earlier": earlier, "given": list(given)}
 
     def lines(**earlier: Any) -> list[str]:
         tasks = {"trashnet": {"ksm": learned(0.8, **earlier), "binary": learned(0.7, crop_scale=0.35, warmup=0.05),
-                              "channel": learned(0.6, **earlier)}}  # fmt: skip
+                              "channel": learned(0.6, **earlier), "crop-wide": learned(0.9, "crop_scale"),
+                              "norm-slow": learned(0.5, "norm_rate")}}  # fmt: skip
         return pages.accuracy_tables.ablation_tables({"summary": {"mobilenet_v2, 96 px": tasks}}).splitlines()[4:]
 
-    for earlier in ({}, {"crop_scale": 0.35}):
-        assert lines(**earlier) == ["| the default | 80.0 |", "| one score per filter | -20.0 |"]
+    filters, wide = "| one score per filter | -20.0 |", "| crops of 65 % of an image or more | +10.0 |"
+    assert lines(crop_scale=0.35) == ["| the default (crops of 35 %) | 80.0 |", filters, wide]
+    slow = "| batch-norm at 2.5e-4 | -30.0 |"
+    assert lines() == ["| the default | 80.0 |", filters, slow, wide]
+
+
+def test_a_remark_says_what_has_another_default_since(load: Any, tmp_path: Path) -> None:
+    methods = load("methods")
+    assert methods.title("ksm", {}) == "KSM, default"
+    assert methods.title("ksm", {"crop_scale": 0.35}) == "KSM, default (crops of 35 %)"
+    assert methods.title("full", {"crops": None}) == "full fine-tuning, fp16 (crops of 35 %)"
+    assert methods.title("ksm", {"crop_scale": 0.35, "warmup": 0.05}) == "KSM, default (earlier settings)"
+    wide = methods.identity("crop-wide", tiny_bundle(tmp_path / "b"), digits(), 0)
+    assert methods.given(wide) == ["crop_scale"]
 
 
 def test_rivals_share_the_crops_of_the_default(load: Any, tmp_path: Path) -> None:
