@@ -10,7 +10,8 @@ from typing import Any
 from readme_table import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from methods import ABLATIONS, ALL, METHODS, remark  # found by the line above
+from accuracy import backbone_name  # found by the line above
+from methods import ABLATIONS, ALL, CROPS, METHODS, outdated, remark
 from tasks import FIVE
 
 BACKBONES = (
@@ -85,6 +86,42 @@ def ablation_tables(content: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def crop_tables(content: Mapping[str, Any]) -> str:
+    """The default with crops of how much of an image, for each backbone that has learned with more than one share."""
+    parts = []
+    for backbone in BACKBONES:
+        found = _by_crops(run for run in content["runs"] if _backbone(run) == backbone)
+        if len(found) > 1:
+            lines = [(label, *_means(tasks)) for label, tasks in sorted(found.items())]
+            parts.append("\n".join([f"{backbone}:", "", *_table(("crops show, of an image", *FIVE, "mean"), lines)]))
+    return "\n\n".join(parts)
+
+
+def _by_crops(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+    """By the share that crops show at least, by task and by seed the test accuracy of defaults alike but for that."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for run in runs:
+        learned = run["identity"]
+        alike = learned["method"] in ("ksm", "crop-narrow", "crop-wide") and outdated(learned).keys() <= CROPS
+        if alike and learned["task"] in FIVE:
+            share = learned["settings"]["crop_scale"]
+            label = "by training accuracy" if share is None else f"{100 * share:.0f} % or more"
+            found.setdefault(label, {}).setdefault(learned["task"], {})[learned["seed"]] = run["test_accuracy"]
+    return found
+
+
+def _means(tasks: Mapping[str, Mapping[int, float]]) -> Iterable[str]:
+    """Of each of the five tasks, and of those, where all are there."""
+    means = {task: statistics.fmean(of_seeds.values()) for task, of_seeds in tasks.items()}
+    for task in FIVE:
+        yield _over(means[task], len(tasks[task])) if task in means else ""
+    yield f"**{_percent(statistics.fmean(means.values()))}**" if len(means) == len(FIVE) else ""
+
+
+def _backbone(run: Mapping[str, Any]) -> str:
+    return backbone_name(run["identity"]["recipe"], run["identity"]["size"])
+
+
 def _ablation_rows(tasks: Mapping[str, Any], names: Sequence[str]) -> Iterable[tuple[str, ...]]:
     defaults = [tasks[name]["ksm"] for name in names]
     yield "the default" + _remark(defaults), *(_percent(row["test_accuracy"]) for row in defaults)
@@ -132,8 +169,11 @@ def _remark(rows: Iterable[Row]) -> str:
 
 
 def _cell(row: Row) -> str:
-    seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
-    return _percent(row["test_accuracy"]) + seeds
+    return _over(row["test_accuracy"], len(row["seeds"]))
+
+
+def _over(accuracy: float, seeds: int) -> str:
+    return _percent(accuracy) + (f" ({seeds} seeds)" if seeds > 1 else "")
 
 
 def _mean(rows: Sequence[Row]) -> float:

@@ -318,6 +318,7 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
         "suite": ("accuracy", accuracy_tables.suite_tables),
         "forgetting": ("forgetting", forgetting_tables),
         "ablations": ("accuracy", accuracy_tables.ablation_tables),
+        "crops": ("accuracy", accuracy_tables.crop_tables),
     },
     "pack-size.md": {"bits": ("bits", bits_tables), "pareto": ("accuracy", pareto_tables)},
     "engine.md": {

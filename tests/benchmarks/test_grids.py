@@ -251,7 +251,7 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     runs = [bits_run("default", 0.90, 0.91), bits_run("default", 0.5, 0.5)]
     summaries = {"bits": load("bits").summary(runs), "accuracy": load("accuracy").summary(ACCURACY)}
     for name, summary in summaries.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({**origin, "summary": summary}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({**origin, "runs": [], "summary": summary}))
     others = {"apps": APPS, "prediction": PREDICTION, "memory": MEMORY, "levers": LEVERS, "runtimes": RUNTIMES}
     few = {"runs": 9, "accuracy": 0.9, "pack_bytes": 50_000, "accuracy_change": -0.021, "accuracy_change_error": 0.003}
     others["forgetting"] = FORGETTING
@@ -392,6 +392,26 @@ def test_a_change_is_held_only_against_a_default_that_is_otherwise_alike(pages: 
     assert lines(crop_scale=0.35) == ["| the default (crops of 35 %) | 80.0 |", filters, wide]
     slow = "| batch-norm at 2.5e-4 | -30.0 |"
     assert lines() == ["| the default | 80.0 |", filters, slow, wide]
+
+
+def test_crops_are_compared_over_runs_that_differ_in_nothing_else(pages: Any, load: Any, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "b")
+
+    def run(method: str, accuracy: float, seed: int = 0, task: str = "gtsrb43", **changed: Any) -> dict[str, Any]:
+        found = load("methods").identity(method, bundle, digits(), seed)
+        found |= {"recipe": "mobilenet_v2", "size": 96, "task": task, "settings": found["settings"] | changed}
+        return {"identity": found, "test_accuracy": accuracy}
+
+    runs = [run("ksm", 0.7, crop_scale=0.35), run("ksm", 0.5, crop_scale=0.35, warmup=0.05), run("ksm", 0.8),
+            run("ksm", 0.6, seed=1), run("crop-wide", 0.9), run("ksm", 0.1, task="gtsrb43@10"), run("binary", 0.2)]  # fmt: skip
+    table = pages.accuracy_tables.crop_tables({"runs": runs}).splitlines()
+    assert table[0] == "mobilenet_v2, 96 px:"
+    assert table[4:] == [
+        "| 35 % or more |  |  |  | 70.0 |  |  |",
+        "| 65 % or more |  |  |  | 90.0 |  |  |",
+        "| by training accuracy |  |  |  | 70.0 (2 seeds) |  |  |",
+    ]
+    assert not pages.accuracy_tables.crop_tables({"runs": runs[2:4]})  # nothing to compare
 
 
 def test_a_remark_says_what_has_another_default_since(load: Any, tmp_path: Path) -> None:

@@ -112,12 +112,22 @@ def test_it_is_measured_once_for_all_trainings_whose_steps_take_as_long(
 
 
 @needs_operators
-@pytest.mark.parametrize("left", ["", "{}", '{"name": "a", "ms": {}}', '{"name": "a", "ms": {"a": 1.0}}'])
-def test_half_a_measurement_is_made_again(bundle: Bundle, left: str, tmp_path: Path) -> None:
-    measured(bundle, SETTINGS, Engine(), graphs(bundle))
+def test_half_a_measurement_is_made_again(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = graphs(bundle)
+    whole = measured(bundle, SETTINGS, Engine(), forms)
     (path,) = (p for p in tmp_path.rglob(cache.DESCRIPTION) if "ms" in json.loads(p.read_text()))
-    path.write_text(left)
-    assert USUAL in measured(bundle, SETTINGS, Engine(), graphs(bundle)).ms
+    good, made = path.read_text(), []
+
+    def again(module: str, bundle: Bundle, folder: Path, words: str) -> None:
+        made.append(module)
+        (folder / cache.DESCRIPTION).write_text(good)
+
+    monkeypatch.setattr(cache, "make_in_child", again)
+    for left in ("", "{}", '{"name": "a", "ms": {}}', '{"name": "a", "ms": {"a": 1.0}}'):
+        path.write_text(left)
+        assert measured(bundle, SETTINGS, Engine(), forms) == whole
+        assert len(made) == 1, left
+        made.clear()
 
 
 def plan(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, *, name: str = STANDARD, budget: int | None = None) -> Plan:
