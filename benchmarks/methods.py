@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grid import BEFORE
 from measure import KSM_EDGE, fresh_json
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ksm_edge.data.image_set import ImageSet
 
 HERE = Path(__file__).parent
-CROPS = {"crop_scale", "crops"}  # settings, of ours and of rivals, that say how much of an image a crop shows
 REMARKS = ("", " (crops of 35 %)", " (earlier settings)")  # on runs that differ from today's in nothing, crops, more
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
 IN_RIVALS = {"reference": "ksm"}
@@ -135,25 +135,28 @@ def _words(method: Method, bundle: Bundle) -> tuple[str, ...]:
 
 
 def outdated(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What it was learned with where that has another default since, by setting; None: before there was a choice."""
+    """What it was learned with where that has another default since, by setting."""
     if identity["method"] in SCRIPTS:
         return {}
     now = _settings(identity) if "settings" in identity else _shared_with_rivals()
-    then = identity.get("settings", identity)
-    changed = {name for name, value in now.items() if name not in ("epochs", "batch") and then.get(name) != value}
-    return {name: then.get(name) for name in sorted(changed)}
+    then = BEFORE | identity.get("settings", identity)
+    changed = {name for name, value in now.items() if name not in ("epochs", "batch") and then[name] != value}
+    return {name: then[name] for name in sorted(changed)}
 
 
 def given(identity: Mapping[str, Any]) -> list[str]:
-    """Settings that the method's own words are about."""
-    return [word.removeprefix("--").replace("-", "_") for word in identity["words"] if word.startswith("--")]
+    """Settings that the method's own words change."""
+    if "settings" not in identity:
+        return []
+    usual = _settings({**identity, "words": []})
+    return sorted(name for name, value in _settings(identity).items() if usual.get(name) != value)
 
 
 def _shared_with_rivals() -> dict[str, Any]:
     """Settings of today that rivals, which have none of their own, share with the default."""
     from ksm_edge.training.settings import Settings
 
-    return {"head_start": Settings().head_start, "crops": Settings().crop_scale or "by training accuracy"}
+    return {name: getattr(Settings(), name) for name in ("head_start", "crop_scale")}
 
 
 def title(name: str, earlier: Iterable[str]) -> str:
@@ -164,7 +167,7 @@ def title(name: str, earlier: Iterable[str]) -> str:
 def remark(earlier: Iterable[str]) -> str:
     """One of `REMARKS`."""
     changed = set(earlier)
-    return REMARKS[2 if changed - CROPS else 1 if changed else 0]
+    return REMARKS[2 if changed - {"crop_scale"} else 1 if changed else 0]
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:

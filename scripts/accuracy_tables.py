@@ -11,7 +11,7 @@ from readme_table import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from accuracy import backbone_name  # found by the line above
-from methods import ABLATIONS, ALL, CROPS, METHODS, outdated, remark
+from methods import ABLATIONS, ALL, METHODS, outdated, remark
 from tasks import FIVE
 
 BACKBONES = (
@@ -25,6 +25,7 @@ ABLATED = (BACKBONES[1], *BACKBONES[3:])
 FEW = "@10"
 COUNTS = {"@5": "5", FEW: "10", "@20": "20", "": "all"}  # images a class, by what stands behind a task's name
 SUITE = "caltech100-"
+CROPPED = ("ksm", "crop-narrow", "crop-wide")  # methods that are the default but for their crops
 
 Row = Mapping[str, Any]
 
@@ -87,26 +88,29 @@ def ablation_tables(content: Mapping[str, Any]) -> str:
 
 
 def crop_tables(content: Mapping[str, Any]) -> str:
-    """The default with crops of how much of an image, for each backbone that has learned with more than one share."""
+    """The default with crops of how much of an image, wherever it has learned with more than one share."""
     parts = []
     for backbone in BACKBONES:
-        found = _by_crops(run for run in content["runs"] if _backbone(run) == backbone)
-        if len(found) > 1:
-            lines = [(label, *_means(tasks)) for label, tasks in sorted(found.items())]
-            parts.append("\n".join([f"{backbone}:", "", *_table(("crops show, of an image", *FIVE, "mean"), lines)]))
+        of_backbone = [run for run in content["runs"] if _backbone(run) == backbone]
+        for suffix, count in COUNTS.items():
+            found = _by_crops(of_backbone, {task + suffix: task for task in FIVE})
+            if len(found) > 1:
+                heads = ("crops show, of an image", *FIVE, "mean")
+                lines = [(label, *_means(tasks)) for label, tasks in sorted(found.items())]
+                parts.append("\n".join([f"{backbone}, {count} images a class:", "", *_table(heads, lines)]))
     return "\n\n".join(parts)
 
 
-def _by_crops(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+def _by_crops(runs: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> dict[str, dict[str, dict[int, float]]]:
     """By the share that crops show at least, by task and by seed the test accuracy of defaults alike but for that."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
         learned = run["identity"]
-        alike = learned["method"] in ("ksm", "crop-narrow", "crop-wide") and outdated(learned).keys() <= CROPS
-        if alike and learned["task"] in FIVE:
+        task = tasks.get(learned["task"])
+        if task and learned["method"] in CROPPED and outdated(learned).keys() <= {"crop_scale"}:
             share = learned["settings"]["crop_scale"]
             label = "by training accuracy" if share is None else f"{100 * share:.0f} % or more"
-            found.setdefault(label, {}).setdefault(learned["task"], {})[learned["seed"]] = run["test_accuracy"]
+            found.setdefault(label, {}).setdefault(task, {})[learned["seed"]] = run["test_accuracy"]
     return found
 
 

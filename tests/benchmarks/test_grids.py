@@ -108,11 +108,10 @@ def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str
             "task": task,
             "recipe": recipe,
             "size": size,
-            "words": [],
             "seed": seed,
             "epochs": 8,
             "head_start": "random" if method == "full" else "zero",
-            "crops": "by training accuracy",
+            "crop_scale": None,
         },
         "test_accuracy": accuracy,
         "validation_accuracy": accuracy,
@@ -404,32 +403,38 @@ def test_crops_are_compared_over_runs_that_differ_in_nothing_else(pages: Any, lo
 
     two = [run("ksm", 0.8), run("ksm", 0.6, seed=1)]
     others = [run("ksm", 0.5, crop_scale=0.35, warmup=0.05), run("ksm", 0.1, task="gtsrb43@10"), run("binary", 0.2)]
+    few = run("ksm", 0.3, task="gtsrb43@10", crop_scale=0.35)
     runs = [run("ksm", 0.7, crop_scale=0.35), *two, run("crop-wide", 0.9), *others]
     table = pages.accuracy_tables.crop_tables({"runs": runs}).splitlines()
-    assert table[0] == "mobilenet_v2, 96 px:"
+    assert table[0] == "mobilenet_v2, 96 px, all images a class:"
     assert table[4:] == [
         "| 35 % or more |  |  |  | 70.0 |  |  |",
         "| 65 % or more |  |  |  | 90.0 |  |  |",
         "| by training accuracy |  |  |  | 70.0 (2 seeds) |  |  |",
     ]
     assert not pages.accuracy_tables.crop_tables({"runs": [*two, *others]})  # nothing to compare
+    tables = pages.accuracy_tables.crop_tables({"runs": [few, *runs]}).split("\n\n")
+    assert [part for part in tables if part.startswith("mobilenet")] == [
+        "mobilenet_v2, 96 px, 10 images a class:",
+        "mobilenet_v2, 96 px, all images a class:",
+    ]
 
 
 def test_a_remark_says_what_has_another_default_since(load: Any, tmp_path: Path) -> None:
     methods = load("methods")
     assert methods.title("ksm", {}) == "KSM, default"
     assert methods.title("ksm", {"crop_scale": 0.35}) == "KSM, default (crops of 35 %)"
-    assert methods.title("full", {"crops": None}) == "full fine-tuning, fp16 (crops of 35 %)"
+    assert methods.title("full", {"crop_scale": 0.35}) == "full fine-tuning, fp16 (crops of 35 %)"
     assert methods.title("ksm", {"crop_scale": 0.35, "warmup": 0.05}) == "KSM, default (earlier settings)"
-    wide = methods.identity("crop-wide", tiny_bundle(tmp_path / "b"), digits(), 0)
-    assert methods.given(wide) == ["crop_scale"]
+    for name, given in {"crop-wide": ["crop_scale"], "binary": ["soft"], "ksm": [], "full": []}.items():
+        assert methods.given(methods.identity(name, tiny_bundle(tmp_path / name), digits(), 0)) == given
 
 
 def test_rivals_share_the_crops_of_the_default(load: Any, tmp_path: Path) -> None:
     methods = load("methods")
     wanted = methods.identity("full", tiny_bundle(tmp_path / "b"), digits(), 0)
     assert not methods.outdated(wanted)
-    assert list(methods.outdated({n: value for n, value in wanted.items() if n != "crops"})) == ["crops"]
+    assert methods.outdated({n: value for n, value in wanted.items() if n != "crop_scale"}) == {"crop_scale": 0.35}
     assert not methods.outdated(methods.identity("linear", tiny_bundle(tmp_path / "c"), digits(), 0))
 
 
