@@ -34,6 +34,7 @@ from measure import (
     machine,
     print_table,
 )
+from methods import settings_by
 from step_rivals import FULL, OURS
 from tasks import task_data
 from timing import falls
@@ -45,7 +46,12 @@ ALL = ""
 # Options of `adapt`.
 WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2", "train-scale=0.7",
         "layers=35%.. views=4 train-scale=0.7")  # fmt: skip
-KINDS = {"views": int, "train_scale": float, "whole_at": float}
+KINDS = {"layers": str, "views": int, "train_scale": float, "whole_at": float}
+# Runs with the same settings as the last one, but for what a way gives.
+STANDING = grid.latest(
+    lambda run: "all of them",
+    lambda run: {name: value for name, value in run["identity"].get("settings", {}).items() if name not in KINDS},
+)
 QUESTION = __doc__.split("\n")[0]
 
 
@@ -71,7 +77,7 @@ def main() -> int:
             for way in options.ways:
                 for task in options.tasks:
                     _learn(options, bundle, task, seed, way)
-    _show(summary(grid.runs(options.out)))
+    _show(summary(STANDING(grid.runs(options.out))))
     print(f"\nraw values: {options.out}")
     return 0
 
@@ -81,22 +87,26 @@ def main() -> int:
 
 def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, way: str) -> None:
     """One training, kept in the file; none where that is there."""
+    from ksm_edge.training.settings import Settings
+
     digest = json.loads((bundle / "manifest.json").read_text())["backbone_digest"]
-    identity = {"task": task, "seed": seed, "way": way, "size": SIZE, "backbone_digest": digest}
+    usual = Settings()
+    words = [*_words(way), "--validation", str(HELD_OUT), "--epochs", str(usual.epochs), "--batch", str(usual.batch)]
+    identity = {"task": task, "seed": seed, "way": way, "size": SIZE, "backbone_digest": digest,
+                "settings": settings_by(words)}  # fmt: skip
     if grid.has(options.out, identity):
         return
     print(f"{task}, seed {seed}, {way or 'all layers'} ...", file=sys.stderr)
     before = condition()
     with tempfile.TemporaryDirectory(prefix="ksm-edge-layers-") as folder:
-        words = ("adapt", str(task_data(task)), "--bundle", str(bundle), "--out", str(Path(folder, "task.ksm")),
-                 *_words(way), "--validation", str(HELD_OUT), "--seed", str(seed), "--threads", "1",
-                 "--json")  # fmt: skip
-        report = fresh_json([*KSM_EDGE, *words], quiet=False)
+        adapt = ("adapt", str(task_data(task)), "--bundle", str(bundle), "--out", str(Path(folder, "task.ksm")),
+                 *words, "--seed", str(seed), "--threads", "1", "--json")  # fmt: skip
+        report = fresh_json([*KSM_EDGE, *adapt], quiet=False)
     kept = ("validation_accuracy", "pack_bytes", "peak_rss_bytes", "step_ms_p50", "wall_seconds", "steps")
     found = {name: report[name] for name in kept}
     run = {"identity": identity, **found, "machine": machine(), "before": before, "after": condition()}
     head = {"benchmark": "layers", "question": QUESTION}
-    grid.keep(options.out, head, {**run, "warnings": disturbance(before)}, summary)
+    grid.keep(options.out, head, {**run, "warnings": disturbance(before)}, summary, STANDING)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,7 +189,7 @@ def _words(way: str) -> Iterator[str]:
 
 def _settings(way: str) -> dict[str, Any]:
     given = ((name.replace("-", "_"), value) for name, value in (part.split("=", 1) for part in way.split()))
-    return {name: KINDS.get(name, str)(value) for name, value in given}
+    return {name: KINDS[name](value) for name, value in given}
 
 
 if __name__ == "__main__":

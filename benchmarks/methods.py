@@ -202,12 +202,16 @@ def _schedule(identity: dict[str, Any]) -> list[str]:
 
 
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What `ksm-edge adapt` makes of these options, the seed aside."""
+    return settings_by([*_schedule(identity), *identity["words"]])
+
+
+def settings_by(words: Iterable[str]) -> dict[str, Any]:
+    """What `ksm-edge adapt` makes of these options, epochs and batch among them, the seed aside."""
     from ksm_edge.cli.adapt import settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import Device
 
-    args = build_parser().parse_args(["adapt", "DATA", *_schedule(identity), *identity["words"]])
+    args = build_parser().parse_args(["adapt", "DATA", *words])
     settings = settings_of(args, Device.load("host"), 0)
     limited = settings.thin is None and settings.method == "ksm"
     without = {"seed"} if limited else {"seed", "mask_bits"}  # which then limits nothing

@@ -318,6 +318,14 @@ def test_layers_are_compared_run_by_run(load: Any) -> None:
     assert row["accuracy_change_error"] == pytest.approx(0.01)
 
 
+def test_layers_are_not_compared_across_settings(load: Any) -> None:
+    def run(way: str, **settings: Any) -> dict[str, Any]:
+        return {"identity": {"way": way, "settings": {"score_rate": 1, "views": 0, **settings}}}
+
+    without, slow, few = {"identity": {"way": ""}}, run("", score_rate=0.5), run("views=4", views=4)
+    assert load("layers").STANDING([without, slow, run(""), few]) == [run(""), few]
+
+
 def test_a_way_is_what_adapt_takes(load: Any) -> None:
     layers = load("layers")
     assert list(layers._words("layers=35%.. views=4")) == ["--layers", "35%..", "--views", "4"]
