@@ -15,7 +15,8 @@ from measure import FORMAT_VERSION, read, write
 
 # Settings that did something else than their default now does, before there was a choice: without a share of their own
 # (`thin`) masks were thinned by half, whatever bits they took.
-BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3, "mask_bits": None, "crop_scale": 0.35}
+BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3, "mask_bits": None, "crop_scale": 0.35,
+          "crop_start": 0.8}  # fmt: skip
 Run = dict[str, Any]  # its `identity` is what makes two runs the same
 
 
@@ -32,7 +33,10 @@ def _filled(run: Run) -> Run:
     if "settings" not in identity:
         return run
     defaults = {name: value for name, value in asdict(Settings()).items() if name != "seed"} | BEFORE
-    return {**run, "identity": {**identity, "settings": {**defaults, **identity["settings"]}}}
+    settings = {**defaults, **identity["settings"]}
+    if settings["crop_scale"] is not None:  # nobody asks then what crops show at first
+        del settings["crop_start"]
+    return {**run, "identity": {**identity, "settings": settings}}
 
 
 def latest(alike: Callable[[Run], Any], same: Callable[[Run], Any]) -> Callable[[list[Run]], list[Run]]:

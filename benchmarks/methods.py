@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ksm_edge.data.image_set import ImageSet
 
 HERE = Path(__file__).parent
+CROPS = ("crop_scale", "crop_start")
 REMARKS = ("", " (crops of 35 %)", " (earlier settings)")  # on runs that differ from today's in nothing, crops, more
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
 IN_RIVALS = {"reference": "ksm"}
@@ -148,15 +149,15 @@ def given(identity: Mapping[str, Any]) -> list[str]:
     """Settings that the method's own words change."""
     if "settings" not in identity:
         return []
-    usual = _settings({**identity, "words": []})
-    return sorted(name for name, value in _settings(identity).items() if usual.get(name) != value)
+    usual, its = _settings({**identity, "words": []}), _settings(identity)
+    return sorted(name for name in usual | its if usual.get(name) != its.get(name))
 
 
 def _shared_with_rivals() -> dict[str, Any]:
     """Settings of today that rivals, which have none of their own, share with the default."""
     from ksm_edge.training.settings import Settings
 
-    return {name: getattr(Settings(), name) for name in ("head_start", "crop_scale")}
+    return {name: getattr(Settings(), name) for name in ("head_start", *CROPS)}
 
 
 def title(name: str, earlier: Iterable[str]) -> str:
@@ -167,7 +168,7 @@ def title(name: str, earlier: Iterable[str]) -> str:
 def remark(earlier: Iterable[str]) -> str:
     """One of `REMARKS`."""
     changed = set(earlier)
-    return REMARKS[2 if changed - {"crop_scale"} else 1 if changed else 0]
+    return REMARKS[2 if changed - set(CROPS) else 1 if changed else 0]
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
@@ -215,6 +216,8 @@ def settings_by(words: Iterable[str]) -> dict[str, Any]:
     settings = settings_of(args, Device.load("host"), 0)
     limited = settings.thin is None and settings.method == "ksm"
     without = {"seed"} if limited else {"seed", "mask_bits"}  # which then limits nothing
+    if settings.crop_scale is not None:
+        without |= {"crop_start"}
     return {name: value for name, value in asdict(settings).items() if name not in without}
 
 
@@ -223,8 +226,8 @@ def _require_settings(pack: Path, identity: dict[str, Any]) -> None:
 
     wanted = {**identity["settings"], "seed": identity["seed"]}
     used = dict(load_pack(pack).record["settings"])
-    if "mask_bits" not in wanted:
-        del used["mask_bits"]
+    for name in {"mask_bits", "crop_start"} - wanted.keys():
+        del used[name]
     if used != {**wanted, "batch": min(wanted["batch"], used["batch"])}:  # a task may have fewer images than a batch
         raise SystemExit(f"{identity['task']}: `ksm-edge adapt` used the settings {used}, expected were {wanted}")
 

@@ -11,7 +11,8 @@ from readme_table import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from accuracy import backbone_name  # found by the line above
-from methods import ABLATIONS, ALL, METHODS, outdated, remark
+from grid import BEFORE
+from methods import ABLATIONS, ALL, CROPS, METHODS, outdated, remark
 from tasks import FIVE
 
 BACKBONES = (
@@ -107,9 +108,11 @@ def _by_crops(runs: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> di
     for run in runs:
         learned = run["identity"]
         task = tasks.get(learned["task"])
-        if task and learned["method"] in CROPPED and outdated(learned).keys() <= {"crop_scale"}:
-            share = learned["settings"]["crop_scale"]
-            label = "by training accuracy" if share is None else f"{100 * share:.0f} % or more"
+        if task and learned["method"] in CROPPED and outdated(learned).keys() <= set(CROPS):
+            settings = BEFORE | learned["settings"]
+            share = settings["crop_scale"] or settings["crop_start"]
+            words = "% or more" if settings["crop_scale"] else "% at first, then by training accuracy"
+            label = f"{100 * share:.0f} {words}"
             found.setdefault(label, {}).setdefault(task, {})[learned["seed"]] = run["test_accuracy"]
     return found
 

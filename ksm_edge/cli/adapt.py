@@ -145,8 +145,14 @@ def _add_how(group: Options) -> None:
         "--crop-scale",
         type=float,
         metavar="X",
-        help="least share of an image that a random crop shows (default: 0.8, narrowing to 0.35 as training accuracy "
-        "rises from 80 to 100 %%; with --views or --train-scale 0.35)",
+        help="least share of an image that a random crop shows (default: --crop-start, narrowing to 0.35 as training "
+        "accuracy rises from 80 to 100 %%; with --views or --train-scale 0.35)",
+    )
+    group.add_argument(
+        "--crop-start",
+        type=float,
+        metavar="X",
+        help="that share while little is known of the task, without --crop-scale (default: 0.8)",
     )
     group.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     group.add_argument("--balanced", action="store_true", help="weigh rare classes more")
@@ -264,8 +270,9 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
     if args.whole_at is not None and args.train_scale is None:
         raise UsageError("--whole-at says when images of --train-scale end: give that too")
-    names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "masked",
-             "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS, *MEMORY_BITS)  # fmt: skip
+    names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "crop_start",
+             "masked", "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS,
+             *MEMORY_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs}

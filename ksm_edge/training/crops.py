@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from ksm_edge.training.settings import Settings
 
-WIDE, NARROW = 0.8, 0.35  # least share of the area
+NARROW = 0.35  # least share of the area, of what is known to the end
 UNKNOWN = 0.2  # share of the training images that are answered wrong, from which on crops are wide
 
 
@@ -28,4 +28,4 @@ def crop_scale(settings: Settings, history: Sequence[Mapping[str, float]]) -> fl
         # Views that are kept come back when more is known, and smaller images make up for what narrow crops enlarge.
         return NARROW
     unknown = 1 - history[-1]["train_accuracy"] if history else 1.0
-    return NARROW + (WIDE - NARROW) * min(1.0, unknown / UNKNOWN)
+    return NARROW + (settings.crop_start - NARROW) * min(1.0, unknown / UNKNOWN)

@@ -16,7 +16,7 @@ STATISTICS = ("frozen", "batch")
 HEAD_STARTS = ("zero", "random")
 MOMENT_BITS, ACTIVATION_BITS = (32, 8), (32, 16)
 # Of few images each is shown more often, so that all together are as many as this, up to so many times.
-SHOWN, MOST_EPOCHS = 2400, 60
+SHOWN, MOST_EPOCHS = 9600, 240
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
 # A smaller pack for some accuracy: docs/pack-size.md has both.
 SMALL: Mapping[str, Any] = {"thin": 0.7, "scale_bits": 1, "norm_bits": 3, "head_bits": 3, "learn_in_bits": True}
@@ -59,6 +59,7 @@ class Settings:
     whole_at: float = 0.75  # from when on they are whole, as a share of the epochs; 1: never
     views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
     crop_scale: float | None = None  # least share of an image's area that a training crop shows; None: see `crops`
+    crop_start: float = 0.8  # that share while little is known of the task, where `crop_scale` is None
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
     seed: int = 0
@@ -96,7 +97,7 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
 
-        for name in ("train_scale", "crop_scale"):
+        for name in ("train_scale", "crop_scale", "crop_start"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise UsageError(f"{name} {share}: must lie in (0, 1]")

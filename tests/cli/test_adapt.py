@@ -109,14 +109,15 @@ def test_text_ends_in_the_next_command(
 
 def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path: Path) -> None:
     more = ("--granularity", "group:2", "--binary", "--statistics", "batch", "--seed", 3, "--flip", "--balanced",
-            "--score-rate", 0.001, "--label-smoothing", 0, "--train-scale", 0.5, "--crop-scale", 0.8)  # fmt: skip
+            "--score-rate", 0.001, "--label-smoothing", 0, "--train-scale", 0.5, "--crop-scale", 0.8,
+            "--crop-start", 0.7)  # fmt: skip
     assert main(call(photos, bundle, tmp_path / "a.ksm", *more)) == 0
     pack = load_pack(tmp_path / "a.ksm")
     assert (pack.granularity, pack.soft, pack.statistics) == ("group:2", False, "batch")
     chosen = pack.record["settings"]
     assert (chosen["seed"], chosen["flip"], chosen["balanced"], chosen["epochs"]) == (3, True, True, 2)
     assert (chosen["score_rate"], chosen["label_smoothing"], chosen["head_rate"]) == (0.001, 0, 2e-3)
-    assert (chosen["train_scale"], chosen["crop_scale"]) == (0.5, 0.8)
+    assert (chosen["train_scale"], chosen["crop_scale"], chosen["crop_start"]) == (0.5, 0.8, 0.7)
     assert (pack.record["device"], pack.record["emulated"]) == ("host", False)
 
 
@@ -133,7 +134,7 @@ def test_what_masks_may_take_is_said_in_one_way(
 
 
 def test_few_images_are_shown_more_often_unless_told_otherwise() -> None:
-    for words, images, epochs in (("adapt DATA", 100, 24), ("adapt DATA --epochs 3", 100, 3), ("adapt", 100, 6)):
+    for words, images, epochs in (("adapt DATA", 100, 96), ("adapt DATA --epochs 3", 100, 3), ("adapt", 100, 6)):
         args = build_parser().parse_args(words.split())
         assert settings_of(args, Device.load("host"), images).epochs == epochs
 

@@ -17,6 +17,7 @@ def test_crops_narrow_as_the_last_fifth_is_learned(known: float, scale: float) -
 
 def test_the_first_crops_are_wide() -> None:
     assert crop_scale(Settings(), []) == pytest.approx(0.8)
+    assert crop_scale(Settings(crop_start=0.5), []) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("settings", [Settings(views=4), Settings(train_scale=0.7)], ids=["views", "smaller"])

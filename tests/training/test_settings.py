@@ -13,7 +13,7 @@ from ksm_edge.training.settings import Settings, usual_epochs
      ("batch", 0), ("score_rate", -1.0), ("validation", 1.0), ("label_smoothing", float("nan")),
      ("mask_bits", float("inf")), ("mask_bits", -0.1), ("thin", 1.0),
      ("train_scale", 0.0), ("train_scale", 1.1), ("whole_at", -0.1), ("whole_at", 1.1),
-     ("crop_scale", 0.0), ("crop_scale", 1.1)],
+     ("crop_scale", 0.0), ("crop_scale", 1.1), ("crop_start", 0.0)],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=name.partition("_")[0]):
@@ -25,6 +25,6 @@ def test_batch_statistics_keep_batch_norm_at_eight_bits() -> None:
     assert Settings(norm_bits=3).pack_bits["norm_bits"] == 3
 
 
-@pytest.mark.parametrize(("images", "epochs"), [(0, 60), (1, 60), (40, 60), (100, 24), (299, 9), (300, 8), (9000, 8)])
+@pytest.mark.parametrize(("images", "epochs"), [(0, 240), (40, 240), (100, 96), (1199, 9), (1200, 8), (9000, 8)])
 def test_few_images_are_shown_more_often(images: int, epochs: int) -> None:
     assert usual_epochs(images) == epochs
