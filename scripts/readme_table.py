@@ -161,7 +161,19 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[Row]:
         f"{min(sizes):.0f} to {max(sizes):.0f} kB",
         f"learned in {min(minutes):.0f} to {max(minutes):.0f} minutes each",
     )
-    return [*rows, ("Task pack of those", *pack)]
+    return [*rows, ("Task pack of those", *pack), *_few_rows(tasks)]
+
+
+def _few_rows(tasks: dict[str, Any]) -> list[Row]:
+    """From ten images a class, where all five were learned."""
+    few = [tasks.get(f"{task}@10", {}) for task in TASKS]
+    ours, linear = ([found.get(method) for found in few] for method in ("ksm", "linear"))
+    if None in (*ours, *linear) or any(row["earlier"] for row in ours):
+        return []
+    mean, beside = (100 * sum(row["test_accuracy"] for row in rows) / len(rows) for rows in (ours, linear))
+    seeds = min(len(row["seeds"]) for row in ours)
+    value = f"{mean:.1f} % ({seeds} seeds)" if seeds > 1 else f"{mean:.1f} % (one seed)"
+    return [("The same five from ten images a class, mean", value, f"classifier only: {beside:.1f} %")]
 
 
 def _forgetting_rows(found: dict[str, Any]) -> list[Row]:

@@ -15,7 +15,8 @@ METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
 HEAD_STARTS = ("zero", "random")
 MOMENT_BITS, ACTIVATION_BITS = (32, 8), (32, 16)
-# Of few images each is shown more often, so that all together are as many as this, up to so many times.
+# Of few images each is shown more often, so that all together are as many as this, up to so many times: as many steps
+# as a task of a thousand images has, since masks have to form all the same.
 SHOWN, MOST_EPOCHS = 9600, 240
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
 # A smaller pack for some accuracy: docs/pack-size.md has both.
