@@ -235,7 +235,7 @@ def learn(
                             "train_accuracy": right / len(learned_from), "validation_accuracy": found})  # fmt: skip
             print(json.dumps(history[-1]), file=sys.stderr)
             best = max(best, found)
-            if as_good(found, best, len(judged_on)):
+            if as_good(found, best, len(judged_on), epoch + 1):
                 chosen, kept = epoch, copy.deepcopy(network.state_dict())
         network.load_state_dict(kept)
         return {"validation_accuracy": history[chosen]["validation_accuracy"], "best_epoch": chosen + 1,

@@ -43,6 +43,7 @@ from ksm_edge.training.trainer import Trainer
 
 CHECKPOINT_SECONDS = 180.0  # an SD card wears with every write
 SHOWN_STEPS = 50  # that the loss shown is the mean of
+JUDGED = 48  # epochs at most, the last among them: of few images there are hundreds, each shorter than judging it
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Job:
         self._losses: list[float] = []
         self._running = plan.stages[0]
         self.per_epoch = self._steps_of_an_epoch()
+        self._apart = -(-self.settings.epochs // JUDGED)
         steps = self.per_epoch * self.settings.epochs
         self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, engine=plan.engine)
         self.judge = Judge(self.trainer, plan.forward, plan.engine)
@@ -133,7 +135,7 @@ class Job:
             while self.progress.epoch < self.settings.epochs:
                 self._begin_stage()
                 self._learn_epoch()
-                self._judge_epoch()
+                self._end_epoch()
         finally:
             self.close()  # a pack or a checkpoint may need the room on disk
 
@@ -240,9 +242,14 @@ class Job:
             self._saved_at = time.monotonic()
             self._observer.note(f"no checkpoint could be written to {self.checkpoint}: {error.strerror}; going on")
 
-    def _judge_epoch(self) -> None:
+    def _end_epoch(self) -> None:
         """Judge the pack as it would be written, on the validation split; the one to end with is kept."""
         progress = self.progress
+        left = self.settings.epochs - progress.epoch - 1
+        if left % self._apart:  # this one is not judged
+            with interrupt_held_back():
+                progress.finish_epoch(None)
+            return
         give_back()
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
         validation = self._accuracy(pack) if self.held_out else None

@@ -1,4 +1,4 @@
-"""Progress on stderr: of an adaptation the plan, a bar with what matters and a line per epoch; of others a bar."""
+"""Progress on stderr: of an adaptation the plan, a bar and a line for each epoch that is judged; of others a bar."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Progress:
         self.count += count
 
     def finish_epoch(self, validation: float | None) -> None:
-        """All steps of the epoch have been done, and the pack judged, if there are images for it."""
+        """All steps of the epoch have been done, and the pack judged, if this epoch's is."""
         self.epoch += 1
         record: dict[str, float] = {"epoch": self.epoch, "loss": self.loss_sum / self.step}
         record["train_accuracy"] = self.correct / self.count
@@ -61,7 +61,8 @@ class Progress:
         """
         if validation is not None:
             self.highest_accuracy = max(self.highest_accuracy, validation)
-            if not as_good(validation, self.highest_accuracy, images):
+            judged = sum("validation_accuracy" in record for record in self.history)
+            if not as_good(validation, self.highest_accuracy, images, judged):
                 return False
         self.best_epoch = self.epoch
         return True

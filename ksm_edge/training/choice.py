@@ -2,23 +2,28 @@
 
 A few dozen images tell accuracies apart by a few points at most, so the best of several epochs is partly the luckiest.
 Later ones were learned at lower rates, behind the thinning, and that is what they are chosen for. Within how many
-standard errors they have to be is a matter of how many epochs there are to be lucky in; one is what trees are pruned by
-(Breiman, Friedman, Olshen and Stone 1984, "Classification and Regression Trees", 3.4.3), two is one chance in forty.
+standard errors they have to be is a matter of how many epochs there are to be lucky in: one is what trees are pruned by
+(Breiman, Friedman, Olshen and Stone 1984, "Classification and Regression Trees", 3.4.3), two is one chance in forty,
+and the luckiest of n equals lies some sqrt(2 ln n) above them (Leadbetter, Lindgren and Rootzen 1983, "Extremes and
+Related Properties of Random Sequences and Processes", 1.5), which for eight is two.
 """
 
 from __future__ import annotations
 
 import math
 
-ERRORS = 2.0
+FEWEST_ERRORS = 2.0
 
 
-def as_good(accuracy: float, best: float, images: int) -> bool:
-    """Whether `accuracy` on so many images is within two standard errors of the `best` one on the same images.
+def as_good(accuracy: float, best: float, images: int, epochs: int) -> bool:
+    """Whether `accuracy` on so many images may be the `best` one on the same images but for luck.
 
-    >>> as_good(0.93, 0.96, 100), as_good(0.90, 0.96, 100)
-    (True, False)
+    `epochs`: how many have been judged.
+
+    >>> as_good(0.93, 0.96, 100, 8), as_good(0.90, 0.96, 100, 8), as_good(0.90, 0.96, 100, 40)
+    (True, False, True)
     """
+    errors = max(FEWEST_ERRORS, math.sqrt(2 * math.log(epochs)))
     # With two right and two wrong answers more (Agresti and Coull 1998): that all are right does not make it certain.
     share = (best * images + 2) / (images + 4)
-    return accuracy >= best - ERRORS * math.sqrt(share * (1 - share) / (images + 4))
+    return accuracy >= best - errors * math.sqrt(share * (1 - share) / (images + 4))

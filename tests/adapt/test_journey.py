@@ -128,6 +128,19 @@ def test_crops_narrow_with_what_was_known_in_the_epoch_before(
     assert len(crops) > 1
 
 
+def test_of_many_epochs_only_some_are_judged_and_the_last_is(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "JUDGED", 2)
+    watcher = Watcher()
+    found = adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=5, layers="project.."), observer=watcher)
+    judged = [record["epoch"] for record in found.history if "validation_accuracy" in record]
+    assert judged == [2, 5]
+    assert len(found.history) == 5
+    assert watcher.told.count("epoch") == 2
+    assert found.best_epoch in judged
+
+
 def test_no_checkpoint_is_left_behind(journey: tuple[Adapted, Pack, Watcher]) -> None:
     assert [path.name for path in journey[0].pack_path.parent.iterdir()] == ["shapes.ksm"]
 

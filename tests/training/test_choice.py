@@ -11,18 +11,25 @@ from ksm_edge.training.choice import as_good
 @pytest.mark.parametrize("images", [1, 10, 100, 10_000])
 @pytest.mark.parametrize("best", [0.0, 0.5, 0.9, 1.0])
 def test_the_best_is_as_good_as_itself_and_nothing_that_is_far_below(best: float, images: int) -> None:
-    assert as_good(best, best, images)
-    assert not as_good(best - 1.5 / images**0.5, best, images)
+    assert as_good(best, best, images, 8)
+    assert not as_good(best - 1.5 / images**0.5, best, images, 8)
 
 
 def test_one_more_mistake_counts_the_less_the_fewer_mistakes_tell() -> None:
     # Of 100 images two errors are 6 at 0.9 and 2.7 at 1: that all answers are right does not make it certain.
-    assert as_good(0.84, 0.90, 100)
-    assert not as_good(0.83, 0.90, 100)
-    assert as_good(0.98, 1.00, 100)
-    assert not as_good(0.97, 1.00, 100)
-    assert as_good(0.895, 0.90, 10_000)
-    assert not as_good(0.893, 0.90, 10_000)
+    assert as_good(0.84, 0.90, 100, 7)
+    assert not as_good(0.83, 0.90, 100, 7)
+    assert as_good(0.98, 1.00, 100, 7)
+    assert not as_good(0.97, 1.00, 100, 7)
+    assert as_good(0.895, 0.90, 10_000, 7)
+    assert not as_good(0.893, 0.90, 10_000, 7)
+
+
+def test_the_best_of_many_epochs_is_luckier_than_that_of_a_few() -> None:
+    # sqrt(2 ln 48) is 2.8 errors.
+    assert as_good(0.82, 0.90, 100, 48)
+    assert not as_good(0.81, 0.90, 100, 48)
+    assert not as_good(0.83, 0.90, 100, 1)  # of fewer than eight it is two
 
 
 def chosen(accuracies: list[float | None], images: int) -> tuple[int, float | None]:
