@@ -1,6 +1,6 @@
 """What do tasks that are learned later cost those that were learned before?
 
-    python benchmarks/forgetting.py     # the 20 tasks of caltech100, five classes each: a quarter of an hour
+    python benchmarks/forgetting.py     # the 20 tasks of caltech100, five classes each: an hour
 
 One frozen backbone, MobileNetV2 at 96 px, and 20 tasks learned one after the other with the default settings. Behind
 each of them the bundle and every pack so far are still the same bytes, and what each pack makes of the backbone still

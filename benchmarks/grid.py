@@ -27,6 +27,7 @@ def runs(path: Path) -> list[Run]:
 
 def _filled(run: Run) -> Run:
     """The run with all settings of today, those that are newer than the run at the value that they had before."""
+    from ksm_edge.training.crops import narrows
     from ksm_edge.training.settings import Settings
 
     identity = run["identity"]
@@ -34,7 +35,7 @@ def _filled(run: Run) -> Run:
         return run
     defaults = {name: value for name, value in asdict(Settings()).items() if name != "seed"} | BEFORE
     settings = {**defaults, **identity["settings"]}
-    if settings["crop_scale"] is not None:  # nobody asks then what crops show at first
+    if not narrows(**{name: settings[name] for name in ("crop_scale", "views", "train_scale")}):
         del settings["crop_start"]
     return {**run, "identity": {**identity, "settings": settings}}
 

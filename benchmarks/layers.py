@@ -43,7 +43,7 @@ SIZE, STEP_SIZE, STEP_BATCH = 96, 224, 8
 TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 HELD_OUT = 0.3
 ALL = ""
-# Options of `adapt`.
+# Options of `adapt`, of those in `KINDS`.
 WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2", "train-scale=0.7",
         "layers=35%.. views=4 train-scale=0.7")  # fmt: skip
 KINDS = {"layers": str, "views": int, "train_scale": float, "whole_at": float}
@@ -188,7 +188,10 @@ def _words(way: str) -> Iterator[str]:
 
 
 def _settings(way: str) -> dict[str, Any]:
-    given = ((name.replace("-", "_"), value) for name, value in (part.split("=", 1) for part in way.split()))
+    given = [(name.replace("-", "_"), value) for name, value in (part.split("=", 1) for part in way.split())]
+    for name, _ in given:
+        if name not in KINDS:
+            raise SystemExit(f"--ways {way}: {name} is none of {', '.join(KINDS)}")
     return {name: KINDS[name](value) for name, value in given}
 
 

@@ -168,7 +168,7 @@ def title(name: str, earlier: Iterable[str]) -> str:
 def remark(earlier: Iterable[str]) -> str:
     """One of `REMARKS`."""
     changed = set(earlier)
-    return REMARKS[2 if changed - set(CROPS) else 1 if changed else 0]
+    return REMARKS[(1 if changed <= set(CROPS) and "crop_scale" in changed else 2) if changed else 0]
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
@@ -211,12 +211,13 @@ def settings_by(words: Iterable[str]) -> dict[str, Any]:
     from ksm_edge.cli.adapt import settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import Device
+    from ksm_edge.training.crops import narrows
 
     args = build_parser().parse_args(["adapt", "DATA", *words])
     settings = settings_of(args, Device.load("host"), 0)
     limited = settings.thin is None and settings.method == "ksm"
     without = {"seed"} if limited else {"seed", "mask_bits"}  # which then limits nothing
-    if settings.crop_scale is not None:
+    if not narrows(crop_scale=settings.crop_scale, views=settings.views, train_scale=settings.train_scale):
         without |= {"crop_start"}
     return {name: value for name, value in asdict(settings).items() if name not in without}
 

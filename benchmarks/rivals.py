@@ -39,7 +39,7 @@ from ksm_edge.mask import INITIAL_SCORE, THRESHOLD
 from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.runtimes.pytorch import Attributes, features, read_graph
 from ksm_edge.training.adam import rate_factor
-from ksm_edge.training.choice import as_good
+from ksm_edge.training.choice import as_good, is_judged
 from ksm_edge.training.crops import crop_scale
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.suited import rate_scale
@@ -225,17 +225,20 @@ def learn(
                 own = next((own for part, own in rates.items() if part in name), rate)
                 groups.setdefault(own, []).append(parameter)
         adam = torch.optim.Adam([{"params": group, "at": own} for own, group in groups.items()])
-        history, best, chosen, kept = [], -1.0, 0, None
+        history, best, candidates, chosen, kept = [], -1.0, 0, 0, None
         for epoch in range(settings.epochs):
             network.train(statistics == "batch")
             losses, right = _epoch(network, adam, cache, learned_from, bundle, settings, history, steps, images)
+            history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)),
+                            "train_accuracy": right / len(learned_from)})  # fmt: skip
+            if not is_judged(epoch + 1, settings.epochs):
+                continue
             judged = evaluation_batches(cache, judged_on, bundle.input, batch=EVALUATION_BATCH)
             found = accuracy(network, ((b.images, b.labels) for b in judged))
-            history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)),
-                            "train_accuracy": right / len(learned_from), "validation_accuracy": found})  # fmt: skip
+            history[-1]["validation_accuracy"] = found
             print(json.dumps(history[-1]), file=sys.stderr)
-            best = max(best, found)
-            if as_good(found, best, len(judged_on), epoch + 1):
+            best, candidates = max(best, found), candidates + 1
+            if as_good(found, best, len(judged_on), candidates):
                 chosen, kept = epoch, copy.deepcopy(network.state_dict())
         network.load_state_dict(kept)
         return {"validation_accuracy": history[chosen]["validation_accuracy"], "best_epoch": chosen + 1,

@@ -33,6 +33,7 @@ from ksm_edge.pack.format import encode
 from ksm_edge.pack.record import Pack
 from ksm_edge.resident import give_back
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ksm_edge.training.choice import is_judged
 from ksm_edge.training.crops import crop_scale
 from ksm_edge.training.footprint import parts_ahead
 from ksm_edge.training.judge import Judge
@@ -43,7 +44,6 @@ from ksm_edge.training.trainer import Trainer
 
 CHECKPOINT_SECONDS = 180.0  # an SD card wears with every write
 SHOWN_STEPS = 50  # that the loss shown is the mean of
-JUDGED = 48  # epochs at most, the last among them: of few images there are hundreds, each shorter than judging it
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Job:
         observer: Observer,
         descent: Descent | None = None,
     ) -> None:
-        """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge each epoch.
+        """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge.
 
         `skipped`: images that could not be read, with the reason.
         """
@@ -85,7 +85,6 @@ class Job:
         self._losses: list[float] = []
         self._running = plan.stages[0]
         self.per_epoch = self._steps_of_an_epoch()
-        self._apart = -(-self.settings.epochs // JUDGED)
         steps = self.per_epoch * self.settings.epochs
         self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, engine=plan.engine)
         self.judge = Judge(self.trainer, plan.forward, plan.engine)
@@ -216,7 +215,8 @@ class Job:
         progress, settings, classes = self.progress, self.settings, len(self.images.classes)
         targets = target_rows(labels, classes, settings.label_smoothing, self._class_weights)
         images = (next(parts).images for _ in range(0, len(labels), self.plan.micro_batch))
-        release = progress.step + 1 == self.per_epoch  # what comes behind the last step must not add to the peak
+        # What comes behind an epoch's last step must not add to the peak.
+        release = progress.step + 1 == self.per_epoch and self._something_follows
         started = time.perf_counter()
         with interrupt_held_back():
             result = self.trainer.step(images, targets, release=release)
@@ -242,15 +242,29 @@ class Job:
             self._saved_at = time.monotonic()
             self._observer.note(f"no checkpoint could be written to {self.checkpoint}: {error.strerror}; going on")
 
+    @property
+    def _is_judged(self) -> bool:
+        """This epoch."""
+        return is_judged(self.progress.epoch + 1, self.settings.epochs)
+
+    @property
+    def _something_follows(self) -> bool:
+        """Whether this epoch's steps are followed by others than the next one's: judging, another stage, a new view."""
+        if self._is_judged:
+            return True
+        following = self.progress.epoch + 1
+        stage = self._running.stage
+        return following not in stage.epochs or (self.views is not None and not self.views.has(stage.view(following)))
+
     def _end_epoch(self) -> None:
         """Judge the pack as it would be written, on the validation split; the one to end with is kept."""
         progress = self.progress
-        left = self.settings.epochs - progress.epoch - 1
-        if left % self._apart:  # this one is not judged
+        if self._something_follows:
+            give_back()
+        if not self._is_judged:
             with interrupt_held_back():
                 progress.finish_epoch(None)
             return
-        give_back()
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
         validation = self._accuracy(pack) if self.held_out else None
         with interrupt_held_back():

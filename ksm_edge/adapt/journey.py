@@ -45,7 +45,7 @@ class Adapted:
     plan: dict[str, Any]  # `Plan.choices`
     timing: Timing
     skipped: list[tuple[str, str]]  # images that could not be read, with the reason
-    history: list[dict[str, float]]  # one record per epoch
+    history: list[dict[str, float]]  # a record of each epoch, with its validation accuracy if judged
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -163,7 +163,7 @@ def prepared(
 
 def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     progress = job.progress
-    assert job.best is not None  # every finished epoch leaves one
+    assert job.best is not None  # the last epoch is thinned and judged: if none before, it left one
     best = decode(job.best)
     record = {
         "data_digest": job.images.digest(),

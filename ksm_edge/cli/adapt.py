@@ -152,7 +152,7 @@ def _add_how(group: Options) -> None:
         "--crop-start",
         type=float,
         metavar="X",
-        help="that share while little is known of the task, without --crop-scale (default: 0.8)",
+        help="that share while little is known of the task, 0.35 or more (default: 0.8)",
     )
     group.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     group.add_argument("--balanced", action="store_true", help="weigh rare classes more")
@@ -270,6 +270,9 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
     if args.whole_at is not None and args.train_scale is None:
         raise UsageError("--whole-at says when images of --train-scale end: give that too")
+    if args.crop_start is not None and any((args.crop_scale, args.views, args.fast, args.train_scale)):
+        raise UsageError("--crop-start says where crops begin to narrow: with --crop-scale, --views, --fast and "
+                         "--train-scale they do not")  # fmt: skip
     names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "crop_start",
              "masked", "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS,
              *MEMORY_BITS)  # fmt: skip

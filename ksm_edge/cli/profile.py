@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=positive, default=DEFAULT_IMAGES, metavar="N",
                         help=f"to learn from, of --predict (default: {DEFAULT_IMAGES})")  # fmt: skip
-    parser.add_argument("--epochs", type=positive, metavar="N", help="passes over them, of --predict")
+    parser.add_argument("--epochs", type=positive, metavar="N",
+                        help="passes over them, of --predict (default: as adapt)")  # fmt: skip
     add_json(parser)
 
 
@@ -134,18 +135,19 @@ def _predict(args: argparse.Namespace) -> int:
     from ksm_edge.cli.profile_report import predicted
     from ksm_edge.device import HOST, Device, this_machine
     from ksm_edge.profiler.predict import predict
-    from ksm_edge.training.settings import Settings
+    from ksm_edge.training.settings import Settings, usual_epochs
 
     bundle, found = load_bundle(args.bundle), []
     for name in args.predict:
         device = this_machine() if name == HOST else Device.load(name)
         if args.memory_budget is not None:
             device = replace(device, memory_budget_bytes=args.memory_budget)
-        given = {"batch": args.batch or device.batch, **({"epochs": args.epochs} if args.epochs else {})}
-        settings, options = Settings(**given), {"kernels": args.kernels, "threads": args.threads}
+        settings = Settings(batch=args.batch or device.batch, epochs=args.epochs or usual_epochs(args.images))
+        options = {"kernels": args.kernels, "threads": args.threads}
         found.append(predict(bundle, device, images=args.images, settings=settings, **options))
     if args.json:
-        work = {"backbone": bundle.digest, "recipe": bundle.recipe, "size": bundle.input.size, "images": args.images}
+        work = {"backbone": bundle.digest, "recipe": bundle.recipe, "size": bundle.input.size}
+        work |= {"images": args.images, "epochs": settings.epochs}
         print(json.dumps({"predicted": True, "work": work, "devices": [one.as_json() for one in found]}))
         return 0
     lines = predicted(found, bundle.recipe, bundle.input.size, args.images, settings.epochs)

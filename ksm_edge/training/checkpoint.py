@@ -34,9 +34,10 @@ class Progress:
     loss_sum: float = 0.0  # of the epoch's steps so far
     correct: int = 0  # answers, and of how many images, in the epoch so far
     count: int = 0
-    highest_accuracy: float = -1.0  # on the validation split, of the epochs that may be chosen; below 0: none yet
+    candidates: int = 0  # judged epochs that could be chosen
+    highest_accuracy: float = -1.0  # theirs on the validation split; below 0: there was none yet
     best_epoch: int = -1  # the chosen one, see `choice`
-    history: list[dict[str, float]] = field(default_factory=list)  # one record per finished epoch
+    history: list[dict[str, float]] = field(default_factory=list)  # a record of each epoch that ended
 
     def add(self, loss: float, correct: int, count: int) -> None:
         """One optimizer step has been done."""
@@ -61,8 +62,8 @@ class Progress:
         """
         if validation is not None:
             self.highest_accuracy = max(self.highest_accuracy, validation)
-            judged = sum("validation_accuracy" in record for record in self.history)
-            if not as_good(validation, self.highest_accuracy, images, judged):
+            self.candidates += 1
+            if not as_good(validation, self.highest_accuracy, images, self.candidates):
                 return False
         self.best_epoch = self.epoch
         return True

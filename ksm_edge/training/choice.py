@@ -12,13 +12,23 @@ from __future__ import annotations
 
 import math
 
+JUDGED = 48  # epochs at most: of few images there are hundreds, each of them shorter than judging it
 FEWEST_ERRORS = 2.0
+
+
+def is_judged(epoch: int, epochs: int) -> bool:
+    """Whether that epoch, from 1, of so many is judged: all of them or evenly spread ones, the last among them.
+
+    >>> sum(is_judged(epoch, 100) for epoch in range(1, 101)), is_judged(99, 100), is_judged(100, 100)
+    (48, False, True)
+    """
+    return epochs <= JUDGED or epoch * JUDGED // epochs > (epoch - 1) * JUDGED // epochs
 
 
 def as_good(accuracy: float, best: float, images: int, epochs: int) -> bool:
     """Whether `accuracy` on so many images may be the `best` one on the same images but for luck.
 
-    `epochs`: how many have been judged.
+    `epochs`: how many could be chosen so far.
 
     >>> as_good(0.93, 0.96, 100, 8), as_good(0.90, 0.96, 100, 8), as_good(0.90, 0.96, 100, 40)
     (True, False, True)

@@ -18,6 +18,7 @@ MOMENT_BITS, ACTIVATION_BITS = (32, 8), (32, 16)
 # Of few images each is shown more often, so that all together are as many as this, up to so many times: as many steps
 # as a task of a thousand images has, since masks have to form all the same.
 SHOWN, MOST_EPOCHS = 9600, 240
+NARROW_CROPS = 0.35  # least share of an image's area that crops show of what is known to the end
 FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
 # A smaller pack for some accuracy: docs/pack-size.md has both.
 SMALL: Mapping[str, Any] = {"thin": 0.7, "scale_bits": 1, "norm_bits": 3, "head_bits": 3, "learn_in_bits": True}
@@ -98,10 +99,12 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1)")
 
-        for name in ("train_scale", "crop_scale", "crop_start"):
+        for name in ("train_scale", "crop_scale"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise UsageError(f"{name} {share}: must lie in (0, 1]")
+        if not NARROW_CROPS <= self.crop_start <= 1:
+            raise UsageError(f"crop_start {self.crop_start}: must lie in [{NARROW_CROPS}, 1]: crops narrow to that")
         if not 0 <= self.whole_at <= 1:
             raise UsageError(f"whole_at {self.whole_at}: must lie in [0, 1]")
         if not 0 < self.thin_at < 1:

@@ -22,6 +22,7 @@ from ksm_edge.fuse import fuse, fused_digest
 from ksm_edge.pack.files import load_pack, require_backbone
 from ksm_edge.pack.record import Pack
 from ksm_edge.runtimes.onnxruntime import Session
+from ksm_edge.training import choice
 from ksm_edge.training.judge import Judge
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.trainer import Trainer
@@ -131,11 +132,11 @@ def test_crops_narrow_with_what_was_known_in_the_epoch_before(
 def test_of_many_epochs_only_some_are_judged_and_the_last_is(
     bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "JUDGED", 2)
+    monkeypatch.setattr(choice, "JUDGED", 2)
     watcher = Watcher()
     found = adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=5, layers="project.."), observer=watcher)
     judged = [record["epoch"] for record in found.history if "validation_accuracy" in record]
-    assert judged == [2, 5]
+    assert judged == [3, 5]
     assert len(found.history) == 5
     assert watcher.told.count("epoch") == 2
     assert found.best_epoch in judged

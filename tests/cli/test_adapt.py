@@ -20,11 +20,12 @@ from tiny import saved_tiny_bundle, tiny_pack
 from ksm_edge.cli.adapt import settings_of
 from ksm_edge.cli.main import build_parser, main
 from ksm_edge.device import Device
+from ksm_edge.errors import UsageError
 from ksm_edge.limits import run_limited
 from ksm_edge.pack.container import read_container
 from ksm_edge.pack.files import load_pack, save_pack
 from ksm_edge.pack.metadata import read_metadata
-from ksm_edge.training.settings import FAST, SMALL
+from ksm_edge.training.settings import FAST, SMALL, Settings
 
 KEYS = {
     "device", "emulated", "backbone", "task", "classes", "steps", "epochs", "validation_accuracy", "pack_path",
@@ -109,15 +110,14 @@ def test_text_ends_in_the_next_command(
 
 def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path: Path) -> None:
     more = ("--granularity", "group:2", "--binary", "--statistics", "batch", "--seed", 3, "--flip", "--balanced",
-            "--score-rate", 0.001, "--label-smoothing", 0, "--train-scale", 0.5, "--crop-scale", 0.8,
-            "--crop-start", 0.7)  # fmt: skip
+            "--score-rate", 0.001, "--label-smoothing", 0, "--train-scale", 0.5, "--crop-scale", 0.8)  # fmt: skip
     assert main(call(photos, bundle, tmp_path / "a.ksm", *more)) == 0
     pack = load_pack(tmp_path / "a.ksm")
     assert (pack.granularity, pack.soft, pack.statistics) == ("group:2", False, "batch")
     chosen = pack.record["settings"]
     assert (chosen["seed"], chosen["flip"], chosen["balanced"], chosen["epochs"]) == (3, True, True, 2)
     assert (chosen["score_rate"], chosen["label_smoothing"], chosen["head_rate"]) == (0.001, 0, 2e-3)
-    assert (chosen["train_scale"], chosen["crop_scale"], chosen["crop_start"]) == (0.5, 0.8, 0.7)
+    assert (chosen["train_scale"], chosen["crop_scale"]) == (0.5, 0.8)
     assert (pack.record["device"], pack.record["emulated"]) == ("host", False)
 
 
@@ -137,6 +137,17 @@ def test_few_images_are_shown_more_often_unless_told_otherwise() -> None:
     for words, images, epochs in (("adapt DATA", 100, 96), ("adapt DATA --epochs 3", 100, 3), ("adapt", 100, 6)):
         args = build_parser().parse_args(words.split())
         assert settings_of(args, Device.load("host"), images).epochs == epochs
+
+
+def test_where_crops_begin_is_refused_where_they_do_not_narrow() -> None:
+    def chosen(*words: str) -> Settings:
+        args = build_parser().parse_args(["adapt", "DATA", "--crop-start", "0.7", *words])
+        return settings_of(args, Device.load("host"), 100)
+
+    assert chosen().crop_start == 0.7
+    for words in (["--fast"], ["--views", "2"], ["--crop-scale", "0.5"], ["--train-scale", "0.5"]):
+        with pytest.raises(UsageError, match="--crop-start says where crops begin to narrow"):
+            chosen(*words)
 
 
 def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bundle: Path, tmp_path: Path) -> None:
@@ -260,7 +271,7 @@ def test_being_told_to_stop_leaves_a_checkpoint_and_says_how_to_resume(
 ) -> None:
     """A true signal to a true process, resumed by the very command it prints."""
     out = tmp_path / "a b.ksm"  # a name the shell would split
-    arguments = call(photos, bundle, out, "--epochs", 100000)
+    arguments = call(photos, bundle, out, "--epochs", 4800)  # of which every hundredth is judged
     source = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
     code = "from ksm_edge.cli.main import entry; entry()"
@@ -272,7 +283,7 @@ def test_being_told_to_stop_leaves_a_checkpoint_and_says_how_to_resume(
         )
         try:
             deadline = time.monotonic() + 100
-            while "Epoch 2/" not in (tmp_path / "stderr").read_text(errors="replace"):
+            while "Epoch 100/" not in (tmp_path / "stderr").read_text(errors="replace"):
                 assert child.poll() is None, (tmp_path / "stderr").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

@@ -71,7 +71,7 @@ def test_predictions_are_one_table_that_says_what_it_is(bundle: Path, capsys: py
     boards = ("raspberry-pi-5", "jetson-nano")
     assert profile(bundle, "--predict", *boards, "--images", 20) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("PREDICTED, not measured: tiny, 16 px; learning 20 images x 8 epochs")
+    assert lines[0].startswith("PREDICTED, not measured: tiny, 16 px; learning 20 images x 240 epochs")
     assert "ONNX Runtime's own CPU kernels" in lines[1]
     assert [line.split()[0] for line in lines[3:5]] == list(boards)
     assert any("jetson-nano: stock wheels do not run" in line for line in lines)

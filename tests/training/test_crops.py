@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from ksm_edge.errors import UsageError
 from ksm_edge.training.crops import crop_scale
 from ksm_edge.training.settings import Settings
 
@@ -23,6 +24,11 @@ def test_the_first_crops_are_wide() -> None:
 @pytest.mark.parametrize("settings", [Settings(views=4), Settings(train_scale=0.7)], ids=["views", "smaller"])
 def test_crops_are_narrow_where_they_come_back_or_images_are_smaller(settings: Settings) -> None:
     assert {crop_scale(settings, history) for history in ([], after(0.1), after(0.1, 0.9))} == {0.35}
+
+
+def test_crops_cannot_widen() -> None:
+    with pytest.raises(UsageError, match=r"crop_start 0\.2: must lie in \[0\.35, 1\]"):
+        Settings(crop_start=0.2)
 
 
 @pytest.mark.parametrize("views", [0, 4])
