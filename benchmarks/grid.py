@@ -27,17 +27,13 @@ def runs(path: Path) -> list[Run]:
 
 def _filled(run: Run) -> Run:
     """The run with all settings of today, those that are newer than the run at the value that they had before."""
-    from ksm_edge.training.crops import narrows
     from ksm_edge.training.settings import Settings
 
     identity = run["identity"]
     if "settings" not in identity:
         return run
     defaults = {name: value for name, value in asdict(Settings()).items() if name != "seed"} | BEFORE
-    settings = {**defaults, **identity["settings"]}
-    if not narrows(**{name: settings[name] for name in ("crop_scale", "views", "train_scale")}):
-        del settings["crop_start"]
-    return {**run, "identity": {**identity, "settings": settings}}
+    return {**run, "identity": {**identity, "settings": {**defaults, **identity["settings"]}}}
 
 
 def latest(alike: Callable[[Run], Any], same: Callable[[Run], Any]) -> Callable[[list[Run]], list[Run]]:

@@ -168,7 +168,9 @@ def title(name: str, earlier: Iterable[str]) -> str:
 def remark(earlier: Iterable[str]) -> str:
     """One of `REMARKS`."""
     changed = set(earlier)
-    return REMARKS[(1 if changed <= set(CROPS) and "crop_scale" in changed else 2) if changed else 0]
+    if "crop_scale" in changed and changed <= set(CROPS):
+        return REMARKS[1]
+    return REMARKS[2 if changed else 0]
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:
@@ -203,7 +205,14 @@ def _schedule(identity: dict[str, Any]) -> list[str]:
 
 
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return settings_by([*_schedule(identity), *identity["words"]])
+    """Those that do something: how crops begin is nothing where they do not narrow."""
+    from ksm_edge.training.crops import narrows
+    from ksm_edge.training.settings import Settings
+
+    found = settings_by([*_schedule(identity), *identity["words"]])
+    if not narrows(Settings(**{name: found[name] for name in ("crop_scale", "views", "train_scale")})):
+        del found["crop_start"]
+    return found
 
 
 def settings_by(words: Iterable[str]) -> dict[str, Any]:
@@ -211,14 +220,11 @@ def settings_by(words: Iterable[str]) -> dict[str, Any]:
     from ksm_edge.cli.adapt import settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import Device
-    from ksm_edge.training.crops import narrows
 
     args = build_parser().parse_args(["adapt", "DATA", *words])
     settings = settings_of(args, Device.load("host"), 0)
     limited = settings.thin is None and settings.method == "ksm"
     without = {"seed"} if limited else {"seed", "mask_bits"}  # which then limits nothing
-    if not narrows(crop_scale=settings.crop_scale, views=settings.views, train_scale=settings.train_scale):
-        without |= {"crop_start"}
     return {name: value for name, value in asdict(settings).items() if name not in without}
 
 

@@ -15,12 +15,12 @@ from ksm_edge.training.settings import NARROW_CROPS, Settings
 UNKNOWN = 0.2  # share of the training images that are answered wrong, from which on crops are wide
 
 
-def narrows(*, crop_scale: float | None, views: int, train_scale: float) -> bool:
-    """Whether crops follow what is known, by the settings of these names.
+def narrows(settings: Settings) -> bool:
+    """Whether crops follow what is known.
 
     Views that are kept come back when more is known, and smaller images make up for what narrow crops enlarge.
     """
-    return crop_scale is None and not views and train_scale == 1
+    return settings.crop_scale is None and not settings.views and settings.train_scale == 1
 
 
 def crop_scale(settings: Settings, history: Sequence[Mapping[str, float]]) -> float:
@@ -29,7 +29,7 @@ def crop_scale(settings: Settings, history: Sequence[Mapping[str, float]]) -> fl
     `history`: a record of each epoch so far, whose training accuracy is that of the images as they were cropped then.
     A training that starts from a pack starts wide as well: nobody knows yet how much it knows.
     """
-    if not narrows(crop_scale=settings.crop_scale, views=settings.views, train_scale=settings.train_scale):
+    if not narrows(settings):
         return NARROW_CROPS if settings.crop_scale is None else settings.crop_scale
     unknown = 1 - history[-1]["train_accuracy"] if history else 1.0
     return NARROW_CROPS + (settings.crop_start - NARROW_CROPS) * min(1.0, unknown / UNKNOWN)

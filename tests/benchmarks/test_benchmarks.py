@@ -327,7 +327,10 @@ def test_layers_are_not_compared_across_settings(load: Any) -> None:
         return {"identity": {"way": way, "settings": {"score_rate": 1, "views": 0, **settings}}}
 
     without, slow, few = {"identity": {"way": ""}}, run("", score_rate=0.5), run("views=4", views=4)
-    assert load("layers").STANDING([without, slow, run(""), few]) == [run(""), few]
+    layers = load("layers")
+    assert layers.STANDING([without, slow, run(""), few]) == [run(""), few]
+    together = [{"identity": {"settings": layers.settings_by(list(layers._words(way)))}} for way in layers.WAYS]
+    assert layers.STANDING(together) == together
 
 
 def test_a_way_is_what_adapt_takes(load: Any) -> None:
