@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CROPS = ("crop_scale", "crop_start")
-REMARKS = ("", " (crops of 35 %)", " (earlier settings)")  # on runs that differ from today's in nothing, crops, more
+# On runs that differ from today's in nothing, in crops throughout, in those at first, in more.
+REMARKS = ("", " (crops of 35 %)", " (crops from 80 %)", " (earlier settings)")
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
 IN_RIVALS = {"reference": "ksm"}
 SCRIPTS = {"linear": "linear.py"}  # of this folder; all others that are not `ksm-edge adapt` run in rivals.py
@@ -150,7 +151,7 @@ def given(identity: Mapping[str, Any]) -> list[str]:
     if "settings" not in identity:
         return []
     usual, its = _settings({**identity, "words": []}), _settings(identity)
-    return sorted(name for name in usual | its if usual.get(name) != its.get(name))
+    return sorted(dict(usual.items() ^ its.items()))
 
 
 def _shared_with_rivals() -> dict[str, Any]:
@@ -168,9 +169,9 @@ def title(name: str, earlier: Iterable[str]) -> str:
 def remark(earlier: Iterable[str]) -> str:
     """One of `REMARKS`."""
     changed = set(earlier)
-    if "crop_scale" in changed and changed <= set(CROPS):
-        return REMARKS[1]
-    return REMARKS[2 if changed else 0]
+    if not changed <= set(CROPS):
+        return REMARKS[3]
+    return REMARKS[1 if "crop_scale" in changed else 2 if changed else 0]
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from grid import BEFORE
 from methods import ABLATIONS, ALL, CROPS, METHODS, outdated, remark
 from tasks import FIVE
 
+from ksm_edge.training.crops import WIDE_CROPS
+
 BACKBONES = (
     "mobilenet_v2, 160 px",
     "mobilenet_v2, 96 px",
@@ -110,11 +112,16 @@ def _by_crops(runs: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> di
         task = tasks.get(learned["task"])
         if task and learned["method"] in CROPPED and outdated(learned).keys() <= set(CROPS):
             settings = BEFORE | learned["settings"]
-            share = settings["crop_scale"] or settings["crop_start"]
-            words = "% or more" if settings["crop_scale"] else "% at first, then by training accuracy"
-            label = f"{100 * share:.0f} {words}"
+            label = _crops(settings["crop_scale"], settings["crop_start"])
             found.setdefault(label, {}).setdefault(task, {})[learned["seed"]] = run["test_accuracy"]
     return found
+
+
+def _crops(scale: float | None, start: float | None) -> str:
+    if scale is not None:
+        return f"{100 * scale:.0f} % or more"
+    first = f"{100 * WIDE_CROPS:.0f} % of what evaluation sees" if start is None else f"{100 * start:.0f} %"
+    return f"{first} at first, then by training accuracy"
 
 
 def _means(tasks: Mapping[str, Mapping[int, float]]) -> Iterable[str]:

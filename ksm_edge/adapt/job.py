@@ -173,7 +173,7 @@ class Job:
                 yield Batch(self.views.features(view, indices), self._labels[indices], indices)
 
     def _seen(self, indices: np.ndarray, view: int) -> Batch:
-        scale = crop_scale(self.settings, self.progress.history)
+        scale = crop_scale(self.settings, self._running.stage.input, self.progress.history)
         augmentation = Augmentation(scale, flip=self.settings.flip)
         return training_views(
             self.cache,

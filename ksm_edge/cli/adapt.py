@@ -152,7 +152,7 @@ def _add_how(group: Options) -> None:
         "--crop-start",
         type=float,
         metavar="X",
-        help="that share while little is known of the task, 0.35 or more (default: 0.8)",
+        help="that share while little is known of the task, 0.35 or more (default: 0.8 of what evaluation sees)",
     )
     group.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     group.add_argument("--balanced", action="store_true", help="weigh rare classes more")

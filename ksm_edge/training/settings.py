@@ -61,7 +61,7 @@ class Settings:
     whole_at: float = 0.75  # from when on they are whole, as a share of the epochs; 1: never
     views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
     crop_scale: float | None = None  # least share of an image's area that a training crop shows; None: see `crops`
-    crop_start: float = 0.8  # that share while little is known of the task, where `crop_scale` is None
+    crop_start: float | None = None  # that share while little is known of the task; None: see `crops` too
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
     seed: int = 0
@@ -103,7 +103,7 @@ class Settings:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise UsageError(f"{name} {share}: must lie in (0, 1]")
-        if not NARROW_CROPS <= self.crop_start <= 1:
+        if self.crop_start is not None and not NARROW_CROPS <= self.crop_start <= 1:
             raise UsageError(f"crop_start {self.crop_start}: must lie in [{NARROW_CROPS}, 1]: crops narrow to that")
         if not 0 <= self.whole_at <= 1:
             raise UsageError(f"whole_at {self.whole_at}: must lie in [0, 1]")

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from ksm_edge.bundle.layers import InputContract
 from ksm_edge.errors import UsageError
-from ksm_edge.training.crops import crop_scale
+from ksm_edge.training import crops
 from ksm_edge.training.settings import Settings
+
+WHOLE = InputContract(32, 32, (0.0,) * 3, (1.0,) * 3)
+
+
+def crop_scale(settings: Settings, history: list[dict[str, float]], contract: InputContract = WHOLE) -> float:
+    return crops.crop_scale(settings, contract, history)
 
 
 def after(*known: float) -> list[dict[str, float]]:
@@ -19,6 +28,14 @@ def test_crops_narrow_as_the_last_fifth_is_learned(known: float, scale: float) -
 def test_the_first_crops_are_wide() -> None:
     assert crop_scale(Settings(), []) == pytest.approx(0.8)
     assert crop_scale(Settings(crop_start=0.5), []) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("resize", "scale"), [(40, 0.512), (64, 0.35), (16, 0.8)])
+def test_wide_is_what_evaluation_sees_much_of(resize: int, scale: float) -> None:
+    contract = replace(WHOLE, resize=resize)
+    assert crop_scale(Settings(), [], contract) == pytest.approx(scale)
+    assert crop_scale(Settings(), after(1.0), contract) == pytest.approx(0.35)
+    assert crop_scale(Settings(crop_start=0.9), [], contract) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("settings", [Settings(views=4), Settings(train_scale=0.7)], ids=["views", "smaller"])
