@@ -11,6 +11,8 @@ LOOPS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 AS_NUMPY = ["-ffp-contract=off"]
 # Rows of a few floats are copied faster in place than by a call; Lanes are never handed to a function that is called.
 AS_WRITTEN = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
+# The same loops for wider registers are compiled by themselves.
+WIDER = sorted([*glob("ksm_edge/_halves_*.c"), *glob("ksm_edge/_loops_*.c")])
 
 
 def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
@@ -21,7 +23,6 @@ def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
 setup(
     ext_modules=[
         extension("ksm_edge._native", ["ksm_edge/_native.c"], AS_NUMPY),
-        # The same loops for wider registers are compiled by themselves.
-        extension("ksm_edge._operators", ["ksm_edge/_operators.c", *sorted(glob("ksm_edge/_loops_*.c"))], AS_WRITTEN),
+        extension("ksm_edge._operators", ["ksm_edge/_operators.c", *WIDER], AS_WRITTEN),
     ]
 )

@@ -61,6 +61,8 @@ LEVERS = {
     "without 1x1 convs done along": Lever({"widened": False}),
     "without 3x3 convs by tiles": Lever({"tile_bytes": 0}),
     "4 images at a time": Lever(images=4),
+    # Less time, for errors.
+    "products in half precision": Lever(settings={"product_bits": 16}),
 }
 
 

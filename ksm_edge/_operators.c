@@ -11,6 +11,7 @@ enum { LANES = 8, TILE = 4 };
 enum { LANES = 4, TILE = 4 };
 #endif
 
+#include "_halves.h"
 #include "_loops.h"
 
 /* ---- ONNX Runtime's C interface: of its table of functions, which only grows at its end, the ones that are used ---- */
@@ -93,6 +94,7 @@ typedef struct {
         Gate gate;
         Winograd winograd;
         Sliding sliding;
+        Product product;
         int64_t kernels[2]; /* out-channels and in-channels */
     };
 } Kernel;
@@ -169,6 +171,32 @@ static int can_run(const Choice *choice)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     (void)choice;
+    return 1;
+}
+
+static HalfProduct *halves = half_product;
+
+#ifdef PAIRED_HALVES
+extern HalfProduct ksm_edge_half_product_avx512 __attribute__((visibility("hidden")));
+#endif
+
+static const struct {
+    const char *name;
+    HalfProduct *halves;
+} ways_with_halves[] = {
+#ifdef PAIRED_HALVES
+    {"avx512_bf16", ksm_edge_half_product_avx512},
+#endif
+    {"plain", half_product},
+};
+
+static int has_pairs(HalfProduct *of)
+{
+#ifdef PAIRED_HALVES
+    if (of == ksm_edge_half_product_avx512)
+        return can_run(&choices[0]) && __builtin_cpu_supports("avx512bf16");
+#endif
+    (void)of;
     return 1;
 }
 
@@ -313,6 +341,21 @@ static OrtStatus *compute_pool_gradient(void *kernel, OrtKernelContext *context)
     return in_parts(k, context, s->channels, loops->pool_gradient, &f);
 }
 
+/* In one thread: others have runs of their own. */
+static OrtStatus *compute_product(void *kernel, OrtKernelContext *context)
+{
+    const Kernel *k = kernel;
+    const Product *p = &k->product;
+    Multiplication m = {.p = p};
+    const float **given[] = {&m.left, &m.right, &m.before};
+    int64_t words = words_of(least(p->depth, DEEPEST));
+    TRY(inputs(k, context, given, p->start == NOTHING ? 2 : 3));
+    TRY(output(k, context, 0, p->made, (size_t)p->rank, &m.made));
+    TRY(output(k, context, 1, (int64_t[]){p->rows + COLUMNS_KEPT, words}, 2, (float **)&m.room));
+    halves(m);
+    return NULL;
+}
+
 static OrtStatus *activation_of(const OrtApi *api, const OrtKernelInfo *info, const char *kind, const char *low,
                                 const char *high, Activation *activation)
 {
@@ -383,6 +426,20 @@ static OrtStatus *read_sliding(const OrtApi *api, const OrtKernelInfo *info, Sli
     if (s->first < 0 || s->first + s->taps > s->kernel[0] * s->kernel[1])
         return api->CreateStatus(FAILED, "the kernel does not have so many taps");
     return NULL;
+}
+
+static OrtStatus *read_product(const OrtApi *api, const OrtKernelInfo *info, Product *p)
+{
+    int64_t sides[4];
+    TRY(numbers(api, info, "sides", sides, 4));
+    TRY(numbers(api, info, "turned", p->turned, 2));
+    TRY(numbers(api, info, "shared", &p->shared, 1));
+    TRY(numbers(api, info, "start", &p->start, 1));
+    TRY(numbers(api, info, "rank", &p->rank, 1));
+    if (p->rank < 1 || p->rank > MOST_SIDES || (p->start == EACH && sides[0] > 1))
+        return api->CreateStatus(FAILED, "this product is beyond the operator");
+    p->batch = sides[0], p->rows = sides[1], p->columns = sides[2], p->depth = sides[3];
+    return numbers(api, info, "output_shape", p->made, (size_t)p->rank);
 }
 
 static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
@@ -487,6 +544,8 @@ enum {
     CONTRACTION,
     WINDOWS,
     MAX_POOL_GRADIENT,
+    HALF_PRODUCT,
+    HALF_PRODUCT_FROM,
     OPERATORS
 };
 
@@ -503,6 +562,8 @@ static const Operator operators[OPERATORS] = {
     [CONTRACTION] = OPERATOR("Contraction", 3, 1, compute_contraction, nowhere),
     [WINDOWS] = OPERATOR("Windows", 1, 1, compute_windows, nowhere),
     [MAX_POOL_GRADIENT] = OPERATOR("MaxPoolGradient", 2, 1, compute_pool_gradient, nowhere),
+    [HALF_PRODUCT] = OPERATOR("HalfProduct", 2, 2, compute_product, nowhere),
+    [HALF_PRODUCT_FROM] = OPERATOR("HalfProductFrom", 3, 2, compute_product, nowhere),
 };
 
 static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const OrtKernelInfo *info, Kernel *k)
@@ -510,6 +571,8 @@ static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const Ort
     switch (number) {
     case GATE: return read_gate(api, info, &k->gate);
     case CONTRACTION: return numbers(api, info, "kernels", k->kernels, 2);
+    case HALF_PRODUCT:
+    case HALF_PRODUCT_FROM: return read_product(api, info, &k->product);
     case WINDOWS:
     case MAX_POOL_GRADIENT: return read_sliding(api, info, &k->sliding);
     case WINOGRAD_INPUT: return read_winograd(api, info, INPUT, &k->winograd);
@@ -589,7 +652,37 @@ static PyObject *py_run_with(PyObject *module, PyObject *name)
     return NULL;
 }
 
+static PyObject *py_halves(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    PyObject *names = PyList_New(0);
+    for (size_t i = 0; names && i < COUNT(ways_with_halves); i++) {
+        int is_there = has_pairs(ways_with_halves[i].halves);
+        PyObject *name = is_there ? PyUnicode_FromString(ways_with_halves[i].name) : NULL;
+        if (name && PyList_Append(names, name))
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *py_halve_with(PyObject *module, PyObject *name)
+{
+    (void)module;
+    const char *wanted = PyUnicode_AsUTF8(name);
+    for (size_t i = 0; wanted && i < COUNT(ways_with_halves); i++)
+        if (!strcmp(ways_with_halves[i].name, wanted) && has_pairs(ways_with_halves[i].halves)) {
+            halves = ways_with_halves[i].halves;
+            Py_RETURN_NONE;
+        }
+    if (wanted)
+        PyErr_Format(PyExc_ValueError, "%R: no products in half precision that can run here", name);
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
+    {"halves", py_halves, METH_NOARGS, "Ways to multiply in half precision, the fastest first; plain ones gain nothing."},
+    {"halve_with", py_halve_with, METH_O, "Multiply so from here on, in place of the fastest way."},
     {"loops", py_loops, METH_NOARGS, "Names of the loops that this processor can run, the widest first."},
     {"running", py_running, METH_NOARGS, "The name of those that are run."},
     {"run_with", py_run_with, METH_O, "Run those of that name from here on, in place of the widest."},
@@ -604,5 +697,8 @@ PyMODINIT_FUNC PyInit__operators(void)
     for (size_t i = COUNT(choices); i-- > 0;)
         if (can_run(&choices[i]))
             loops = choices[i].loops;
+    for (size_t i = COUNT(ways_with_halves); i-- > 0;)
+        if (has_pairs(ways_with_halves[i].halves))
+            halves = ways_with_halves[i].halves;
     return PyModule_Create(&definition);
 }

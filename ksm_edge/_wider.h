@@ -6,6 +6,9 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define WIDER_LOOPS
+#if __GNUC__ >= 11 /* that know of bfloat16 */
+#define PAIRED_HALVES
+#endif
 #endif
 
 #endif

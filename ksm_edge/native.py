@@ -29,6 +29,14 @@ def _operators() -> str | None:
 loops, operators = _loops(), _operators()
 
 
+def halves() -> str | None:
+    """By which instructions this processor multiplies numbers in half precision, and faster than float32; or None."""
+    if operators is None:
+        return None
+    first = str(import_module("ksm_edge._operators").halves()[0])
+    return None if first == "plain" else first
+
+
 def running() -> str | None:
     """Which of the operators' loops run on this processor: sums come in another order in each of them."""
     return None if operators is None else str(import_module("ksm_edge._operators").running())

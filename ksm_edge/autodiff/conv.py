@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ksm_edge.autodiff import windows, winograd
+from ksm_edge.autodiff import products, windows, winograd
 from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
 from ksm_edge.autodiff.rules import transposed_conv
 from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, GradientSpec
@@ -89,6 +89,9 @@ def forward(emit: Emitter, node: Node, layer: Layer, form: str, shapes: Mapping[
     if form == "winograd":
         winograd.forward(emit, node, layer, (shapes[node.inputs[0]], shapes[node.output]), output)
         return
+    if form == "pointwise" and emit.half_products and Geometry.of(node, layer).strides == (1, 1):
+        products.pointwise(emit, layer, node.inputs[0], shapes[node.inputs[0]], output)
+        return
     x, geometry = node.inputs[0], Geometry.of(node, layer).attributes
     bias, O = f"{layer.name}.bias", layer.weight_shape[0]
     if form != "channel":
@@ -136,8 +139,8 @@ def accumulate(tape: Tape, name: str, shape: Shape, value: str) -> None:
 
 def _pointwise(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
     columns = _by_channel(tape, *_subsampled(tape, node, layer))
-    rows = _by_channel(tape, dz, tape.shapes[node.output])
-    _accumulate_gemm(tape, f"{layer.name}.product", layer.weight_shape[:2], rows, columns)
+    (n, _, h, w), (O, I, _, _) = (shape := tape.shapes[node.output]), layer.weight_shape
+    _accumulate_gemm(tape, f"{layer.name}.product", (O, I), _by_channel(tape, dz, shape), columns, n * h * w)
 
 
 def _subsampled(tape: Tape, node: Node, layer: Layer) -> tuple[str, Shape]:
@@ -159,10 +162,14 @@ def _by_channel(tape: Tape, x: str, shape: Shape) -> str:
     return tape.emit.reshape(x, (C, n * h * w))
 
 
-def _accumulate_gemm(tape: Tape, name: str, shape: Shape, dz: str, x: str) -> None:
-    """name (O, I), of that shape, := acc + dz x^T, for dz (O, nP) and x (I, nP)."""
+def _accumulate_gemm(tape: Tape, name: str, shape: tuple[int, int], dz: str, x: str, pixels: int) -> None:
+    """name (O, I), of that shape, := acc + dz x^T, for dz (O, nP) and x (I, nP); `pixels`: nP."""
     emit = tape.emit
-    emit("Gemm", dz, x, emit.input(f"acc:{name}", shape), name=emit.output(name, shape), transB=1)
+    before, total = emit.input(f"acc:{name}", shape), emit.output(name, shape)
+    if emit.half_products:
+        products.accumulated(emit, before, dz, x, (*shape, pixels), total)
+    else:
+        emit("Gemm", dz, x, before, name=total, transB=1)
 
 
 def _taps(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
@@ -196,7 +203,7 @@ def _patches(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
         patches = tape.emit("Concat", *_windows(tape, node, layer), axis=1)
     columns = _by_channel(tape, patches, (n, kh * kw * I, h, w))
     rows = _by_channel(tape, dz, (n, O, h, w))
-    _accumulate_gemm(tape, f"{layer.name}.product", (O, kh * kw * I), rows, columns)
+    _accumulate_gemm(tape, f"{layer.name}.product", (O, kh * kw * I), rows, columns, n * h * w)
 
 
 def _window_shape(tape: Tape, node: Node) -> Shape:
@@ -238,7 +245,7 @@ def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shap
     emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, shape
     if layer.groups == 1:
         rows, columns = _by_channel(tape, dz, (n, O, h, w)), _by_channel(tape, window, shape)
-        _accumulate_gemm(tape, name, (O, I), rows, columns)
+        _accumulate_gemm(tape, name, (O, I), rows, columns, n * h * w)
     elif layer.is_depthwise:
         total = emit.sum(emit("Mul", dz, window), OVER_IMAGES)
         accumulate(tape, name, (O, I), emit.reshape(total, (O, 1)))
@@ -295,6 +302,8 @@ def _pointwise_input_gradient(tape: Tape, node: Node, layer: Layer, dz: str, *, 
     V; from 28 x 28 on V^T dz is faster.
     """
     emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, tape.shapes[node.output]
+    if emit.half_products:
+        return products.pointwise_input_gradient(emit, layer, dz, (n, O, h, w))
     columns = emit.reshape(dz, (O, h * w) if n == 1 else (n, O, h * w))
     # V a second time, as a matrix: ONNX Runtime copies a graph input that is reshaped.
     matrix = f"{layer.name}.matrix"

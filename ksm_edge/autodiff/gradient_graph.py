@@ -60,7 +60,7 @@ def build(
     table = {layer.name: layer for layer in layers}
     nodes = read_nodes(backbone)
     shapes = static_shapes(backbone, spec.micro_batch, spec.size)
-    emit = Emitter(dtype)
+    emit = Emitter(dtype, spec.half_products)
     emit.constants.update(_constants(backbone, dtype))
     if spec.part != WHOLE:
         nodes = _part(nodes, spec, shapes)

@@ -43,6 +43,7 @@ class Emitter:
     """Collects ONNX nodes in the order in which they are to run; every tensor gets a name of its own."""
 
     dtype: type[np.floating[Any]] = np.float32
+    half_products: bool = False  # where there is a choice, see `products`
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     externals: dict[str, Shape] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ksm_edge.autodiff import windows, winograd
+from ksm_edge.autodiff import products, windows, winograd
 from ksm_edge.autodiff.graph import OWN, Emitter, Node, Shape
 from ksm_edge.autodiff.tape import Gradient, Tape
 from ksm_edge.bundle.layers import Layer
@@ -233,6 +233,8 @@ def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str
         return [(node.output[0], winograd.made_shape(node.op_type, attributes))]
     if node.op_type in windows.OPERATORS:
         return [(node.output[0], windows.made_shape(node.op_type, attributes))]
+    if node.op_type in products.OPERATORS:
+        return list(zip(node.output, products.made_shapes(attributes), strict=True))
     n, C, H, W = attributes["image_shape"]
     first = attributes["output_shape"] if node.op_type in FORWARD else (n, C, H, W)
     last = (GROUP, H, W) if node.op_type.startswith("Widened") else (C,)

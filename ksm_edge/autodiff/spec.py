@@ -31,6 +31,7 @@ class GradientSpec:
     widened: bool = True  # with `own`: 1x1 convs are done along with the depthwise convs behind them
     tile_bytes: int = 0  # with `own` and `fast`: 3x3 convs by tiles whose weights take up to so much, see `winograd`
     half: bool = False  # keep the forward pass's tensors in half precision where that gains: see `autodiff.halved`
+    half_products: bool = False  # with `own`: multiply matrices in half precision, see `autodiff.products`
     formed_at: int = 0  # pixels that the forms of convs are chosen for; 0: those of `size`
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 

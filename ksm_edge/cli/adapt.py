@@ -45,9 +45,11 @@ PACK_BITS = {
     "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
     "head_bits": "bits of each weight of the head, 2 to 8",
 }
-MEMORY_BITS = {
+LEARNING_BITS = {
     "moment_bits": "bits of each of a score's moments while learning, 32 or 8; 8 also where memory is short",
     "activation_bits": "bits of what the forward pass keeps for gradients, 32 or 16: in MobileNets half as much",
+    "product_bits": "bits of what matrix products multiply while learning, 32, or 16 where this processor does that "
+    "faster",
 }
 
 
@@ -98,7 +100,7 @@ def _add_board(group: Options) -> None:
         help="measure first, once for a backbone and these options, which forms of the computation are the fastest on "
         "this board; they change last bits",
     )
-    _add_numbers(group, MEMORY_BITS, positive, "N")
+    _add_numbers(group, LEARNING_BITS, positive, "N")
 
 
 def _add_what_learns(group: Options) -> None:
@@ -275,7 +277,7 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
                          "--train-scale they do not")  # fmt: skip
     names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "crop_start",
              "masked", "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS,
-             *MEMORY_BITS)  # fmt: skip
+             *LEARNING_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)
     defaults: dict[str, Any] = {"batch": device.batch, "epochs": epochs}

@@ -123,6 +123,9 @@ def _memory(plan: Plan) -> str:
     short += ", weights of k x k layers made when they are needed" if spec.inside else ""
     short += ", most of the forward pass computed twice" if spec.recompute else ""
     short += ", what gradients are made from in half precision" if plan.graph.halved else ""
+    short += ", products in half precision" if spec.half_products else ""
+    if plan.settings.product_bits == 16 and not spec.half_products:
+        short += ", products in float32, as none are faster here"
     short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
     return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ksm_edge.autodiff import products
 from ksm_edge.autodiff.graph import OWN
 from ksm_edge.autodiff.liveness import with_shapes
 
@@ -94,6 +95,8 @@ def _arithmetic(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> 
         left = shapes[node.input[0]]
         inner = left[-2] if attributes.get("transA", 0) else left[-1]
         return "pointwise", 2.0 * _size(shapes[node.output[0]]) * inner
+    if node.op_type in products.OPERATORS:
+        return "pointwise", products.operations(_attributes(node))
     if node.domain == OWN and "Depthwise" in node.op_type:
         return _depthwise(node)
     return "memory", float(_size(shapes.get(node.output[0], ())))

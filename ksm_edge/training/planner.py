@@ -15,7 +15,7 @@ from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.footprint import activation_bytes, expected_peak_bytes, score_count
-from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, Settings
+from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, PRODUCT_BITS, Settings
 from ksm_edge.training.stages import Stage, stages
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers, of_size
 from ksm_edge.training.tuning import Tuned, forms_that_may_differ, measured
@@ -119,6 +119,8 @@ def make_plan(
             raise UsageError(f"the runtime {runtime} has no forms to choose from: leave out --tune")
         if settings.activation_bits < ACTIVATION_BITS[0]:
             raise UsageError(f"the runtime {runtime} keeps activations as it likes: leave out --activation-bits")
+        if settings.product_bits < PRODUCT_BITS[0]:
+            raise UsageError(f"the runtime {runtime} multiplies as it likes: leave out --product-bits")
         return _unmeasured_plan(bundle, classes, settings, engine)
 
     search = _Search(bundle, classes, settings, budget_bytes)

@@ -14,7 +14,7 @@ from ksm_edge.pack.format import HEAD_BITS, NORM_BITS, SCALE_BITS
 METHODS = ("ksm", "norm", "head")
 STATISTICS = ("frozen", "batch")
 HEAD_STARTS = ("zero", "random")
-MOMENT_BITS, ACTIVATION_BITS = (32, 8), (32, 16)
+MOMENT_BITS, ACTIVATION_BITS, PRODUCT_BITS = (32, 8), (32, 16), (32, 16)
 # Of few images each is shown more often, so that all together are as many as this, up to so many times: as many steps
 # as a task of a thousand images has, since masks have to form all the same.
 SHOWN, MOST_EPOCHS = 9600, 240
@@ -54,6 +54,7 @@ class Settings:
     learn_in_bits: bool = False  # behind the thinning learn with the values of a pack (batch-norm's: if frozen)
     moment_bits: int = 32  # of each of Adam's two for a score, 32 or 8; a plan may choose 8 where memory is short
     activation_bits: int = 32  # of what the forward pass keeps for gradients, 32 or 16, see `autodiff.halved`
+    product_bits: int = 32  # of what matrix products multiply, 32, or 16 if that is faster here: `autodiff.products`
     warmup: float = 0.3  # share of all steps in which the rates rise to their full value
     label_smoothing: float = 0.1
     balanced: bool = False  # weigh classes by the inverse of their frequency
@@ -75,7 +76,8 @@ class Settings:
         _one_of("head_start", self.head_start, HEAD_STARTS)
         if self.granularity not in ("kernel", "channel", "element"):
             group_size(self.granularity)
-        for name, known in {"moment_bits": MOMENT_BITS, "activation_bits": ACTIVATION_BITS}.items():
+        bits_known = {"moment_bits": MOMENT_BITS, "activation_bits": ACTIVATION_BITS, "product_bits": PRODUCT_BITS}
+        for name, known in bits_known.items():
             if (bits := getattr(self, name)) not in known:
                 raise UsageError(f"{name} {bits}: must be one of {', '.join(map(str, known))}")
         for name in ("seed", "views"):

@@ -17,7 +17,7 @@ from ksm_edge.runtimes.engine import Engine
 from ksm_edge.runtimes.workers import Session
 from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
-from ksm_edge.training.settings import ACTIVATION_BITS, Settings
+from ksm_edge.training.settings import ACTIVATION_BITS, PRODUCT_BITS, Settings
 from ksm_edge.training.stages import stages
 from ksm_edge.training.suited import RateScale, most_cut, rate_scale
 from ksm_edge.training.thinning import late_step, thin
@@ -300,6 +300,10 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
         tile_bytes=TILE_BYTES if settings.statistics == "frozen" else 0,
         part=part,
         half=settings.activation_bits < ACTIVATION_BITS[0],
+        # With the batch's own statistics a run is one for all threads, which these products are not shared out to.
+        half_products=settings.product_bits < PRODUCT_BITS[0]
+        and settings.statistics == "frozen"
+        and native.halves() is not None,
     )
 
 
@@ -316,9 +320,10 @@ def forward_spec(spec: GradientSpec, forms: Mapping[str, str], size: int | None 
     # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
     tile_bytes = spec.tile_bytes if "winograd" in forms.values() else 0
     read = replace(of_size(spec, size or spec.size), fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
+    read = replace(read, half_products=False)
     return replace(read, backward=False, statistics="frozen", classes=0, half=False, recompute=False, part=WHOLE)
 
 
 def front_spec(spec: GradientSpec) -> GradientSpec:
     """What makes the images of the rest: forward, and without parameters."""
-    return replace(forward_spec(spec, {}), part=FRONT)
+    return replace(forward_spec(spec, {}), part=FRONT, half_products=spec.half_products)

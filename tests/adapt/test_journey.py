@@ -312,5 +312,7 @@ def test_torch_promises_no_memory(bundle: Bundle, images: ImageSet, tmp_path: Pa
         adapt(bundle, images, tmp_path / "a.ksm", settings(), runtime="pytorch", budget_bytes=2**30)
     with pytest.raises(UsageError, match="keeps activations as it likes: leave out --activation-bits"):
         adapt(bundle, images, tmp_path / "a.ksm", settings(activation_bits=16), runtime="pytorch")
+    with pytest.raises(UsageError, match="multiplies as it likes: leave out --product-bits"):
+        adapt(bundle, images, tmp_path / "a.ksm", settings(product_bits=16), runtime="pytorch")
     plan = make_plan(bundle, 3, settings(batch=100), threads=1, budget_bytes=None, runtime="pytorch")
     assert (plan.expected_peak_bytes, plan.micro_batch, plan.engine.workers) == (None, 32, 1)

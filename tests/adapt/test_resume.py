@@ -50,6 +50,7 @@ def test_a_resumed_training_ends_in_the_very_bytes_of_an_uninterrupted_one(
         {"granularity": "element"},
         {"moment_bits": 8},
         {"activation_bits": 16},
+        {"product_bits": 16},
         {"views": 1, "layers": "dw.."},
     ],
     ids=str,

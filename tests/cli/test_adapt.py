@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from tiny import saved_tiny_bundle, tiny_pack
 
+from ksm_edge import native
 from ksm_edge.cli.adapt import settings_of
 from ksm_edge.cli.main import build_parser, main
 from ksm_edge.device import Device
@@ -148,6 +149,22 @@ def test_where_crops_begin_is_refused_where_they_do_not_narrow() -> None:
     for words in (["--fast"], ["--views", "2"], ["--crop-scale", "0.5"], ["--train-scale", "0.5"]):
         with pytest.raises(UsageError, match="--crop-start says where crops begin to narrow"):
             chosen(*words)
+
+
+@pytest.mark.parametrize(
+    ("halves", "said"),
+    [("avx1024_bf16", ", products in half precision;"), (None, ", products in float32, as none are faster here;")],
+)
+def test_the_plan_says_how_matrices_are_multiplied(
+    photos: Path, bundle: Path, tmp_path: Path, halves: str | None, said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if native.operators is None:
+        pytest.skip("installed without a C compiler")
+    monkeypatch.setattr(native, "halves", lambda: halves)
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--product-bits", 16)) == 0
+    assert said in capsys.readouterr().err
+    assert load_pack(tmp_path / "a.ksm").record["settings"]["product_bits"] == 16
 
 
 def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,256 @@
+/* Products of matrices whose numbers are rounded to half precision: bfloat16, two of which lie in a word, one behind the
+   other along the sum. Sums are float32. Where a processor multiplies such pairs it does in one instruction what takes
+   float32 two; where it does not, the same comes out to last bits, and takes longer.
+
+   Whoever includes this says how many floats LANES are, and where the processor has instructions for them (HAS_PAIRS)
+   what `pairs`, `pairs_along` and `add_pairs` do, of how many ROWS of a result the sums stay in registers, two each. */
+
+#ifndef KSM_EDGE_HALVES_H
+#define KSM_EDGE_HALVES_H
+
+#include "_rows.h"
+
+enum { PANEL = 2 * LANES };  /* columns of a result that are worked on at once */
+enum { COLUMNS_KEPT = 256 }; /* whose right sides lie in words beside each other, */
+enum { DEEPEST = 512 };      /* with so many numbers of each sum: a panel of them stays in the cache */
+enum { MOST_SIDES = 4 };
+enum { NOTHING, EACH, BY_ROW };
+
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Sums __attribute__((vector_size(4 * LANES))); /* in registers: GCC moves Lanes about, twice the time */
+
+typedef struct {
+    int64_t batch, rows, columns, depth; /* (b, M, N), and K */
+    int64_t turned[2];                   /* whether the left side is (b, K, M), and the right one (b, N, K) */
+    int64_t shared;                      /* whether the left side is one for all of the batch */
+    int64_t start;                       /* what sums begin with: nothing, a number for each, or one for a row, (M,) */
+    int64_t rank, made[MOST_SIDES];      /* the result's shape, which may say (M, N) in other words */
+} Product;
+
+typedef struct {
+    const Product *p;
+    const float *left, *right, *before;
+    float *made;
+    uint32_t *room; /* for the words of M + COLUMNS_KEPT rows and columns */
+} Multiplication;
+
+/* Of one of the batch some of the numbers of each sum, as words. */
+typedef struct {
+    int64_t from, depth;    /* of those numbers */
+    uint32_t *left, *right; /* (M, words), or turned (words, M); (panels, words, PANEL) */
+    int64_t down, along;    /* from a word on the left to the next row's, and to the next one of the sum */
+} Part;
+
+INLINE int64_t words_of(int64_t numbers)
+{
+    return (numbers + 1) / 2;
+}
+
+#ifndef HAS_PAIRS
+enum { ROWS = 4 };
+
+INLINE Words rounded(Words bits)
+{
+    return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+/* Words of numbers and of those behind them. */
+INLINE Words pairs(Lanes first, Lanes second)
+{
+    return rounded((Words)first) >> 16 | (rounded((Words)second) & 0xffff0000u);
+}
+
+/* The same of 2 LANES numbers in a row. */
+INLINE Words pairs_along(const float *row)
+{
+    Lanes first, second;
+    for (int i = 0; i < LANES; i++)
+        first[i] = row[2 * i], second[i] = row[2 * i + 1];
+    return pairs(first, second);
+}
+
+/* total + the products of a word's two with each lane's. */
+INLINE Sums add_pairs(Sums total, uint32_t word, Words each)
+{
+    Words all = (Words){0} + word, high = (Words){0} + 0xffff0000u;
+    return total + (Sums)(all << 16) * (Sums)(each << 16) + (Sums)(all & high) * (Sums)(each & high);
+}
+#endif
+
+/* ---- Into words ---- */
+
+/* Two rows of floats, the second behind the first along the sum; where there is none, NULL, there are zeros. */
+INLINE void pair_rows(const float *first, const float *second, int64_t count, uint32_t *words)
+{
+    for (int64_t i = 0; i < count; i += LANES) {
+        Lanes behind = {0};
+        if (second)
+            behind = load_some(second + i, count - i);
+        store_some((float *)words + i, (Lanes)pairs(load_some(first + i, count - i), behind), count - i);
+    }
+}
+
+/* A row that lies along the sum. */
+INLINE void pair_along(const float *row, int64_t count, uint32_t *words)
+{
+    int64_t i = 0;
+    for (; i + PANEL <= count; i += PANEL)
+        store((float *)(words + i / 2), (Lanes)pairs_along(row + i));
+    if (i < count) {
+        float rest[PANEL] = {0};
+        memcpy(rest, row + i, (size_t)(count - i) * sizeof(float));
+        store_some((float *)(words + i / 2), (Lanes)pairs_along(rest), words_of(count - i));
+    }
+}
+
+/* `numbers` rows of `pitch` floats, `count` of each, along the sum from row to row. */
+INLINE void pair_across(const float *rows, int64_t pitch, int64_t numbers, int64_t count, uint32_t *words, int64_t apart)
+{
+    for (int64_t k = 0; k < numbers; k += 2, rows += 2 * pitch, words += apart)
+        pair_rows(rows, k + 1 < numbers ? rows + pitch : NULL, count, words);
+}
+
+INLINE void take_left(const Product *p, const float *left, const Part *part)
+{
+    if (p->turned[0])
+        pair_across(left + part->from * p->rows, p->rows, part->depth, p->rows, part->left, p->rows);
+    else
+        for (int64_t i = 0; i < p->rows; i++)
+            pair_along(left + i * p->depth + part->from, part->depth, part->left + i * part->down);
+}
+
+/* A panel, whose columns from the `count`-th on are 0. */
+INLINE void take_right(const Product *p, const float *right, const Part *part, int64_t column, int64_t count,
+                       uint32_t *words)
+{
+    if (count < PANEL)
+        memset(words, 0, (size_t)(words_of(part->depth) * PANEL) * sizeof *words);
+    if (!p->turned[1]) {
+        pair_across(right + part->from * p->columns + column, p->columns, part->depth, count, words, PANEL);
+        return;
+    }
+    for (int64_t k = 0; k < part->depth; k += PANEL, words += LANES * PANEL) {
+        uint32_t block[PANEL][LANES]; /* so many words of each column */
+        int64_t some = least(PANEL, part->depth - k);
+        for (int64_t j = 0; j < count; j++)
+            pair_along(right + (column + j) * p->depth + part->from + k, some, block[j]);
+        for (int64_t w = 0; w < words_of(some); w++)
+            for (int64_t j = 0; j < count; j++)
+                words[w * PANEL + j] = block[j][w];
+    }
+}
+
+/* ---- Sums ---- */
+
+/* (rows, PANEL), of rows of the left side and a panel of the right; of each row so many registers. */
+INLINE void sum_tile(const Part *part, const uint32_t *left, const uint32_t *right, int rows, int registers, float *sums)
+{
+    Sums total[ROWS][2];
+    int64_t down = part->down, along = part->along, words = words_of(part->depth);
+    for (int i = 0; i < rows; i++)
+        for (int r = 0; r < registers; r++)
+            total[i][r] = (Sums){0};
+    for (int64_t k = 0; k < words; k++, left += along, right += PANEL) {
+        Words each[2];
+        for (int r = 0; r < registers; r++)
+            each[r] = *(const Words *)(right + r * LANES);
+        for (int i = 0; i < rows; i++)
+            for (int r = 0; r < registers; r++)
+                total[i][r] = add_pairs(total[i][r], left[i * down], each[r]);
+    }
+    for (int i = 0; i < rows; i++)
+        for (int r = 0; r < registers; r++)
+            store(sums + i * PANEL + r * LANES, (Lanes)total[i][r]);
+}
+
+/* The same with what the compiler has to know: how many there are. */
+static void sum_up(const Part *part, const uint32_t *left, const uint32_t *right, int64_t rows, int64_t count,
+                   float *sums)
+{
+#define TILE_OF(COUNT)                                                                                                 \
+    case COUNT:                                                                                                        \
+        if (count > LANES)                                                                                             \
+            sum_tile(part, left, right, least(COUNT, ROWS), 2, sums);                                                  \
+        else                                                                                                           \
+            sum_tile(part, left, right, least(COUNT, ROWS), 1, sums);                                                  \
+        break;
+    switch (rows) {
+        TILE_OF(1)
+        TILE_OF(2)
+        TILE_OF(3)
+        TILE_OF(4)
+        TILE_OF(5)
+        TILE_OF(6)
+        TILE_OF(7)
+        TILE_OF(8)
+        TILE_OF(9)
+        TILE_OF(10)
+        TILE_OF(11)
+        TILE_OF(12)
+    }
+#undef TILE_OF
+}
+
+/* A tile's sums to what there is of them, and into their place. */
+static void add_tile(const Multiplication *m, int64_t from, int64_t row, int64_t rows, int64_t column, int64_t count,
+                     const float *sums)
+{
+    const Product *p = m->p;
+    for (int64_t i = 0; i < rows; i++, sums += PANEL) {
+        int64_t place = (row + i) * p->columns + column;
+        for (int64_t j = 0; j < count; j += LANES) {
+            Lanes start = {0};
+            if (from)
+                start = load_some(m->made + place + j, count - j);
+            else if (p->start == BY_ROW)
+                start += m->before[row + i];
+            else if (p->start == EACH)
+                start = load_some(m->before + place + j, count - j);
+            store_some(m->made + place + j, start + load(sums + j), count - j);
+        }
+    }
+}
+
+/* Rows through all panels that are kept: so what is added to and written, often the most that is, goes by in a row. */
+INLINE void multiply_part(const Multiplication *m, const Part *part)
+{
+    const Product *p = m->p;
+    int64_t words = words_of(part->depth);
+    for (int64_t first = 0; first < p->columns; first += COLUMNS_KEPT) {
+        int64_t last = least(first + COLUMNS_KEPT, p->columns);
+        for (int64_t column = first; column < last; column += PANEL)
+            take_right(p, m->right, part, column, least(PANEL, last - column), part->right + (column - first) * words);
+        for (int64_t row = 0; row < p->rows; row += ROWS)
+            for (int64_t column = first; column < last; column += PANEL) {
+                float sums[ROWS * PANEL];
+                int64_t rows = least(ROWS, p->rows - row), count = least(PANEL, last - column);
+                const uint32_t *right = part->right + (column - first) * words;
+                sum_up(part, part->left + row * part->down, right, rows, count, sums);
+                add_tile(m, part->from, row, rows, column, count, sums);
+            }
+    }
+}
+
+static void half_product(Multiplication m)
+{
+    const Product *p = m.p;
+    int64_t whole = words_of(least(p->depth, DEEPEST));
+    for (int64_t i = 0; i < p->batch; i++) {
+        for (int64_t from = 0; from < p->depth; from += DEEPEST) {
+            int64_t depth = least(DEEPEST, p->depth - from), words = words_of(depth);
+            Part part = {from, depth, m.room, m.room + p->rows * whole, words, 1};
+            if (p->turned[0])
+                part.down = 1, part.along = p->rows;
+            if (i == 0 || !p->shared || p->depth > DEEPEST)
+                take_left(p, m.left, &part);
+            multiply_part(&m, &part);
+        }
+        m.left += p->shared ? 0 : p->rows * p->depth;
+        m.right += p->depth * p->columns;
+        m.made += p->rows * p->columns;
+    }
+}
+
+typedef void HalfProduct(Multiplication m);
+
+#endif

@@ -1,0 +1,68 @@
+"""Nodes of matrix products in half precision, in operators of this project (`_halves.h`).
+
+    HalfProduct      A, B -> A B, room
+    HalfProductFrom  A, B, C -> A B + C, room
+
+A and B are rounded to bfloat16 where they are multiplied, by which each of their numbers errs by up to 2^-9 of itself.
+Sums, and all that lies between two products, are float32. Convs in Winograd's domain stay as they are: what comes back
+from there errs by ten times as much as what is multiplied in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ksm_edge.autodiff.graph import OWN, Emitter, Shape
+from ksm_edge.bundle.layers import Layer
+
+OPERATORS = ("HalfProduct", "HalfProductFrom")
+# What sums begin with, by its number there.
+NOTHING, EACH, BY_ROW = range(3)
+COLUMNS_KEPT, DEEPEST = 256, 512  # columns of a right side, and terms, that are in half precision at once, as there
+
+
+def pointwise(emit: Emitter, layer: Layer, x: str, shape: Shape, output: str) -> None:
+    """V x + v for each image, (n, O, h, w); `shape`: of `x`."""
+    (n, I, h, w), O = shape, layer.weight_shape[0]
+    given = f"{layer.name}.weight", x, f"{layer.name}.bias"
+    _emit(emit, given, (n, O, h * w, I), (n, O, h, w), output, shared=True, start=BY_ROW)
+
+
+def pointwise_input_gradient(emit: Emitter, layer: Layer, dz: str, shape: Shape) -> str:
+    """V^T dz for each image, (n, I, h, w); `shape`: of `dz`."""
+    (n, O, h, w), I = shape, layer.weight_shape[1]
+    sides, name = (n, I, h * w, O), emit.fresh("dx")
+    _emit(emit, (f"{layer.name}.weight", dz), sides, (n, I, h, w), name, turned=(True, False), shared=True)
+    return name
+
+
+def accumulated(emit: Emitter, before: str, dz: str, x: str, sides: tuple[int, int, int], total: str) -> None:
+    """total := before + dz x^T, of dz (O, P) and x (I, P); `sides`: O, I, P."""
+    _emit(emit, (dz, x, before), (1, *sides), sides[:2], total, turned=(False, True), start=EACH)
+
+
+def _emit(
+    emit: Emitter, given: tuple[str, ...], sides: Shape, made: Shape, name: str, *,
+    turned: tuple[bool, bool] = (False, False), shared: bool = False, start: int = NOTHING,
+) -> None:  # fmt: skip
+    """`sides`: how many products, and of each rows, columns and terms; `turned`: which sides are read transposed.
+
+    `shared`: the left side is one for all of them. `made`: the result's shape.
+    """
+    attributes: dict[str, Any] = {"sides": sides, "turned": turned, "shared": [shared], "start": [start]}
+    attributes = {which: [int(value) for value in values] for which, values in attributes.items()}
+    attributes |= {"rank": [len(made)], "output_shape": list(made)}
+    emit.many(OPERATORS[start > NOTHING], *given, names=[name, emit.fresh("room")], domain=OWN, **attributes)
+
+
+def made_shapes(attributes: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    """Of what one of these operators makes, and of the room for a part of its left side in half precision."""
+    _, rows, _, terms = attributes["sides"]
+    return tuple(attributes["output_shape"]), (rows + COLUMNS_KEPT, (min(terms, DEEPEST) + 1) // 2)
+
+
+def operations(attributes: Mapping[str, Any]) -> float:
+    """Multiplications and additions."""
+    return 2.0 * math.prod(attributes["sides"])
