@@ -3,7 +3,7 @@
     HalfProduct      A, B -> A B, room
     HalfProductFrom  A, B, C -> A B + C, room
 
-A and B are rounded to bfloat16 where they are multiplied, by which each of their numbers errs by up to 2^-9 of itself.
+A and B are rounded to bfloat16 where they are multiplied, by which each of their numbers errs by up to 2^-8 of itself.
 Sums, and all that lies between two products, are float32. Convs in Winograd's domain stay as they are: what comes back
 from there errs by ten times as much as what is multiplied in it.
 """
@@ -58,7 +58,7 @@ def _emit(
 
 
 def made_shapes(attributes: Mapping[str, Any]) -> tuple[Shape, Shape]:
-    """Of what one of these operators makes, and of the room for a part of its left side in half precision."""
+    """Of what one of these operators makes, and of the room for parts of both sides in half precision."""
     _, rows, _, terms = attributes["sides"]
     return tuple(attributes["output_shape"]), (rows + COLUMNS_KEPT, (min(terms, DEEPEST) + 1) // 2)
 

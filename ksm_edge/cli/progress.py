@@ -125,7 +125,8 @@ def _memory(plan: Plan) -> str:
     short += ", what gradients are made from in half precision" if plan.graph.halved else ""
     short += ", products in half precision" if spec.half_products else ""
     if plan.settings.product_bits == 16 and not spec.half_products:
-        short += ", products in float32, as none are faster here"
+        own = plan.settings.statistics == "batch"
+        short += f", products in float32, as {'statistics are of the batch' if own else 'none are faster here'}"
     short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
     return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
 

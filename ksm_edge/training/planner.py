@@ -42,7 +42,7 @@ FORMS: tuple[Form, ...] = tuple(
     )
 )
 # What of a form changes last bits: a training keeps to it.
-CHOSEN = ("fast", "inside", "own", "widened", "tile_bytes")
+CHOSEN = ("fast", "inside", "own", "widened", "tile_bytes", "half_products")
 
 Candidate = tuple[Settings, int, CompiledGraph]  # settings, workers, graph
 
@@ -229,6 +229,11 @@ def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
         raise UsageError(
             "the training was begun with operators in C, which this installation lacks: install the package where "
             "there is a C compiler, or start anew, without --resume"
+        )
+    if before["half_products"] and native.halves() is None:
+        raise UsageError(
+            "the training was begun with products in half precision, for which this processor has no instruction: go "
+            "on where it was begun, or start anew, without --resume"
         )
 
 

@@ -19,7 +19,9 @@ from ksm_edge.autodiff.gradient_graph import build
 from ksm_edge.autodiff.graph import OWN, Emitter
 from ksm_edge.bundle.layers import Bundle, Layer
 from ksm_edge.bundle.load import load_bundle
+from ksm_edge.errors import UsageError
 from ksm_edge.runtimes.onnxruntime import gradient_session_options
+from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec
 
@@ -140,6 +142,18 @@ def test_only_where_it_is_asked_for_and_gains(monkeypatch: pytest.MonkeyPatch) -
     assert not is_so(replace(asked, statistics="batch"))
     monkeypatch.setattr(native, "halves", lambda: None)
     assert not is_so(asked)
+
+
+def test_a_training_goes_on_only_where_its_products_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded, settings = load_bundle("embedded"), Settings(product_bits=16)
+    monkeypatch.setattr(native, "halves", lambda: "avx1024_bf16")
+    before = make_plan(embedded, 5, settings, threads=1, budget_bytes=None).choices
+    assert before["half_products"]
+    whole = make_plan(embedded, 5, settings, threads=1, budget_bytes=None, before={**before, "half_products": False})
+    assert not whole.graph.spec.half_products
+    monkeypatch.setattr(native, "halves", lambda: None)
+    with pytest.raises(UsageError, match="begun with products in half precision"):
+        make_plan(embedded, 5, settings, threads=1, budget_bytes=None, before=before)
 
 
 def test_judging_multiplies_as_apps_do(monkeypatch: pytest.MonkeyPatch) -> None:
