@@ -112,7 +112,7 @@ def test_that_holds_for_torch(bundle: Bundle, images: ImageSet, tmp_path: Path, 
 
 
 LEAST = {"micro_batch": 1, "runtime": "onnxruntime", "workers": 1, "fast": False, "inside": True, "moment_bits": 8,
-         "own": False, "widened": True, "tile_bytes": 0}  # fmt: skip
+         "own": False, "widened": True, "tile_bytes": 0, "half_products": False}  # fmt: skip
 
 
 def test_a_training_of_slower_forms_stays_with_them(
