@@ -46,9 +46,10 @@ def _way(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _where(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A suite's tasks, `SUITE-NUMBER`, are measured together, and apart from the others."""
+    """A suite's tasks, `SUITE-NUMBER`, are measured together, apart from others; so are few images, `TASK@NUMBER`."""
     found = run["identity"]
-    return (*(found[name] for name in ("method", "recipe", "size")), found["task"].rpartition("-")[0])
+    task, _, images = found["task"].partition("@")
+    return (*(found[name] for name in ("method", "recipe", "size")), task.rpartition("-")[0], images)
 
 
 # Of each method and backbone the runs that are like the last one in all but task and seed.

@@ -58,10 +58,11 @@ def count_tables(content: Mapping[str, Any]) -> str:
     lines = []
     for suffix, count in COUNTS.items():
         for key in ("ksm", "linear"):
-            found = [tasks.get(task + suffix, {}).get(key, {}).get("by_seed", {}).get("0") for task in FIVE]
+            rows = [tasks.get(task + suffix, {}).get(key, {}) for task in FIVE]
+            found = [row.get("by_seed", {}).get("0") for row in rows]
             cells = ("" if accuracy is None else _percent(accuracy) for accuracy in found)
             if any(found):
-                lines.append((count, METHODS[key].title, *cells))
+                lines.append((count, _title(key, [row for row in rows if row]), *cells))
     return "\n".join(_table(("images a class", "test accuracy, %", *FIVE), lines))
 
 

@@ -155,9 +155,11 @@ def test_of_each_method_only_runs_like_the_latest_are_reported(load: Any) -> Non
         accuracy_run("flowers5", 0, 0.1, batch=8),
         accuracy_run("flowers5", 0, 0.3, method="full"),
         accuracy_run("flowers5", 0, 0.9),
+        accuracy_run("trashnet@10", 0, 0.6, batch=4),
+        accuracy_run("flowers5@10", 0, 0.7, batch=8),
         accuracy_run("trashnet", 1, 0.8),
     ]
-    assert [run["test_accuracy"] for run in load("accuracy").STANDING(runs)] == [0.3, 0.9, 0.8]
+    assert [run["test_accuracy"] for run in load("accuracy").STANDING(runs)] == [0.3, 0.9, 0.7, 0.8]
 
 
 @pytest.fixture
