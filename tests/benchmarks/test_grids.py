@@ -362,17 +362,18 @@ def test_the_tables_of_pages_are_those_of_the_results(pages: Any, tmp_path: Path
 
 
 def test_images_a_class_are_compared_with_the_same_seed(pages: Any) -> None:
-    def of_seeds(**accuracies: float) -> dict[str, Any]:
-        return {"by_seed": {seed.removeprefix("seed"): value for seed, value in accuracies.items()}}
+    def of_seeds(*earlier: str, **accuracies: float) -> dict[str, Any]:
+        by_seed = {seed.removeprefix("seed"): value for seed, value in accuracies.items()}
+        return {"by_seed": by_seed, "earlier": dict.fromkeys(earlier)}
 
     tasks = {
-        "flowers5@5": {"ksm": of_seeds(seed0=0.7), "linear": of_seeds(seed0=0.6)},
+        "flowers5@5": {"ksm": of_seeds("crop_start", seed0=0.7), "linear": of_seeds(seed0=0.6)},
         "flowers5": {"ksm": of_seeds(seed0=0.9, seed1=0.1)},
         "gtsrb43@10": {"ksm": of_seeds(seed1=0.8)},
     }
     table = pages.accuracy_tables.count_tables({"summary": {"mobilenet_v2, 160 px": tasks}})
     assert table.splitlines()[2:] == [
-        "| 5 | KSM, default | 70.0 |  |  |  |  |",
+        "| 5 | KSM, default (crops from 80 %) | 70.0 |  |  |  |  |",
         "| 5 | classifier only, logistic regression | 60.0 |  |  |  |  |",
         "| all | KSM, default | 90.0 |  |  |  |  |",
     ]
