@@ -1,6 +1,6 @@
 /* Products of matrices whose numbers are rounded to half precision: bfloat16, two of which lie in a word, one behind the
    other along the sum. Sums are float32. Where a processor multiplies such pairs it does in one instruction what takes
-   float32 two; where it does not, the same comes out to last bits, and takes longer.
+   float32 two; where it does not, the same comes out to last bits, denormals apart, and takes longer.
 
    Whoever includes this says how many floats LANES are, and where the processor has instructions for them (HAS_PAIRS)
    what `pairs`, `pairs_along` and `add_pairs` do, of how many ROWS of a result the sums stay in registers, two each. */
@@ -9,6 +9,7 @@
 #define KSM_EDGE_HALVES_H
 
 #include "_rows.h"
+#include "_wider.h"
 
 enum { PANEL = 2 * LANES };  /* columns of a result that are worked on at once */
 enum { COLUMNS_KEPT = 256 }; /* whose right sides lie in words beside each other, */
@@ -24,7 +25,8 @@ typedef struct {
     int64_t turned[2];                   /* whether the left side is (b, K, M), and the right one (b, N, K) */
     int64_t shared;                      /* whether the left side is one for all of the batch */
     int64_t start;                       /* what sums begin with: nothing, a number for each, or one for a row, (M,) */
-    int64_t rank, made[MOST_SIDES];      /* the result's shape, which may say (M, N) in other words */
+    int64_t made[MOST_SIDES];            /* the result's shape, which may say (M, N) in other words, */
+    size_t rank;                         /* and how many sides that has */
 } Product;
 
 typedef struct {
@@ -33,6 +35,12 @@ typedef struct {
     float *made;
     uint32_t *room; /* for the words of M + COLUMNS_KEPT rows and columns */
 } Multiplication;
+
+typedef void HalfProduct(Multiplication m);
+
+#ifdef PAIRED_HALVES
+extern HalfProduct ksm_edge_half_product_avx512 __attribute__((visibility("hidden")));
+#endif
 
 /* Of one of the batch some of the numbers of each sum, as words. */
 typedef struct {
@@ -250,7 +258,5 @@ static void half_product(Multiplication m)
         m.made += p->rows * p->columns;
     }
 }
-
-typedef void HalfProduct(Multiplication m);
 
 #endif

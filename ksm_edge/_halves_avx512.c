@@ -34,8 +34,6 @@ INLINE Sixteen add_pairs(Sixteen total, uint32_t word, Pairs each)
 
 #include "_halves.h"
 
-HalfProduct ksm_edge_half_product_avx512 __attribute__((visibility("hidden")));
-
 void ksm_edge_half_product_avx512(Multiplication m)
 {
     half_product(m);

@@ -146,58 +146,53 @@ static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const ch
 /* ---- Loops, by what the processor has ---- */
 
 static const Loops plain = ALL_LOOPS, *loops = &plain;
+static HalfProduct *multiply_halves = half_product;
 
 typedef struct {
     const char *name;
     const Loops *loops;
+    HalfProduct *halves; /* or this */
 } Choice;
 
-/* The widest first. */
-static const Choice choices[] = {
+/* The widest first, and the fastest. */
+static const Choice all_loops[] = {
 #ifdef WIDER_LOOPS
-    {"avx512", &ksm_edge_avx512},
-    {"avx2", &ksm_edge_avx2},
+    {"avx512", .loops = &ksm_edge_avx512},
+    {"avx2", .loops = &ksm_edge_avx2},
 #endif
-    {"plain", &plain},
+    {"plain", .loops = &plain},
+};
+static const Choice all_halves[] = {
+#ifdef PAIRED_HALVES
+    {"avx512_bf16", .halves = ksm_edge_half_product_avx512},
+#endif
+    {"plain", .halves = half_product},
 };
 
 static int can_run(const Choice *choice)
 {
 #ifdef WIDER_LOOPS
+    int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (choice->loops == &ksm_edge_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        return avx512;
     if (choice->loops == &ksm_edge_avx2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef PAIRED_HALVES
+    if (choice->halves == ksm_edge_half_product_avx512)
+        return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
     (void)choice;
     return 1;
 }
 
-static HalfProduct *halves = half_product;
-
-#ifdef PAIRED_HALVES
-extern HalfProduct ksm_edge_half_product_avx512 __attribute__((visibility("hidden")));
-#endif
-
-static const struct {
-    const char *name;
-    HalfProduct *halves;
-} ways_with_halves[] = {
-#ifdef PAIRED_HALVES
-    {"avx512_bf16", ksm_edge_half_product_avx512},
-#endif
-    {"plain", half_product},
-};
-
-static int has_pairs(HalfProduct *of)
+static void choose(const Choice *choice)
 {
-#ifdef PAIRED_HALVES
-    if (of == ksm_edge_half_product_avx512)
-        return can_run(&choices[0]) && __builtin_cpu_supports("avx512bf16");
-#endif
-    (void)of;
-    return 1;
+    if (choice->loops)
+        loops = choice->loops;
+    else
+        multiply_halves = choice->halves;
 }
 
 static OrtStatus *no_memory(const OrtApi *api)
@@ -350,9 +345,9 @@ static OrtStatus *compute_product(void *kernel, OrtKernelContext *context)
     const float **given[] = {&m.left, &m.right, &m.before};
     int64_t words = words_of(least(p->depth, DEEPEST));
     TRY(inputs(k, context, given, p->start == NOTHING ? 2 : 3));
-    TRY(output(k, context, 0, p->made, (size_t)p->rank, &m.made));
+    TRY(output(k, context, 0, p->made, p->rank, &m.made));
     TRY(output(k, context, 1, (int64_t[]){p->rows + COLUMNS_KEPT, words}, 2, (float **)&m.room));
-    halves(m);
+    multiply_halves(m);
     return NULL;
 }
 
@@ -435,11 +430,10 @@ static OrtStatus *read_product(const OrtApi *api, const OrtKernelInfo *info, Pro
     TRY(numbers(api, info, "turned", p->turned, 2));
     TRY(numbers(api, info, "shared", &p->shared, 1));
     TRY(numbers(api, info, "start", &p->start, 1));
-    TRY(numbers(api, info, "rank", &p->rank, 1));
-    if (p->rank < 1 || p->rank > MOST_SIDES || (p->start == EACH && sides[0] > 1))
+    if (p->start == EACH && sides[0] > 1)
         return api->CreateStatus(FAILED, "this product is beyond the operator");
-    p->batch = sides[0], p->rows = sides[1], p->columns = sides[2], p->depth = sides[3];
-    return numbers(api, info, "output_shape", p->made, (size_t)p->rank);
+    p->batch = sides[0], p->rows = sides[1], p->columns = sides[2], p->depth = sides[3], p->rank = MOST_SIDES;
+    return api->KernelInfoGetAttributeArray_int64(info, "output_shape", p->made, &p->rank);
 }
 
 static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel);
@@ -616,11 +610,10 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
 
 /* ---- For Python: which loops there are, and which are run ---- */
 
-static PyObject *py_loops(PyObject *module, PyObject *none)
+static PyObject *names_of(const Choice *choices, size_t count)
 {
-    (void)module, (void)none;
     PyObject *names = PyList_New(0);
-    for (size_t i = 0; names && i < COUNT(choices); i++) {
+    for (size_t i = 0; names && i < count; i++) {
         PyObject *name = can_run(&choices[i]) ? PyUnicode_FromString(choices[i].name) : NULL;
         if (name && PyList_Append(names, name))
             Py_CLEAR(names);
@@ -629,55 +622,50 @@ static PyObject *py_loops(PyObject *module, PyObject *none)
     return names;
 }
 
+static PyObject *choose_by_name(const Choice *choices, size_t count, PyObject *name, const char *refusal)
+{
+    const char *wanted = PyUnicode_AsUTF8(name);
+    for (size_t i = 0; wanted && i < count; i++)
+        if (!strcmp(choices[i].name, wanted) && can_run(&choices[i])) {
+            choose(&choices[i]);
+            Py_RETURN_NONE;
+        }
+    if (wanted)
+        PyErr_Format(PyExc_ValueError, refusal, name);
+    return NULL;
+}
+
+static PyObject *py_loops(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    return names_of(all_loops, COUNT(all_loops));
+}
+
 static PyObject *py_running(PyObject *module, PyObject *none)
 {
     (void)module, (void)none;
     size_t i = 0;
-    while (choices[i].loops != loops)
+    while (all_loops[i].loops != loops)
         i++;
-    return PyUnicode_FromString(choices[i].name);
+    return PyUnicode_FromString(all_loops[i].name);
 }
 
 static PyObject *py_run_with(PyObject *module, PyObject *name)
 {
     (void)module;
-    const char *wanted = PyUnicode_AsUTF8(name);
-    for (size_t i = 0; wanted && i < COUNT(choices); i++)
-        if (!strcmp(choices[i].name, wanted) && can_run(&choices[i])) {
-            loops = choices[i].loops;
-            Py_RETURN_NONE;
-        }
-    if (wanted)
-        PyErr_Format(PyExc_ValueError, "%R: no loops that can run here", name);
-    return NULL;
+    return choose_by_name(all_loops, COUNT(all_loops), name, "%R: no loops that can run here");
 }
 
 static PyObject *py_halves(PyObject *module, PyObject *none)
 {
     (void)module, (void)none;
-    PyObject *names = PyList_New(0);
-    for (size_t i = 0; names && i < COUNT(ways_with_halves); i++) {
-        int is_there = has_pairs(ways_with_halves[i].halves);
-        PyObject *name = is_there ? PyUnicode_FromString(ways_with_halves[i].name) : NULL;
-        if (name && PyList_Append(names, name))
-            Py_CLEAR(names);
-        Py_XDECREF(name);
-    }
-    return names;
+    return names_of(all_halves, COUNT(all_halves));
 }
 
 static PyObject *py_halve_with(PyObject *module, PyObject *name)
 {
     (void)module;
-    const char *wanted = PyUnicode_AsUTF8(name);
-    for (size_t i = 0; wanted && i < COUNT(ways_with_halves); i++)
-        if (!strcmp(ways_with_halves[i].name, wanted) && has_pairs(ways_with_halves[i].halves)) {
-            halves = ways_with_halves[i].halves;
-            Py_RETURN_NONE;
-        }
-    if (wanted)
-        PyErr_Format(PyExc_ValueError, "%R: no products in half precision that can run here", name);
-    return NULL;
+    return choose_by_name(all_halves, COUNT(all_halves), name, "%R: no products in half precision that can run here");
 }
 
 static PyMethodDef methods[] = {
@@ -689,16 +677,19 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static void choose_first(const Choice *choices, size_t count)
+{
+    for (size_t i = count; i-- > 0;)
+        if (can_run(&choices[i]))
+            choose(&choices[i]);
+}
+
 /* ONNX Runtime opens the same file: what is chosen here is chosen for it. */
 PyMODINIT_FUNC PyInit__operators(void)
 {
     static struct PyModuleDef definition = {
         PyModuleDef_HEAD_INIT, .m_name = "ksm_edge._operators", .m_size = -1, .m_methods = methods};
-    for (size_t i = COUNT(choices); i-- > 0;)
-        if (can_run(&choices[i]))
-            loops = choices[i].loops;
-    for (size_t i = COUNT(ways_with_halves); i-- > 0;)
-        if (has_pairs(ways_with_halves[i].halves))
-            halves = ways_with_halves[i].halves;
+    choose_first(all_loops, COUNT(all_loops));
+    choose_first(all_halves, COUNT(all_halves));
     return PyModule_Create(&definition);
 }

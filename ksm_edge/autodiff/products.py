@@ -53,8 +53,8 @@ def _emit(
     """
     attributes: dict[str, Any] = {"sides": sides, "turned": turned, "shared": [shared], "start": [start]}
     attributes = {which: [int(value) for value in values] for which, values in attributes.items()}
-    attributes |= {"rank": [len(made)], "output_shape": list(made)}
-    emit.many(OPERATORS[start > NOTHING], *given, names=[name, emit.fresh("room")], domain=OWN, **attributes)
+    room = emit.fresh("room")
+    emit.many(OPERATORS[start > NOTHING], *given, names=[name, room], domain=OWN, output_shape=list(made), **attributes)
 
 
 def made_shapes(attributes: Mapping[str, Any]) -> tuple[Shape, Shape]:

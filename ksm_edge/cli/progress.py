@@ -123,12 +123,17 @@ def _memory(plan: Plan) -> str:
     short += ", weights of k x k layers made when they are needed" if spec.inside else ""
     short += ", most of the forward pass computed twice" if spec.recompute else ""
     short += ", what gradients are made from in half precision" if plan.graph.halved else ""
-    short += ", products in half precision" if spec.half_products else ""
-    if plan.settings.product_bits == 16 and not spec.half_products:
-        own = plan.settings.statistics == "batch"
-        short += f", products in float32, as {'statistics are of the batch' if own else 'none are faster here'}"
+    short += _products(plan) if plan.settings.product_bits == 16 else ""
     short += ", moments of Adam in 8 bits" if plan.settings.moment_bits == 8 else ""
     return f"{short}; expected peak memory {plan.expected_peak_bytes / 2**20:.0f} MiB"
+
+
+def _products(plan: Plan) -> str:
+    """What came of asking for half precision."""
+    if plan.graph.spec.half_products:
+        return ", products in half precision"
+    why = "statistics are the batch's own" if plan.settings.statistics == "batch" else "none are faster here"
+    return f", products in float32, as {why}"
 
 
 def _forms(tuned: Tuned) -> str:

@@ -319,9 +319,9 @@ def forward_spec(spec: GradientSpec, forms: Mapping[str, str], size: int | None 
     """
     # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
     tile_bytes = spec.tile_bytes if "winograd" in forms.values() else 0
-    read = replace(of_size(spec, size or spec.size), fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
-    read = replace(read, half_products=False)
-    return replace(read, backward=False, statistics="frozen", classes=0, half=False, recompute=False, part=WHOLE)
+    exact = replace(of_size(spec, size or spec.size), half=False, half_products=False)
+    read = replace(exact, fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
+    return replace(read, backward=False, statistics="frozen", classes=0, recompute=False, part=WHOLE)
 
 
 def front_spec(spec: GradientSpec) -> GradientSpec:

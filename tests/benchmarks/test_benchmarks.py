@@ -206,6 +206,20 @@ def readme_table(results: Path, readme: Path, *more: str) -> subprocess.Complete
     return run(ROOT / "scripts" / "readme_table.py", "--results", results, "--readme", readme, *more)
 
 
+def test_few_images_learned_otherwise_than_today_are_marked(load: Any) -> None:
+    table = load("readme_table")
+
+    def what(earlier: dict[str, Any]) -> str:
+        row = {"test_accuracy": 0.7, "seeds": [0], "earlier": {}}
+        tasks = {f"{task}@10": {"ksm": row, "linear": row} for task in table.TASKS}
+        tasks["trashnet@10"] = {"ksm": {**row, "earlier": earlier}, "linear": row}
+        ((found, *_),) = table._few_rows(tasks)
+        return str(found)
+
+    assert what({}).endswith("ten images a class, mean")
+    assert what({"crop_start": 0.8}).endswith("ten images a class, mean, earlier settings")
+
+
 def test_the_readme_says_what_the_results_say(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     demo = "<!-- demo -->\n<!-- /demo -->\n"

@@ -152,17 +152,21 @@ def test_where_crops_begin_is_refused_where_they_do_not_narrow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("halves", "said"),
-    [("avx1024_bf16", ", products in half precision;"), (None, ", products in float32, as none are faster here;")],
+    ("halves", "statistics", "said"),
+    [
+        ("avx1024_bf16", "frozen", ", products in half precision;"),
+        ("avx1024_bf16", "batch", ", products in float32, as statistics are the batch's own;"),
+        (None, "frozen", ", products in float32, as none are faster here;"),
+    ],
 )
 def test_the_plan_says_how_matrices_are_multiplied(
-    photos: Path, bundle: Path, tmp_path: Path, halves: str | None, said: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    photos: Path, bundle: Path, tmp_path: Path, halves: str | None, statistics: str, said: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     if native.operators is None:
         pytest.skip("installed without a C compiler")
     monkeypatch.setattr(native, "halves", lambda: halves)
-    assert main(call(photos, bundle, tmp_path / "a.ksm", "--product-bits", 16)) == 0
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--product-bits", 16, "--statistics", statistics)) == 0
     assert said in capsys.readouterr().err
     assert load_pack(tmp_path / "a.ksm").record["settings"]["product_bits"] == 16
 
