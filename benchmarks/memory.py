@@ -58,6 +58,9 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("mobilenet_v2", 96, ("--activation-bits", "16", "--statistics", "batch", "--batch", "8")),
     ("efficientnet_b0", 0, ("--activation-bits", "16", "--threads", "4")),
     ("resnet50", 0, ("--activation-bits", "16", "--threads", "4")),
+    # Products in half precision, where the processor has them.
+    *(("mobilenet_v2", 0, ("--product-bits", "16", "--threads", threads)) for threads in ("1", "2", "4")),
+    *((recipe, 0, ("--product-bits", "16")) for recipe in ("mobilenet_v3_large", "resnet50")),
     # Each thread with micro-batches of its own, on however many cores.
     *((recipe, 0, ("--threads", "2")) for recipe in ("mobilenet_v2", "resnet18", "resnet20_cifar10")),
     ("efficientnet_b0", 0, ("--threads", "2")),

@@ -22,6 +22,7 @@ typedef struct OrtKernelInfo OrtKernelInfo;
 typedef struct OrtKernelContext OrtKernelContext;
 typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtCustomOpDomain OrtCustomOpDomain;
+typedef struct OrtAllocator OrtAllocator;
 typedef struct Operator Operator;
 
 enum { TASKS = 16 };
@@ -41,17 +42,29 @@ typedef struct {
     OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *context, size_t index, const OrtValue **value);
     OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *context, size_t index, const int64_t *shape, size_t rank,
                                           OrtValue **value);
-    void *releasing[71];
+    void *of_sessions_too[40];
+    void (*ReleaseAllocator)(OrtAllocator *allocator);
+    void *of_bindings[30];
     OrtStatus *(*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo *info, const char *name, int64_t *values,
                                                     size_t *count);
     void *of_providers[110];
     OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *context, void (*task)(void *work, size_t number),
                                             size_t tasks, size_t batches, void *work);
+    void *of_more_providers[3];
+    OrtStatus *(*KernelInfoGetAllocator)(const OrtKernelInfo *info, int kind, OrtAllocator **allocator);
 } OrtApi;
 
 _Static_assert(offsetof(OrtApi, GetTensorMutableData) == 51 * sizeof(void *), "a function is missing");
+_Static_assert(offsetof(OrtApi, ReleaseAllocator) == 132 * sizeof(void *), "a function is missing");
 _Static_assert(offsetof(OrtApi, KernelInfoGetAttributeArray_int64) == 163 * sizeof(void *), "a function is missing");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "a function is missing");
+_Static_assert(offsetof(OrtApi, KernelInfoGetAllocator) == 278 * sizeof(void *), "a function is missing");
+
+struct OrtAllocator {
+    uint32_t version;
+    void *(*Alloc)(OrtAllocator *allocator, size_t bytes);
+    void (*Free)(OrtAllocator *allocator, void *memory);
+};
 
 typedef struct {
     const OrtApi *(*GetApi)(uint32_t version);
@@ -89,6 +102,7 @@ struct Operator {
 
 typedef struct {
     const OrtApi *api;
+    OrtAllocator *arena;
     union {
         Depthwise depthwise;
         Gate gate;
@@ -119,6 +133,23 @@ static OrtStatus *output(const Kernel *k, OrtKernelContext *context, size_t inde
     OrtValue *value;
     TRY(k->api->KernelContext_GetOutput(context, index, shape, rank, &value));
     return k->api->GetTensorMutableData(value, (void **)data);
+}
+
+static OrtStatus *no_memory(const OrtApi *api)
+{
+    return api->CreateStatus(FAILED, "there is no memory left for an operator's room");
+}
+
+/* Memory from the session's arena while an operator runs; an output that nobody reads is held until the run's end. */
+static OrtStatus *take_room(const Kernel *k, int64_t floats, float **room)
+{
+    *room = k->arena->Alloc(k->arena, (size_t)floats * sizeof(float));
+    return *room ? NULL : no_memory(k->api);
+}
+
+static void give_back(const Kernel *k, float *room)
+{
+    k->arena->Free(k->arena, room);
 }
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
@@ -195,11 +226,6 @@ static void choose(const Choice *choice)
         multiply_halves = choice->halves;
 }
 
-static OrtStatus *no_memory(const OrtApi *api)
-{
-    return api->CreateStatus(FAILED, "there is no memory left for a few planes");
-}
-
 /* Channels in TASKS parts, on as many threads as the session has: but for what has one room for all. */
 typedef struct {
     Run *run;
@@ -257,8 +283,10 @@ static OrtStatus *compute_widened_forward(void *kernel, OrtKernelContext *contex
     const float **given[] = {&f.x, &f.wide, &f.shift, &f.weight, &f.scale, &f.bias};
     TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
-    TRY(output(k, context, 1, (int64_t[]){GROUP, d->H, d->W}, 3, &f.planes));
-    return loops->widened_forward(&f) ? NULL : no_memory(k->api);
+    TRY(take_room(k, GROUP * d->H * d->W, &f.planes));
+    int done = loops->widened_forward(&f);
+    give_back(k, f.planes);
+    return done ? NULL : no_memory(k->api);
 }
 
 static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *context)
@@ -273,8 +301,10 @@ static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *conte
     TRY(output(k, context, 1, (int64_t[]){d->channels, d->inside}, 2, &b.wide_product));
     float **made[] = {&b.dshift, &b.product, &b.dbias};
     TRY(vectors(k, context, 2, made, COUNT(made)));
-    TRY(output(k, context, 5, (int64_t[]){GROUP, d->H, d->W}, 3, &b.planes));
-    return loops->widened_backward(&b) ? NULL : no_memory(k->api);
+    TRY(take_room(k, GROUP * d->H * d->W, &b.planes));
+    int done = loops->widened_backward(&b);
+    give_back(k, b.planes);
+    return done ? NULL : no_memory(k->api);
 }
 
 static OrtStatus *compute_gate(void *kernel, OrtKernelContext *context)
@@ -343,11 +373,11 @@ static OrtStatus *compute_product(void *kernel, OrtKernelContext *context)
     const Product *p = &k->product;
     Multiplication m = {.p = p};
     const float **given[] = {&m.left, &m.right, &m.before};
-    int64_t words = words_of(least(p->depth, DEEPEST));
     TRY(inputs(k, context, given, p->start == NOTHING ? 2 : 3));
     TRY(output(k, context, 0, p->made, p->rank, &m.made));
-    TRY(output(k, context, 1, (int64_t[]){p->rows + COLUMNS_KEPT, words}, 2, (float **)&m.room));
+    TRY(take_room(k, (p->rows + COLUMNS_KEPT) * words_of(least(p->depth, DEEPEST)), (float **)&m.room));
     multiply_halves(m);
+    give_back(k, (float *)m.room);
     return NULL;
 }
 
@@ -514,11 +544,19 @@ static void keep(int *inputs, int *outputs)
     (void)inputs, (void)outputs;
 }
 
+static void destroy(void *kernel)
+{
+    Kernel *k = kernel;
+    if (k->arena)
+        k->api->ReleaseAllocator(k->arena);
+    free(k);
+}
+
 #define OPERATOR(NAME, INPUTS, OUTPUTS, COMPUTE, MAY_INPLACE)                                                          \
     {                                                                                                                  \
         .version = INTERFACE, .GetName = name_of, .GetExecutionProviderType = anywhere, .GetInputType = type_of,       \
         .GetInputTypeCount = inputs_of, .GetOutputType = type_of, .GetOutputTypeCount = outputs_of,                    \
-        .KernelDestroy = free, .GetInputCharacteristic = required, .GetOutputCharacteristic = required,                \
+        .KernelDestroy = destroy, .GetInputCharacteristic = required, .GetOutputCharacteristic = required,             \
         .GetInputMemoryType = in_main_memory, .of_variadic = {one, one, one, one}, .CreateKernelV2 = create,           \
         .KernelComputeV2 = COMPUTE, .GetStartVersion = one, .GetEndVersion = one, .GetMayInplace = MAY_INPLACE,        \
         .ReleaseMayInplace = keep, .GetAliasMap = nowhere, .ReleaseAliasMap = keep, .name = NAME, .inputs = INPUTS,    \
@@ -546,8 +584,8 @@ enum {
 static const Operator operators[OPERATORS] = {
     [DEPTHWISE] = OPERATOR("Depthwise", 4, 1, compute_forward, nowhere),
     [DEPTHWISE_GRADIENT] = OPERATOR("DepthwiseGradient", 8, 4, compute_backward, over_pixels),
-    [WIDENED] = OPERATOR("WidenedDepthwise", 6, 2, compute_widened_forward, nowhere),
-    [WIDENED_GRADIENT] = OPERATOR("WidenedDepthwiseGradient", 12, 6, compute_widened_backward, nowhere),
+    [WIDENED] = OPERATOR("WidenedDepthwise", 6, 1, compute_widened_forward, nowhere),
+    [WIDENED_GRADIENT] = OPERATOR("WidenedDepthwiseGradient", 12, 5, compute_widened_backward, nowhere),
     [GATE] = OPERATOR("Gate", 2, 2, compute_gate, over_gradient),
     [WINOGRAD_INPUT] = OPERATOR("WinogradInput", 1, 1, compute_transform, nowhere),
     [WINOGRAD_INPUT_GRADIENT] = OPERATOR("WinogradInputGradient", 1, 1, compute_transform, nowhere),
@@ -556,8 +594,8 @@ static const Operator operators[OPERATORS] = {
     [CONTRACTION] = OPERATOR("Contraction", 3, 1, compute_contraction, nowhere),
     [WINDOWS] = OPERATOR("Windows", 1, 1, compute_windows, nowhere),
     [MAX_POOL_GRADIENT] = OPERATOR("MaxPoolGradient", 2, 1, compute_pool_gradient, nowhere),
-    [HALF_PRODUCT] = OPERATOR("HalfProduct", 2, 2, compute_product, nowhere),
-    [HALF_PRODUCT_FROM] = OPERATOR("HalfProductFrom", 3, 2, compute_product, nowhere),
+    [HALF_PRODUCT] = OPERATOR("HalfProduct", 2, 1, compute_product, nowhere),
+    [HALF_PRODUCT_FROM] = OPERATOR("HalfProductFrom", 3, 1, compute_product, nowhere),
 };
 
 static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const OrtKernelInfo *info, Kernel *k)
@@ -583,9 +621,11 @@ static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelI
     if (!k)
         return api->CreateStatus(FAILED, "there is no memory left for a kernel");
     k->api = api;
-    OrtStatus *status = read_attributes(op - operators, api, info, k);
+    OrtStatus *status = api->KernelInfoGetAllocator(info, DEFAULT_MEMORY, &k->arena);
+    if (!status)
+        status = read_attributes(op - operators, api, info, k);
     if (status)
-        free(k);
+        destroy(k);
     else
         *kernel = k;
     return status;

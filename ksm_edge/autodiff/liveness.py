@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from ksm_edge.autodiff.own import IN_PLACE, declare_shapes
+from ksm_edge.autodiff.graph import OWN
+from ksm_edge.autodiff.own import IN_PLACE, declare_shapes, workspace_bytes
 
 # Their output is the same memory as their input.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Flatten"})
@@ -20,8 +21,8 @@ def peak_bytes(model: onnx.ModelProto) -> int:
     sizes = {name: item * int(np.prod(shape)) for name, (shape, item) in shapes.items()}
     owner = _owners(nodes)
     given = {x.name for x in (*model.graph.input, *model.graph.initializer, *model.graph.output)}
-    # What nobody reads is free behind the node that made it.
-    last = {owner.get(name, name): i for i, node in enumerate(nodes) for name in (*node.output, *node.input)}
+    # What nobody reads ONNX Runtime holds until the end.
+    last = {owner.get(name, name): i for i, node in enumerate(nodes) for name in node.input}
     freed: list[list[str]] = [[] for _ in nodes]
     for name, i in last.items():
         freed[i].append(name)
@@ -69,6 +70,8 @@ def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
 
 def _workspace_bytes(node: onnx.NodeProto, shapes: dict[str, tuple[tuple[int, ...], int]]) -> int:
     """What an operator takes for itself while it runs: ONNX Runtime's ConvTranspose the columns of one image."""
+    if node.domain == OWN:
+        return workspace_bytes(node)
     if node.op_type != "ConvTranspose":
         return 0
     (_, _, h, w), item = shapes[node.input[0]]

@@ -8,12 +8,12 @@
 Each goes over memory once. What they save over standard operators is passes over memory, and the change into a blocked
 layout and back around every depthwise conv. dx may take the memory of x, and dz that of dy.
 
-    WidenedDepthwise          x, V, v, W, scale, bias -> y, room: Depthwise of what a 1x1 conv (V, v) and its activation
-                              make of x
-    WidenedDepthwiseGradient  dy, y, x, V, v, W, scale, bias, four accumulators -> dx, these, room
+    WidenedDepthwise          x, V, v, W, scale, bias -> y: Depthwise of what a 1x1 conv (V, v) and its activation make
+                              of x
+    WidenedDepthwiseGradient  dy, y, x, V, v, W, scale, bias, four accumulators -> dx, these
 
 What the 1x1 conv makes of an image, the largest tensors of an inverted residual network, is never in memory: GROUP
-channels are made at a time, and again for the gradient. The room for these is an output that nobody reads.
+channels are made at a time, and again for the gradient. The room for these is there while the operator runs.
 
 An activation is a clip, whose result tells what gradients it passed, or one of SMOOTH: of these what they were given is
 kept in place of their result, or made again, so that x is what stands in front of such an activation.
@@ -44,6 +44,8 @@ LARGE_BYTES = 2**19
 # (input, output): where nobody reads the first later, ONNX Runtime gives its memory to the second.
 IN_PLACE = {"DepthwiseGradient": (2, 0), "Gate": (0, 0)}
 FORWARD = ("Depthwise", "WidenedDepthwise")
+WIDENED = "Widened"  # names of what does a 1x1 conv along begin so
+WORD_BYTES = 4
 SMOOTH = {"HardSwish": 1, "Swish": 2}  # by their numbers there; 0 is a clip
 
 
@@ -119,8 +121,8 @@ class Depthwise:
         return wide + [f"{self.layer.name}.{part}" for part in ("weight", "scale", "bias")]
 
     def forward(self, emit: Emitter) -> None:
-        op, room = ("WidenedDepthwise", [emit.fresh("room")]) if self.wide else ("Depthwise", [])
-        emit.many(op, self.x, *self.parameters, names=[self.y, *room], domain=OWN, **self.attributes)
+        op = "WidenedDepthwise" if self.wide else "Depthwise"
+        emit(op, self.x, *self.parameters, name=self.y, domain=OWN, **self.attributes)
 
     def backward(self, tape: Tape, dy: str) -> None:
         """From the gradient behind the activation behind to the one in front of the activation, or conv, in front."""
@@ -129,12 +131,13 @@ class Depthwise:
         totals: dict[str, Shape] = {f"{name}.product": (C,), f"{name}.dbias": (C,)}
         if self.wide:
             totals = {f"{self.wide.name}.product": (C, self.inside), f"{self.wide.name}.dbias": (C,)} | totals
-        op, last = ("WidenedDepthwiseGradient", "room") if self.wide else ("DepthwiseGradient", "dx_sum")
         before = [emit.input(f"acc:{total}", shape) for total, shape in totals.items()]
-        made = [emit.fresh("dx"), *(emit.output(total, shape) for total, shape in totals.items()), emit.fresh(last)]
-        emit.many(op, dy, y, self.x, *self.parameters, *before, names=made, domain=OWN, **self.attributes)
+        made = [emit.fresh("dx"), *(emit.output(total, shape) for total, shape in totals.items())]
+        op = "WidenedDepthwiseGradient" if self.wide else "DepthwiseGradient"
         if not self.wide:
+            made.append(emit.fresh("dx_sum"))
             tape.sums[made[0]] = made[-1]
+        emit.many(op, dy, y, self.x, *self.parameters, *before, names=made, domain=OWN, **self.attributes)
         tape.add((self.wide or self.before or self.node).inputs[0], made[0])
 
 
@@ -220,8 +223,7 @@ def declare_shapes(model: onnx.ModelProto) -> None:
     for node in graph.node:
         if node.domain != OWN:
             continue
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        for name, shape in _made(node, attributes):
+        for name, shape in _made(node, _attributes(node)):
             if name not in known:
                 known.add(name)
                 graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
@@ -234,8 +236,24 @@ def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str
     if node.op_type in windows.OPERATORS:
         return [(node.output[0], windows.made_shape(node.op_type, attributes))]
     if node.op_type in products.OPERATORS:
-        return list(zip(node.output, products.made_shapes(attributes), strict=True))
+        return [(node.output[0], products.made_shape(attributes))]
     n, C, H, W = attributes["image_shape"]
-    first = attributes["output_shape"] if node.op_type in FORWARD else (n, C, H, W)
-    last = (GROUP, H, W) if node.op_type.startswith("Widened") else (C,)
-    return [(node.output[0], first), (node.output[-1], last)]
+    if node.op_type in FORWARD:
+        return [(node.output[0], attributes["output_shape"])]
+    sums = [] if node.op_type.startswith(WIDENED) else [(node.output[-1], (C,))]
+    return [(node.output[0], (n, C, H, W)), *sums]
+
+
+def workspace_bytes(node: onnx.NodeProto) -> int:
+    """What one of these operators takes from a session's arena for itself while it runs."""
+    if node.op_type in products.OPERATORS:
+        room = products.room_shape(_attributes(node))
+    elif node.op_type.startswith(WIDENED):
+        room = GROUP, *_attributes(node)["image_shape"][2:]
+    else:
+        return 0
+    return WORD_BYTES * math.prod(room)
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}

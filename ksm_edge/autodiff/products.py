@@ -1,7 +1,7 @@
 """Nodes of matrix products in half precision, in operators of this project (`_halves.h`).
 
-    HalfProduct      A, B -> A B, room
-    HalfProductFrom  A, B, C -> A B + C, room
+    HalfProduct      A, B -> A B
+    HalfProductFrom  A, B, C -> A B + C
 
 A and B are rounded to bfloat16 where they are multiplied, by which each of their numbers errs by up to 2^-8 of itself.
 Sums, and all that lies between two products, are float32. Convs in Winograd's domain stay as they are: what comes back
@@ -53,14 +53,18 @@ def _emit(
     """
     attributes: dict[str, Any] = {"sides": sides, "turned": turned, "shared": [shared], "start": [start]}
     attributes = {which: [int(value) for value in values] for which, values in attributes.items()}
-    room = emit.fresh("room")
-    emit.many(OPERATORS[start > NOTHING], *given, names=[name, room], domain=OWN, output_shape=list(made), **attributes)
+    emit(OPERATORS[start > NOTHING], *given, name=name, domain=OWN, output_shape=list(made), **attributes)
 
 
-def made_shapes(attributes: Mapping[str, Any]) -> tuple[Shape, Shape]:
-    """Of what one of these operators makes, and of the room for parts of both sides in half precision."""
+def made_shape(attributes: Mapping[str, Any]) -> Shape:
+    """Of what one of these operators makes."""
+    return tuple(attributes["output_shape"])
+
+
+def room_shape(attributes: Mapping[str, Any]) -> Shape:
+    """Of words: where parts of both sides lie in half precision while it runs."""
     _, rows, _, terms = attributes["sides"]
-    return tuple(attributes["output_shape"]), (rows + COLUMNS_KEPT, (min(terms, DEEPEST) + 1) // 2)
+    return rows + COLUMNS_KEPT, (min(terms, DEEPEST) + 1) // 2
 
 
 def operations(attributes: Mapping[str, Any]) -> float:

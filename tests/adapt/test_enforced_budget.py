@@ -10,6 +10,7 @@ import pytest
 from random_recipe import random_state
 from shapes import CLASSES, make_shapes
 
+from ksm_edge import native
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.make import freeze_recipe, save_bundle
 from ksm_edge.bundle.recipe import at_size, load_recipe, recipe_names
@@ -66,11 +67,21 @@ def test_workers_take_what_is_expected_of_them(name: str, photos: Path, tmp_path
     assert_kept(bundle, photos, threads=4, budget_bytes=plan.expected_peak_bytes)
 
 
-def assert_kept(bundle: Bundle, photos: Path, *, threads: int, budget_bytes: int) -> None:
+@pytest.mark.skipif(native.halves() is None, reason="this processor gains nothing by products in half precision")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_in_half_precision_take_what_is_expected_of_them(threads: int, photos: Path, tmp_path: Path) -> None:
+    bundle = random_bundle("mobilenet_v2", tmp_path / "bundle")
+    settings = Settings(batch=4, product_bits=16)
+    plan = make_plan(bundle, len(CLASSES), settings, threads=threads, budget_bytes=None)
+    assert plan.graph.spec.half_products
+    assert_kept(bundle, photos, "--product-bits", 16, threads=threads, budget_bytes=plan.expected_peak_bytes)
+
+
+def assert_kept(bundle: Bundle, photos: Path, *given: object, threads: int, budget_bytes: int) -> None:
     """An adaptation is told of the budget, held to it, and makes its pack."""
     pack = bundle.path / "a.ksm"
     words = ("adapt", photos, "--bundle", bundle.path, "--out", pack, "--epochs", 2, "--batch", 4,
-             "--threads", threads, "--memory-budget", budget_bytes, "--json")  # fmt: skip
+             "--threads", threads, "--memory-budget", budget_bytes, "--json", *given)  # fmt: skip
     code = "from ksm_edge.cli.main import entry; entry()"
     outcome = run_limited([sys.executable, "-c", code, *map(str, words)], budget_bytes)
     assert (outcome.exit_status, outcome.exceeded) == (0, False)

@@ -13,6 +13,7 @@ import pytest
 from whole_network import random_bundle
 
 from ksm_edge.autodiff.gradient_graph import build
+from ksm_edge.autodiff.liveness import tensor_bytes
 from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
@@ -171,3 +172,14 @@ def test_only_strides_leave_transposed_convs(tmp_path: Path) -> None:
             O, I, kh, kw = shapes[name.removesuffix(".turned")]
             assert shape == (I, O, kh, kw)
     assert not any(name.endswith(".turned") for name in graphs[False].inputs)
+
+
+@pytest.mark.parametrize("ways", [{}, {"own": False, "tile_bytes": 0}, {"half_products": True}], ids=str)
+@pytest.mark.parametrize("recipe", ["mobilenet_v2", "efficientnet_b0", "resnet18", "squeezenet1_1"])
+def test_nothing_large_is_made_that_nobody_reads(recipe: str, ways: dict[str, Any], tmp_path: Path) -> None:
+    """ONNX Runtime would hold it until the run's end."""
+    bundle = random_bundle(recipe, 96, tmp_path)
+    spec = replace(gradient_spec(bundle, 3, SETTINGS, 1), **ways)
+    model = build(onnx.load(bundle.graph_path, load_external_data=False), bundle.layers, spec).model
+    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    assert all(size <= 2**14 for name, size in tensor_bytes(model).items() if name not in read)
