@@ -20,13 +20,14 @@ enum { NOTHING, EACH, BY_ROW };
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float Sums __attribute__((vector_size(4 * LANES))); /* in registers: GCC moves Lanes about, twice the time */
 
+/* Of n images: of each a product with the same left side, or one, which sums over all of them. */
 typedef struct {
-    int64_t batch, rows, columns, depth; /* (b, M, N), and K */
-    int64_t turned[2];                   /* whether the left side is (b, K, M), and the right one (b, N, K) */
-    int64_t shared;                      /* whether the left side is one for all of the batch */
-    int64_t start;                       /* what sums begin with: nothing, a number for each, or one for a row, (M,) */
-    int64_t made[MOST_SIDES];            /* the result's shape, which may say (M, N) in other words, */
-    size_t rank;                         /* and how many sides that has */
+    int64_t images, rows, columns, depth; /* n, M, N and K, of (M, K) (n, K, N) or of the sum of (n, M, K) (n, N, K) */
+    int64_t summed;                       /* whether it is this */
+    int64_t turned;                       /* whether the left side is (K, M), of the first kind */
+    int64_t start;                        /* what sums begin with: nothing, a number for each, or one for a row, (M,) */
+    int64_t made[MOST_SIDES];             /* the result's shape, which may say (n, M, N) or (M, N) in other words, */
+    size_t rank;                          /* and how many sides that has */
 } Product;
 
 typedef struct {
@@ -42,9 +43,11 @@ typedef void HalfProduct(Multiplication m);
 extern HalfProduct ksm_edge_half_product_avx512 __attribute__((visibility("hidden")));
 #endif
 
-/* Of one of the batch some of the numbers of each sum, as words. */
+/* Some of the numbers of each sum, as words: of an image, or where those are few, of several that are summed over. */
 typedef struct {
-    int64_t from, depth;    /* of those numbers */
+    int64_t first, images;  /* which */
+    int64_t from, depth;    /* of the numbers of each */
+    int64_t words;          /* of all of them */
     uint32_t *left, *right; /* (M, words), or turned (words, M); (panels, words, PANEL) */
     int64_t down, along;    /* from a word on the left to the next row's, and to the next one of the sum */
 } Part;
@@ -52,6 +55,36 @@ typedef struct {
 INLINE int64_t words_of(int64_t numbers)
 {
     return (numbers + 1) / 2;
+}
+
+/* How many are summed over at once. */
+INLINE int64_t images_at_once(const Product *p)
+{
+    int64_t few = words_of(DEEPEST) / words_of(p->depth);
+    return p->summed && few > 1 ? least(few, p->images) : 1;
+}
+
+/* Words of a row, and of a column, that are kept at once. */
+INLINE int64_t most_words(const Product *p)
+{
+    return images_at_once(p) * words_of(least(p->depth, DEEPEST));
+}
+
+/* Columns of all images lie beside each other. */
+INLINE int64_t all_columns(const Product *p)
+{
+    return p->summed ? p->columns : p->images * p->columns;
+}
+
+/* Of some columns that follow each other the first few, of one image. */
+typedef struct {
+    int64_t image, column, count;
+} Stretch;
+
+INLINE Stretch stretch(const Product *p, int64_t column, int64_t count)
+{
+    int64_t within = column % p->columns;
+    return (Stretch){column / p->columns, within, least(count, p->columns - within)};
 }
 
 #ifndef HAS_PAIRS
@@ -68,13 +101,15 @@ INLINE Words pairs(Lanes first, Lanes second)
     return rounded((Words)first) >> 16 | (rounded((Words)second) & 0xffff0000u);
 }
 
-/* The same of 2 LANES numbers in a row. */
-INLINE Words pairs_along(const float *row)
+/* Of numbers in a row and those behind the last of them: each and the next one. */
+INLINE Words pairs_along(Lanes first, Lanes second)
 {
-    Lanes first, second;
-    for (int i = 0; i < LANES; i++)
-        first[i] = row[2 * i], second[i] = row[2 * i + 1];
-    return pairs(first, second);
+    Lanes even, odd;
+    for (int i = 0; i < LANES; i++) {
+        even[i] = 2 * i < LANES ? first[2 * i] : second[2 * i - LANES];
+        odd[i] = 2 * i < LANES ? first[2 * i + 1] : second[2 * i + 1 - LANES];
+    }
+    return pairs(even, odd);
 }
 
 /* total + the products of a word's two with each lane's. */
@@ -103,11 +138,13 @@ INLINE void pair_along(const float *row, int64_t count, uint32_t *words)
 {
     int64_t i = 0;
     for (; i + PANEL <= count; i += PANEL)
-        store((float *)(words + i / 2), (Lanes)pairs_along(row + i));
+        store((float *)(words + i / 2), (Lanes)pairs_along(load(row + i), load(row + i + LANES)));
     if (i < count) {
-        float rest[PANEL] = {0};
-        memcpy(rest, row + i, (size_t)(count - i) * sizeof(float));
-        store_some((float *)(words + i / 2), (Lanes)pairs_along(rest), words_of(count - i));
+        Lanes behind = {0};
+        if (count - i > LANES)
+            behind = load_some(row + i + LANES, count - i - LANES);
+        Words last = pairs_along(load_some(row + i, count - i), behind);
+        store_some((float *)(words + i / 2), (Lanes)last, words_of(count - i));
     }
 }
 
@@ -120,11 +157,29 @@ INLINE void pair_across(const float *rows, int64_t pitch, int64_t numbers, int64
 
 INLINE void take_left(const Product *p, const float *left, const Part *part)
 {
-    if (p->turned[0])
+    if (p->turned) {
         pair_across(left + part->from * p->rows, p->rows, part->depth, p->rows, part->left, p->rows);
-    else
+        return;
+    }
+    for (int64_t n = 0; n < part->images; n++) {
+        const float *rows = left + (part->first + n) * p->rows * p->depth + part->from;
         for (int64_t i = 0; i < p->rows; i++)
-            pair_along(left + i * p->depth + part->from, part->depth, part->left + i * part->down);
+            pair_along(rows + i * p->depth, part->depth, part->left + i * part->down + n * words_of(part->depth));
+    }
+}
+
+/* `count` columns that lie along the sum. */
+INLINE void take_columns_along(const float *columns, int64_t pitch, int64_t numbers, int64_t count, uint32_t *words)
+{
+    for (int64_t k = 0; k < numbers; k += PANEL, words += LANES * PANEL) {
+        uint32_t block[PANEL][LANES]; /* so many words of each column */
+        int64_t some = least(PANEL, numbers - k);
+        for (int64_t j = 0; j < count; j++)
+            pair_along(columns + j * pitch + k, some, block[j]);
+        for (int64_t w = 0; w < words_of(some); w++)
+            for (int64_t j = 0; j < count; j++)
+                words[w * PANEL + j] = block[j][w];
+    }
 }
 
 /* A panel, whose columns from the `count`-th on are 0. */
@@ -132,20 +187,18 @@ INLINE void take_right(const Product *p, const float *right, const Part *part, i
                        uint32_t *words)
 {
     if (count < PANEL)
-        memset(words, 0, (size_t)(words_of(part->depth) * PANEL) * sizeof *words);
-    if (!p->turned[1]) {
-        pair_across(right + part->from * p->columns + column, p->columns, part->depth, count, words, PANEL);
-        return;
-    }
-    for (int64_t k = 0; k < part->depth; k += PANEL, words += LANES * PANEL) {
-        uint32_t block[PANEL][LANES]; /* so many words of each column */
-        int64_t some = least(PANEL, part->depth - k);
-        for (int64_t j = 0; j < count; j++)
-            pair_along(right + (column + j) * p->depth + part->from + k, some, block[j]);
-        for (int64_t w = 0; w < words_of(some); w++)
-            for (int64_t j = 0; j < count; j++)
-                words[w * PANEL + j] = block[j][w];
-    }
+        memset(words, 0, (size_t)(part->words * PANEL) * sizeof *words);
+    if (p->summed)
+        for (int64_t n = 0; n < part->images; n++, words += words_of(part->depth) * PANEL) {
+            int64_t place = ((part->first + n) * p->columns + column) * p->depth + part->from;
+            take_columns_along(right + place, p->depth, part->depth, count, words);
+        }
+    else
+        for (Stretch s; count; column += s.count, count -= s.count, words += s.count) {
+            s = stretch(p, column, count);
+            int64_t place = (s.image * p->depth + part->from) * p->columns + s.column;
+            pair_across(right + place, p->columns, part->depth, s.count, words, PANEL);
+        }
 }
 
 /* ---- Sums ---- */
@@ -154,7 +207,7 @@ INLINE void take_right(const Product *p, const float *right, const Part *part, i
 INLINE void sum_tile(const Part *part, const uint32_t *left, const uint32_t *right, int rows, int registers, float *sums)
 {
     Sums total[ROWS][2];
-    int64_t down = part->down, along = part->along, words = words_of(part->depth);
+    int64_t down = part->down, along = part->along, words = part->words;
     for (int i = 0; i < rows; i++)
         for (int r = 0; r < registers; r++)
             total[i][r] = (Sums){0};
@@ -200,21 +253,43 @@ static void sum_up(const Part *part, const uint32_t *left, const uint32_t *right
 }
 
 /* A tile's sums to what there is of them, and into their place. */
-static void add_tile(const Multiplication *m, int64_t from, int64_t row, int64_t rows, int64_t column, int64_t count,
-                     const float *sums)
+INLINE void add_tile(const Multiplication *m, int is_first, int64_t row, int64_t rows, Stretch to, const float *sums)
 {
     const Product *p = m->p;
     for (int64_t i = 0; i < rows; i++, sums += PANEL) {
-        int64_t place = (row + i) * p->columns + column;
-        for (int64_t j = 0; j < count; j += LANES) {
+        int64_t place = (to.image * p->rows + row + i) * p->columns + to.column;
+        for (int64_t j = 0; j < to.count; j += LANES) {
             Lanes start = {0};
-            if (from)
-                start = load_some(m->made + place + j, count - j);
+            if (!is_first)
+                start = load_some(m->made + place + j, to.count - j);
             else if (p->start == BY_ROW)
                 start += m->before[row + i];
             else if (p->start == EACH)
-                start = load_some(m->before + place + j, count - j);
-            store_some(m->made + place + j, start + load(sums + j), count - j);
+                start = load_some(m->before + place + j, to.count - j);
+            store_some(m->made + place + j, start + load_some(sums + j, to.count - j), to.count - j);
+        }
+    }
+}
+
+static void add_tiles(const Multiplication *m, int is_first, int64_t row, int64_t rows, int64_t column, int64_t count,
+                      const float *sums)
+{
+    for (Stretch s; count; column += s.count, count -= s.count, sums += s.count) {
+        s = stretch(m->p, column, count);
+        add_tile(m, is_first, row, rows, s, sums);
+    }
+}
+
+/* What a tile will be added to, often far away, is asked for while its sums are made. */
+INLINE void expect_tile(const Multiplication *m, int64_t row, int64_t rows, Stretch to)
+{
+    const Product *p = m->p;
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t place = (to.image * p->rows + row + i) * p->columns + to.column;
+        for (int64_t j = 0; j < to.count; j += LANES) {
+            __builtin_prefetch(m->made + place + j, 1);
+            if (p->start == EACH && m->before != m->made)
+                __builtin_prefetch(m->before + place + j);
         }
     }
 }
@@ -223,9 +298,10 @@ static void add_tile(const Multiplication *m, int64_t from, int64_t row, int64_t
 INLINE void multiply_part(const Multiplication *m, const Part *part)
 {
     const Product *p = m->p;
-    int64_t words = words_of(part->depth);
-    for (int64_t first = 0; first < p->columns; first += COLUMNS_KEPT) {
-        int64_t last = least(first + COLUMNS_KEPT, p->columns);
+    int64_t all = all_columns(p), words = part->words;
+    int is_first = !part->first && !part->from;
+    for (int64_t first = 0; first < all; first += COLUMNS_KEPT) {
+        int64_t last = least(first + COLUMNS_KEPT, all);
         for (int64_t column = first; column < last; column += PANEL)
             take_right(p, m->right, part, column, least(PANEL, last - column), part->right + (column - first) * words);
         for (int64_t row = 0; row < p->rows; row += ROWS)
@@ -233,8 +309,9 @@ INLINE void multiply_part(const Multiplication *m, const Part *part)
                 float sums[ROWS * PANEL];
                 int64_t rows = least(ROWS, p->rows - row), count = least(PANEL, last - column);
                 const uint32_t *right = part->right + (column - first) * words;
+                expect_tile(m, row, rows, stretch(p, column, count));
                 sum_up(part, part->left + row * part->down, right, rows, count, sums);
-                add_tile(m, part->from, row, rows, column, count, sums);
+                add_tiles(m, is_first, row, rows, column, count, sums);
             }
     }
 }
@@ -242,21 +319,16 @@ INLINE void multiply_part(const Multiplication *m, const Part *part)
 static void half_product(Multiplication m)
 {
     const Product *p = m.p;
-    int64_t whole = words_of(least(p->depth, DEEPEST));
-    for (int64_t i = 0; i < p->batch; i++) {
+    int64_t images = p->summed ? p->images : 1, at_once = images_at_once(p);
+    for (int64_t first = 0; first < images; first += at_once)
         for (int64_t from = 0; from < p->depth; from += DEEPEST) {
-            int64_t depth = least(DEEPEST, p->depth - from), words = words_of(depth);
-            Part part = {from, depth, m.room, m.room + p->rows * whole, words, 1};
-            if (p->turned[0])
-                part.down = 1, part.along = p->rows;
-            if (i == 0 || !p->shared || p->depth > DEEPEST)
-                take_left(p, m.left, &part);
+            Part part = {.first = first, .images = least(at_once, images - first), .from = from};
+            part.depth = least(DEEPEST, p->depth - from), part.words = part.images * words_of(part.depth);
+            part.left = m.room, part.right = m.room + p->rows * most_words(p);
+            part.down = p->turned ? 1 : part.words, part.along = p->turned ? p->rows : 1;
+            take_left(p, m.left, &part);
             multiply_part(&m, &part);
         }
-        m.left += p->shared ? 0 : p->rows * p->depth;
-        m.right += p->depth * p->columns;
-        m.made += p->rows * p->columns;
-    }
 }
 
 #endif

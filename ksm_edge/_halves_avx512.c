@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 enum { LANES = 16, TILE = 8, ROWS = 12 };
+#define HAS_MASKS
 #define HAS_PAIRS
 
 #include "_rows.h"
@@ -22,9 +23,9 @@ INLINE Pairs pairs(Lanes first, Lanes second)
     return (Pairs)_mm512_or_si512(front, _mm512_slli_epi32(behind, 16));
 }
 
-INLINE Pairs pairs_along(const float *row)
+INLINE Pairs pairs_along(Lanes first, Lanes second)
 {
-    return (Pairs)_mm512_cvtne2ps_pbh((__m512)load(row + LANES), (__m512)load(row));
+    return (Pairs)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
 INLINE Sixteen add_pairs(Sixteen total, uint32_t word, Pairs each)

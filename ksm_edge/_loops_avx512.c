@@ -5,7 +5,10 @@
 #ifdef WIDER_LOOPS
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
+#include <immintrin.h>
+
 enum { LANES = 16, TILE = 8 };
+#define HAS_MASKS
 
 #include "_loops.h"
 

@@ -375,7 +375,7 @@ static OrtStatus *compute_product(void *kernel, OrtKernelContext *context)
     const float **given[] = {&m.left, &m.right, &m.before};
     TRY(inputs(k, context, given, p->start == NOTHING ? 2 : 3));
     TRY(output(k, context, 0, p->made, p->rank, &m.made));
-    TRY(take_room(k, (p->rows + COLUMNS_KEPT) * words_of(least(p->depth, DEEPEST)), (float **)&m.room));
+    TRY(take_room(k, (p->rows + COLUMNS_KEPT) * most_words(p), (float **)&m.room));
     multiply_halves(m);
     give_back(k, (float *)m.room);
     return NULL;
@@ -457,12 +457,12 @@ static OrtStatus *read_product(const OrtApi *api, const OrtKernelInfo *info, Pro
 {
     int64_t sides[4];
     TRY(numbers(api, info, "sides", sides, 4));
-    TRY(numbers(api, info, "turned", p->turned, 2));
-    TRY(numbers(api, info, "shared", &p->shared, 1));
+    TRY(numbers(api, info, "summed", &p->summed, 1));
+    TRY(numbers(api, info, "turned", &p->turned, 1));
     TRY(numbers(api, info, "start", &p->start, 1));
-    if (p->start == EACH && sides[0] > 1)
+    if (p->turned && p->summed)
         return api->CreateStatus(FAILED, "this product is beyond the operator");
-    p->batch = sides[0], p->rows = sides[1], p->columns = sides[2], p->depth = sides[3], p->rank = MOST_SIDES;
+    p->images = sides[0], p->rows = sides[1], p->columns = sides[2], p->depth = sides[3], p->rank = MOST_SIDES;
     return api->KernelInfoGetAttributeArray_int64(info, "output_shape", p->made, &p->rank);
 }
 

@@ -48,6 +48,23 @@ INLINE void store(float *to, Lanes value)
     *(Lanes *)to = value;
 }
 
+#ifdef HAS_MASKS
+/* Up to LANES floats; the others are 0. */
+INLINE Lanes load_some(const float *from, int64_t count)
+{
+    return (Lanes)_mm512_maskz_loadu_ps(count < LANES ? (__mmask16)((1 << count) - 1) : 0xffff, from);
+}
+
+INLINE void store_some(float *to, Lanes value, int64_t count)
+{
+    _mm512_mask_storeu_ps(to, count < LANES ? (__mmask16)((1 << count) - 1) : 0xffff, (__m512)value);
+}
+
+INLINE void copy_some(const float *from, float *to, int64_t count)
+{
+    store_some(to, load_some(from, count), count);
+}
+#else
 /* Fewer than LANES floats, in halves of halves: a loop over single ones costs as much as the rest of a small plane. */
 INLINE void copy_some(const float *from, float *to, int64_t count)
 {
@@ -59,7 +76,6 @@ INLINE void copy_some(const float *from, float *to, int64_t count)
         }
 }
 
-/* Up to LANES floats; the others are 0. */
 INLINE Lanes load_some(const float *from, int64_t count)
 {
     if (count >= LANES)
@@ -76,6 +92,7 @@ INLINE void store_some(float *to, Lanes value, int64_t count)
     else
         copy_some((const float *)&value, to, count);
 }
+#endif
 
 INLINE float sum_of(Lanes value)
 {

@@ -138,9 +138,7 @@ def accumulate(tape: Tape, name: str, shape: Shape, value: str) -> None:
 
 
 def _pointwise(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
-    columns = _by_channel(tape, *_subsampled(tape, node, layer))
-    (n, _, h, w), (O, I, _, _) = (shape := tape.shapes[node.output]), layer.weight_shape
-    _accumulate_gemm(tape, f"{layer.name}.product", (O, I), _by_channel(tape, dz, shape), columns, n * h * w)
+    _accumulate_gemm(tape, f"{layer.name}.product", (dz, tape.shapes[node.output]), _subsampled(tape, node, layer))
 
 
 def _subsampled(tape: Tape, node: Node, layer: Layer) -> tuple[str, Shape]:
@@ -162,14 +160,14 @@ def _by_channel(tape: Tape, x: str, shape: Shape) -> str:
     return tape.emit.reshape(x, (C, n * h * w))
 
 
-def _accumulate_gemm(tape: Tape, name: str, shape: tuple[int, int], dz: str, x: str, pixels: int) -> None:
-    """name (O, I), of that shape, := acc + dz x^T, for dz (O, nP) and x (I, nP); `pixels`: nP."""
-    emit = tape.emit
-    before, total = emit.input(f"acc:{name}", shape), emit.output(name, shape)
+def _accumulate_gemm(tape: Tape, name: str, dz: tuple[str, Shape], x: tuple[str, Shape]) -> None:
+    """name (O, I) := acc + dz x^T over images and pixels; `dz`, `x`: names, and shapes (n, O, h, w), (n, I, h, w)."""
+    emit, (n, O, h, w), I = tape.emit, dz[1], x[1][1]
+    before, total = emit.input(f"acc:{name}", (O, I)), emit.output(name, (O, I))
     if emit.half_products:
-        products.accumulated(emit, before, dz, x, (*shape, pixels), total)
+        products.accumulated(emit, before, dz[0], x[0], (n, O, I, h * w), total)
     else:
-        emit("Gemm", dz, x, before, name=total, transB=1)
+        emit("Gemm", _by_channel(tape, *dz), _by_channel(tape, *x), before, name=total, transB=1)
 
 
 def _taps(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
@@ -201,9 +199,8 @@ def _patches(tape: Tape, node: Node, layer: Layer, dz: str) -> None:
         patches = _met(tape, node, layer, 0, kh * kw)
     else:
         patches = tape.emit("Concat", *_windows(tape, node, layer), axis=1)
-    columns = _by_channel(tape, patches, (n, kh * kw * I, h, w))
-    rows = _by_channel(tape, dz, (n, O, h, w))
-    _accumulate_gemm(tape, f"{layer.name}.product", (O, kh * kw * I), rows, columns, n * h * w)
+    given = (dz, (n, O, h, w)), (patches, (n, kh * kw * I, h, w))
+    _accumulate_gemm(tape, f"{layer.name}.product", *given)
 
 
 def _window_shape(tape: Tape, node: Node) -> Shape:
@@ -244,8 +241,7 @@ def _tap_product(tape: Tape, layer: Layer, name: str, dz: str, window: str, shap
     """Accumulate dz x_k^T over images and pixels, (O, I), for one tap's window (n, C, h, w)."""
     emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, shape
     if layer.groups == 1:
-        rows, columns = _by_channel(tape, dz, (n, O, h, w)), _by_channel(tape, window, shape)
-        _accumulate_gemm(tape, name, (O, I), rows, columns, n * h * w)
+        _accumulate_gemm(tape, name, (dz, (n, O, h, w)), (window, shape))
     elif layer.is_depthwise:
         total = emit.sum(emit("Mul", dz, window), OVER_IMAGES)
         accumulate(tape, name, (O, I), emit.reshape(total, (O, 1)))

@@ -71,24 +71,24 @@ SIZES = [(1, 1, 1), (5, 3, 33), (17, 13, 16), (24, 12, 49), (31, 40, 300), (7, 5
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("images", [1, 3, 40])
 @pytest.mark.parametrize(("O", "I", "P"), SIZES)
 def test_products_are_those_of_rounded_numbers(O: int, I: int, P: int, images: int) -> None:
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     layer, emit = Layer("a", (O, I, 1, 1), 1, 0.0, False), Emitter(half_products=True)
     x, dz, weight, bias = draw(images, I, 1, P), draw(images, O, 1, P), draw(O, I, 1, 1), draw(O)
-    rows, columns, before = draw(O, P), draw(I, P), draw(O, I)
+    before = draw(O, I)
     products.pointwise(emit, layer, "x", x.shape, "y")
     dx = products.pointwise_input_gradient(emit, layer, "dz", dz.shape)
-    products.accumulated(emit, "before", "rows", "columns", (O, I, P), "total")
-    given = {"x": x, "dz": dz, "a.weight": weight, "a.bias": bias, "before": before, "rows": rows, "columns": columns}
+    products.accumulated(emit, "before", "dz", "x", (images, O, I, P), "total")
+    given = {"x": x, "dz": dz, "a.weight": weight, "a.bias": bias, "before": before}
     found = run(emit, given, {"y": dz.shape, dx: x.shape, "total": (O, I)})
     V = rounded(weight[..., 0, 0])
     expected = [
         np.einsum("oi,nihp->nohp", V, rounded(x)) + bias[:, None, None],
         np.einsum("oi,nohp->nihp", V, rounded(dz)),
-        before + rounded(rows) @ rounded(columns).T,
+        before + np.einsum("nohp,nihp->oi", rounded(dz), rounded(x)),
     ]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
@@ -98,7 +98,7 @@ def test_products_are_those_of_rounded_numbers(O: int, I: int, P: int, images: i
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, 3.4e38])
 def test_what_is_no_number_stays_none(value: float) -> None:
     emit, one = Emitter(half_products=True), np.ones((1, 1), np.float32)
-    products.accumulated(emit, "before", "rows", "columns", (1, 1, 1), "total")
+    products.accumulated(emit, "before", "rows", "columns", (1, 1, 1, 1), "total")
     (total,) = run(emit, {"before": one, "rows": one, "columns": one * np.float32(value)}, {"total": (1, 1)})
     assert not np.isfinite(total)  # the last one is rounded up
 
