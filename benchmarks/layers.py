@@ -4,7 +4,7 @@
     python benchmarks/layers.py --time     # measures steps instead, beside full fine-tuning in torch
 
 MobileNetV2 with only its layers from one on adapted, the others plain, and with their output kept in a few views, or
-learned in smaller images: validation accuracy over three tasks and three seeds at 96 px, 30 % of the images held out,
+learned in smaller images, or by products in half precision: validation accuracy over three tasks and three seeds at 96 px, 30 % of the images held out,
 each against the run of the same task and seed in which all layers change; and, with --time, what an optimizer step of 8
 images takes at 224 px, the views' share of it included, in processes of one thread that alternate. The test sets are
 not read.
@@ -44,9 +44,9 @@ TASKS = ("trashnet", "pacs_sketch7", "gtsrb43")
 HELD_OUT = 0.3
 ALL = ""
 # Options of `adapt`, of those in `KINDS`.
-WAYS = (ALL, "layers=35%..", "layers=35%.. views=4", "layers=35%.. views=2", "train-scale=0.7",
-        "layers=35%.. views=4 train-scale=0.7")  # fmt: skip
-KINDS = {"layers": str, "views": int, "train_scale": float, "whole_at": float}
+WAYS = (ALL, "product-bits=16", "layers=35%.. views=4", "layers=35%.. views=4 product-bits=16",
+        "train-scale=0.7 product-bits=16", "layers=35%.. views=4 product-bits=16 train-scale=0.7")  # fmt: skip
+KINDS = {"layers": str, "views": int, "product_bits": int, "train_scale": float, "whole_at": float}
 # Runs with the same settings as the last one, but for what a way gives.
 STANDING = grid.latest(
     lambda run: "all of them",
@@ -60,7 +60,7 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
-                        help="each some of layers=NAMES views=N train-scale=X whole-at=X, as of adapt")  # fmt: skip
+                        help="each some of layers=NAMES views=N product-bits=N train-scale=X whole-at=X, as of adapt")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")

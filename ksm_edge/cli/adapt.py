@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     parser.add_argument(
-        "--fast", action="store_true", help="less time for some accuracy, by fewer --layers and few --views"
+        "--fast",
+        action="store_true",
+        help="less time for some accuracy, by fewer --layers, few --views and --product-bits 16",
     )
     parser.add_argument(
         "--small", action="store_true", help="a smaller pack for some accuracy, by more thinning and fewer bits"

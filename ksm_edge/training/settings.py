@@ -23,7 +23,7 @@ FEWEST_BITS = {"scale_bits": 1, "norm_bits": 2, "head_bits": 2}
 # A smaller pack for some accuracy: docs/pack-size.md has both.
 SMALL: Mapping[str, Any] = {"thin": 0.7, "scale_bits": 1, "norm_bits": 3, "head_bits": 3, "learn_in_bits": True}
 # Less time for some accuracy: docs/engine.md has both.
-FAST: Mapping[str, Any] = {"layers": "35%..", "views": 4}
+FAST: Mapping[str, Any] = {"layers": "35%..", "views": 4, "product_bits": 16}
 
 
 @dataclass(frozen=True)
