@@ -4,10 +4,10 @@
     python benchmarks/layers.py --time     # measures steps instead, beside full fine-tuning in torch
 
 MobileNetV2 with only its layers from one on adapted, the others plain, and with their output kept in a few views, or
-learned in smaller images, or by products in half precision: validation accuracy over three tasks and three seeds at 96 px, 30 % of the images held out,
-each against the run of the same task and seed in which all layers change; and, with --time, what an optimizer step of 8
-images takes at 224 px, the views' share of it included, in processes of one thread that alternate. The test sets are
-not read.
+learned in smaller images, or by products in half precision: validation accuracy over three tasks and three seeds at
+96 px, 30 % of the images held out, each against the run of the same task and seed in which all layers change; and, with
+--time, what an optimizer step of 8 images takes at 224 px, the views' share of it included, in processes of one thread
+that alternate. The test sets are not read.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def arguments() -> argparse.ArgumentParser:
     add_backbone(parser)
     parser.add_argument("--time", action="store_true", help="measure steps, with the other results left as they are")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="OPTIONS",
-                        help="each some of layers=NAMES views=N product-bits=N train-scale=X whole-at=X, as of adapt")  # fmt: skip
+                        help="of layers= views= product-bits= train-scale= whole-at=, as of adapt")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of the data folder (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each, with --time (default: 5)")
