@@ -32,7 +32,8 @@ CHANNELS_LAST = "torch, full fine-tuning, channels-last"
 COMPILED = "torch, KSM, frozen statistics, channels-last, compiled"
 ORT_TRAINING, EXECUTORCH = "onnxruntime-training, full fine-tuning", "ExecuTorch training, full fine-tuning"
 
-# recipe, size, batch, threads, steps, bundle; layers, views, train_scale, whole_at of ours; onnxruntime_training; trace
+# recipe, size, batch, threads, steps, bundle; layers, views, product_bits, train_scale, whole_at of ours;
+# onnxruntime_training; trace
 Given = dict[str, Any]
 Found = dict[str, Any]
 
@@ -110,14 +111,15 @@ def _of_stage(trainer: Any, plan: Any, each: Any, given: Given) -> Found:
     # waited for them does not count, as little as with the rivals, who have them all from the start.
     parts = list(parts_of_batches(np.arange(batch), batch, part=plan.micro_batch))
 
-    def images() -> Iterator[Batch]:
+    def images(parts: list[np.ndarray] = parts) -> Iterator[Batch]:
         rng = np.random.default_rng(0)  # the same ones each time
         for indices in parts:
             yield Batch(rng.standard_normal((len(indices), 3, side, side), np.float32), indices % CLASSES, indices)
 
     views, front_ms = None, 0.0
     if each.front is not None:
-        views, front_ms = _views(trainer.bundle, plan.engine, each.front, batch, images, len(parts))
+        at_once = list(parts_of_batches(np.arange(batch), batch, part=each.front.spec.micro_batch))
+        views, front_ms = _views(trainer.bundle, plan.engine, each.front, batch, lambda: images(at_once), len(at_once))
     waited_ms: list[float] = []
 
     def seen() -> Iterator[np.ndarray]:
@@ -149,7 +151,7 @@ def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str, tune: bo
     bundle, budget = load_bundle(given["bundle"]), None
     rates = {"score_rate": RATE, "norm_rate": RATE, "head_rate": RATE}
     layers = given.get("layers", "*") if stem else f"{bundle.layers[1].name}.."
-    more = {name: given[name] for name in ("views", "train_scale", "whole_at") if name in given}
+    more = {name: given[name] for name in ("views", "product_bits", "train_scale", "whole_at") if name in given}
     settings = Settings(batch=given["batch"], layers=layers, **more, **rates)
     if smallest:
         try:

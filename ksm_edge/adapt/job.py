@@ -153,7 +153,7 @@ class Job:
         order = training_order(len(self.train), self.settings.seed, progress.epoch)
         if self.views is not None and progress.step < self.per_epoch and not self.views.has(self._view):
             self._see(self.views)
-        parts = prefetch(self._parts(order), depth=self._ahead)
+        parts = prefetch(self._parts(order), depth=self._ahead(self.plan.micro_batch))
         try:
             while progress.step < self.per_epoch:
                 first = progress.step * batch
@@ -192,9 +192,10 @@ class Job:
 
     def _see(self, views: Views) -> None:
         """Put this epoch's view of every image through the front."""
-        began, count = time.perf_counter(), self.plan.micro_batch
-        everything = parts_of_batches(np.arange(len(self.train)), count)
-        seen = prefetch((self._seen(indices, self._view) for indices in everything), depth=self._ahead)
+        began = time.perf_counter()
+        everything = parts_of_batches(np.arange(len(self.train)), views.at_once)
+        ahead = self._ahead(views.at_once)
+        seen = prefetch((self._seen(indices, self._view) for indices in everything), depth=ahead)
         try:
             views.fill(self._view, seen, self._observer.seeing)
         finally:
@@ -202,13 +203,12 @@ class Job:
         give_back()
         self.timing.views_ms += (time.perf_counter() - began) * 1e3
 
-    @property
-    def _ahead(self) -> int:
-        """How many parts are made before they are asked for.
+    def _ahead(self, images: int) -> int:
+        """How many parts, of so many images, are made before they are asked for.
 
         Learning from images mostly takes longer than making them, and every one that waits is memory.
         """
-        return parts_ahead(self.plan.micro_batch, self.plan.engine.workers)
+        return parts_ahead(images, self.plan.engine.workers)
 
     def _step(self, labels: np.ndarray, parts: Iterator[Batch]) -> None:
         """On as many images as there are labels, the next ones of `parts`."""
@@ -286,5 +286,6 @@ class Job:
         return self.judge.accuracy(pack, self._held_out_batches())
 
     def _held_out_batches(self) -> Generator[Batch, None, None]:
-        batches = evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=self.plan.micro_batch)
-        return prefetch(batches, depth=self._ahead)
+        at_once = self.plan.forward.spec.micro_batch
+        batches = evaluation_batches(self.cache, self.held_out, self.bundle.input, batch=at_once)
+        return prefetch(batches, depth=self._ahead(at_once))

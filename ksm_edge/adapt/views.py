@@ -65,12 +65,17 @@ class Views:
         self._image_bytes = stored_bytes(graph, 1, 1)
         self._slots: dict[int, int] = {}  # of the views that have been put through, where they are
 
+    @property
+    def at_once(self) -> int:
+        """How many images a batch may have that is put through the front."""
+        return self._graph.spec.micro_batch
+
     def has(self, view: int) -> bool:
         """Whether it has been put through the front."""
         return view in self._slots
 
     def fill(self, view: int, batches: Iterable[Batch], progress: Callable[[int, int], None] | None = None) -> None:
-        """Put a view of every image through the front; batches of at most a micro-batch.
+        """Put a view of every image through the front; batches of `at_once` at most.
 
         Sessions of its own, gone behind it: kept, their memory would be held while learning.
         """
