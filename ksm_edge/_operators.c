@@ -3,6 +3,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <pthread.h>
 
 /* For any processor of its kind: of SSE 16 registers of 4 floats, of NEON 32 of them, two by two. */
 #if defined(__aarch64__) || defined(__ARM_NEON)
@@ -22,7 +23,6 @@ typedef struct OrtKernelInfo OrtKernelInfo;
 typedef struct OrtKernelContext OrtKernelContext;
 typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtCustomOpDomain OrtCustomOpDomain;
-typedef struct OrtAllocator OrtAllocator;
 typedef struct Operator Operator;
 
 enum { TASKS = 16 };
@@ -42,29 +42,17 @@ typedef struct {
     OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *context, size_t index, const OrtValue **value);
     OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *context, size_t index, const int64_t *shape, size_t rank,
                                           OrtValue **value);
-    void *of_sessions_too[40];
-    void (*ReleaseAllocator)(OrtAllocator *allocator);
-    void *of_bindings[30];
+    void *releasing[71];
     OrtStatus *(*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo *info, const char *name, int64_t *values,
                                                     size_t *count);
     void *of_providers[110];
     OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *context, void (*task)(void *work, size_t number),
                                             size_t tasks, size_t batches, void *work);
-    void *of_more_providers[3];
-    OrtStatus *(*KernelInfoGetAllocator)(const OrtKernelInfo *info, int kind, OrtAllocator **allocator);
 } OrtApi;
 
 _Static_assert(offsetof(OrtApi, GetTensorMutableData) == 51 * sizeof(void *), "a function is missing");
-_Static_assert(offsetof(OrtApi, ReleaseAllocator) == 132 * sizeof(void *), "a function is missing");
 _Static_assert(offsetof(OrtApi, KernelInfoGetAttributeArray_int64) == 163 * sizeof(void *), "a function is missing");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "a function is missing");
-_Static_assert(offsetof(OrtApi, KernelInfoGetAllocator) == 278 * sizeof(void *), "a function is missing");
-
-struct OrtAllocator {
-    uint32_t version;
-    void *(*Alloc)(OrtAllocator *allocator, size_t bytes);
-    void (*Free)(OrtAllocator *allocator, void *memory);
-};
 
 typedef struct {
     const OrtApi *(*GetApi)(uint32_t version);
@@ -102,7 +90,6 @@ struct Operator {
 
 typedef struct {
     const OrtApi *api;
-    OrtAllocator *arena;
     union {
         Depthwise depthwise;
         Gate gate;
@@ -140,16 +127,58 @@ static OrtStatus *no_memory(const OrtApi *api)
     return api->CreateStatus(FAILED, "there is no memory left for an operator's room");
 }
 
-/* Memory from the session's arena while an operator runs; an output that nobody reads is held until the run's end. */
-static OrtStatus *take_room(const Kernel *k, int64_t floats, float **room)
+/* Rooms to work in, of all sessions: as many as operators ever ran at once, each as large as any that was asked of it.
+   ONNX Runtime would hold an output that nobody reads until the run's end, and its arena would place a room, or what
+   comes behind it, elsewhere every time; from the heap the pages of a large one would be new every time. */
+typedef struct Room {
+    struct Room *next;
+    int64_t floats;
+    float data[];
+} Room;
+
+static pthread_mutex_t of_rooms = PTHREAD_MUTEX_INITIALIZER;
+static Room *idle;
+static int64_t kernels;
+
+/* NULL where memory ran out. */
+static Room *take_room(int64_t floats)
 {
-    *room = k->arena->Alloc(k->arena, (size_t)floats * sizeof(float));
-    return *room ? NULL : no_memory(k->api);
+    pthread_mutex_lock(&of_rooms);
+    Room *room = idle;
+    if (room)
+        idle = room->next;
+    pthread_mutex_unlock(&of_rooms);
+    if (!room || room->floats < floats) {
+        free(room);
+        room = malloc(sizeof(Room) + (size_t)floats * sizeof(float));
+        if (room)
+            room->floats = floats;
+    }
+    return room;
 }
 
-static void give_back(const Kernel *k, float *room)
+static void give_back(Room *room)
 {
-    k->arena->Free(k->arena, room);
+    pthread_mutex_lock(&of_rooms);
+    room->next = idle;
+    idle = room;
+    pthread_mutex_unlock(&of_rooms);
+}
+
+/* The rooms go with the last kernel. */
+static void count_kernel(int64_t more)
+{
+    Room *room = NULL;
+    pthread_mutex_lock(&of_rooms);
+    kernels += more;
+    if (!kernels)
+        room = idle, idle = NULL;
+    pthread_mutex_unlock(&of_rooms);
+    while (room) {
+        Room *next = room->next;
+        free(room);
+        room = next;
+    }
 }
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
@@ -283,9 +312,12 @@ static OrtStatus *compute_widened_forward(void *kernel, OrtKernelContext *contex
     const float **given[] = {&f.x, &f.wide, &f.shift, &f.weight, &f.scale, &f.bias};
     TRY(inputs(k, context, given, COUNT(given)));
     TRY(output(k, context, 0, (int64_t[]){d->images, d->channels, d->h, d->w}, 4, &f.y));
-    TRY(take_room(k, GROUP * d->H * d->W, &f.planes));
+    Room *room = take_room(GROUP * d->H * d->W);
+    if (!room)
+        return no_memory(k->api);
+    f.planes = room->data;
     int done = loops->widened_forward(&f);
-    give_back(k, f.planes);
+    give_back(room);
     return done ? NULL : no_memory(k->api);
 }
 
@@ -301,9 +333,12 @@ static OrtStatus *compute_widened_backward(void *kernel, OrtKernelContext *conte
     TRY(output(k, context, 1, (int64_t[]){d->channels, d->inside}, 2, &b.wide_product));
     float **made[] = {&b.dshift, &b.product, &b.dbias};
     TRY(vectors(k, context, 2, made, COUNT(made)));
-    TRY(take_room(k, GROUP * d->H * d->W, &b.planes));
+    Room *room = take_room(GROUP * d->H * d->W);
+    if (!room)
+        return no_memory(k->api);
+    b.planes = room->data;
     int done = loops->widened_backward(&b);
-    give_back(k, b.planes);
+    give_back(room);
     return done ? NULL : no_memory(k->api);
 }
 
@@ -375,9 +410,12 @@ static OrtStatus *compute_product(void *kernel, OrtKernelContext *context)
     const float **given[] = {&m.left, &m.right, &m.before};
     TRY(inputs(k, context, given, p->start == NOTHING ? 2 : 3));
     TRY(output(k, context, 0, p->made, p->rank, &m.made));
-    TRY(take_room(k, (p->rows + COLUMNS_KEPT) * most_words(p), (float **)&m.room));
+    Room *room = take_room((p->rows + COLUMNS_KEPT) * most_words(p));
+    if (!room)
+        return no_memory(k->api);
+    m.room = (uint32_t *)room->data;
     multiply_halves(m);
-    give_back(k, (float *)m.room);
+    give_back(room);
     return NULL;
 }
 
@@ -546,10 +584,8 @@ static void keep(int *inputs, int *outputs)
 
 static void destroy(void *kernel)
 {
-    Kernel *k = kernel;
-    if (k->arena)
-        k->api->ReleaseAllocator(k->arena);
-    free(k);
+    free(kernel);
+    count_kernel(-1);
 }
 
 #define OPERATOR(NAME, INPUTS, OUTPUTS, COMPUTE, MAY_INPLACE)                                                          \
@@ -621,9 +657,8 @@ static OrtStatus *create(const Operator *op, const OrtApi *api, const OrtKernelI
     if (!k)
         return api->CreateStatus(FAILED, "there is no memory left for a kernel");
     k->api = api;
-    OrtStatus *status = api->KernelInfoGetAllocator(info, DEFAULT_MEMORY, &k->arena);
-    if (!status)
-        status = read_attributes(op - operators, api, info, k);
+    OrtStatus *status = read_attributes(op - operators, api, info, k);
+    count_kernel(1);
     if (status)
         destroy(k);
     else

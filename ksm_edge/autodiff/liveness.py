@@ -27,6 +27,7 @@ def peak_bytes(model: onnx.ModelProto) -> int:
     for name, i in last.items():
         freed[i].append(name)
     alive = peak = 0
+    room = max((workspace_bytes(node) for node in nodes if node.domain == OWN), default=0)
     held: dict[str, int] = {}
     for i, node in enumerate(nodes):
         for name in node.output:
@@ -36,7 +37,7 @@ def peak_bytes(model: onnx.ModelProto) -> int:
         peak = max(peak, alive + _workspace_bytes(node, shapes))
         for name in freed[i]:
             alive -= held.pop(name, 0)
-    return peak
+    return peak + room
 
 
 def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
@@ -70,8 +71,6 @@ def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:
 
 def _workspace_bytes(node: onnx.NodeProto, shapes: dict[str, tuple[tuple[int, ...], int]]) -> int:
     """What an operator takes for itself while it runs: ONNX Runtime's ConvTranspose the columns of one image."""
-    if node.domain == OWN:
-        return workspace_bytes(node)
     if node.op_type != "ConvTranspose":
         return 0
     (_, _, h, w), item = shapes[node.input[0]]

@@ -13,7 +13,7 @@ layout and back around every depthwise conv. dx may take the memory of x, and dz
     WidenedDepthwiseGradient  dy, y, x, V, v, W, scale, bias, four accumulators -> dx, these
 
 What the 1x1 conv makes of an image, the largest tensors of an inverted residual network, is never in memory: GROUP
-channels are made at a time, and again for the gradient. The room for these is there while the operator runs.
+channels are made at a time, and again for the gradient. The room for these is what another operator has next.
 
 An activation is a clip, whose result tells what gradients it passed, or one of SMOOTH: of these what they were given is
 kept in place of their result, or made again, so that x is what stands in front of such an activation.
@@ -245,7 +245,7 @@ def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str
 
 
 def workspace_bytes(node: onnx.NodeProto) -> int:
-    """What one of these operators takes from a session's arena for itself while it runs."""
+    """What one of these operators needs to work in, of rooms that stay until the last session ends."""
     if node.op_type in products.OPERATORS:
         room = products.room_shape(_attributes(node))
     elif node.op_type.startswith(WIDENED):
