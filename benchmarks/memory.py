@@ -31,7 +31,7 @@ CASES: list[tuple[str, int, tuple[str, ...]]] = [
     ("mobilenet_v2", 0, ("--method", "norm")),
     ("mobilenet_v2", 0, ("--method", "head")),
     ("mobilenet_v2", 0, ("--layers", "features.11.conv.0.0..")),
-    # Layers in front that run apart from the rest, in micro-batches of the same images.
+    # Layers in front that run apart from the rest.
     ("mobilenet_v2", 0, ("--fast",)),
     ("mobilenet_v2", 0, ("--fast", "--threads", "4")),
     ("mobilenet_v2", 0, ("--method", "head", "--views", "1")),

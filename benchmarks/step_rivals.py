@@ -111,20 +111,22 @@ def _of_stage(trainer: Any, plan: Any, each: Any, given: Given) -> Found:
     # waited for them does not count, as little as with the rivals, who have them all from the start.
     parts = list(parts_of_batches(np.arange(batch), batch, part=plan.micro_batch))
 
-    def images(parts: list[np.ndarray] = parts) -> Iterator[Batch]:
+    def images(parts: list[np.ndarray]) -> Iterator[Batch]:
         rng = np.random.default_rng(0)  # the same ones each time
         for indices in parts:
             yield Batch(rng.standard_normal((len(indices), 3, side, side), np.float32), indices % CLASSES, indices)
 
     views, front_ms = None, 0.0
     if each.front is not None:
-        at_once = list(parts_of_batches(np.arange(batch), batch, part=each.front.spec.micro_batch))
-        views, front_ms = _views(trainer.bundle, plan.engine, each.front, batch, lambda: images(at_once), len(at_once))
+        in_front = list(parts_of_batches(np.arange(batch), batch, part=each.front.spec.micro_batch))
+        views, front_ms = _views(
+            trainer.bundle, plan.engine, each.front, batch, lambda: images(in_front), len(in_front)
+        )
     waited_ms: list[float] = []
 
     def seen() -> Iterator[np.ndarray]:
         if views is None:
-            yield from (part.images for part in images())
+            yield from (part.images for part in images(parts))
         else:
             yield from (views.features(0, indices) for indices in parts)
 

@@ -286,11 +286,8 @@ INLINE void expect_tile(const Multiplication *m, int64_t row, int64_t rows, Stre
     const Product *p = m->p;
     for (int64_t i = 0; i < rows; i++) {
         int64_t place = (to.image * p->rows + row + i) * p->columns + to.column;
-        for (int64_t j = 0; j < to.count; j += LANES) {
+        for (int64_t j = 0; j < to.count; j += LANES)
             __builtin_prefetch(m->made + place + j, 1);
-            if (p->start == EACH && m->before != m->made)
-                __builtin_prefetch(m->before + place + j);
-        }
     }
 }
 

@@ -1,7 +1,8 @@
 /* Loops over floats that lie in a row, for all operators: sums, activations and their gradients, and a kernel's taps.
 
    Whoever includes this says how many floats LANES are, a register or two, and of how many channels TILE, times two
-   LANES, sums stay in registers beside what they are made from. */
+   LANES, sums stay in registers beside what they are made from; with 16 LANES and <immintrin.h>, whether to move a few
+   of them by masks (HAS_MASKS). */
 
 #ifndef KSM_EDGE_ROWS_H
 #define KSM_EDGE_ROWS_H
@@ -48,8 +49,8 @@ INLINE void store(float *to, Lanes value)
     *(Lanes *)to = value;
 }
 
+/* Up to LANES floats; of what is loaded the others are 0. */
 #ifdef HAS_MASKS
-/* Up to LANES floats; the others are 0. */
 INLINE Lanes load_some(const float *from, int64_t count)
 {
     return (Lanes)_mm512_maskz_loadu_ps(count < LANES ? (__mmask16)((1 << count) - 1) : 0xffff, from);

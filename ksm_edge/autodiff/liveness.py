@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from ksm_edge.autodiff.graph import OWN
-from ksm_edge.autodiff.own import IN_PLACE, declare_shapes, workspace_bytes
+from ksm_edge.autodiff.own import IN_PLACE, declare_shapes
 
 # Their output is the same memory as their input.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Flatten"})
@@ -27,7 +26,6 @@ def peak_bytes(model: onnx.ModelProto) -> int:
     for name, i in last.items():
         freed[i].append(name)
     alive = peak = 0
-    room = max((workspace_bytes(node) for node in nodes if node.domain == OWN), default=0)
     held: dict[str, int] = {}
     for i, node in enumerate(nodes):
         for name in node.output:
@@ -37,7 +35,7 @@ def peak_bytes(model: onnx.ModelProto) -> int:
         peak = max(peak, alive + _workspace_bytes(node, shapes))
         for name in freed[i]:
             alive -= held.pop(name, 0)
-    return peak + room
+    return peak
 
 
 def _owners(nodes: list[onnx.NodeProto]) -> dict[str, str]:

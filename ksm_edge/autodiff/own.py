@@ -13,7 +13,8 @@ layout and back around every depthwise conv. dx may take the memory of x, and dz
     WidenedDepthwiseGradient  dy, y, x, V, v, W, scale, bias, four accumulators -> dx, these
 
 What the 1x1 conv makes of an image, the largest tensors of an inverted residual network, is never in memory: GROUP
-channels are made at a time, and again for the gradient. The room for these is what another operator has next.
+channels are made at a time, and again for the gradient. The room for these is no output: the next operator has it after
+this one.
 
 An activation is a clip, whose result tells what gradients it passed, or one of SMOOTH: of these what they were given is
 kept in place of their result, or made again, so that x is what stands in front of such an activation.
@@ -44,7 +45,7 @@ LARGE_BYTES = 2**19
 # (input, output): where nobody reads the first later, ONNX Runtime gives its memory to the second.
 IN_PLACE = {"DepthwiseGradient": (2, 0), "Gate": (0, 0)}
 FORWARD = ("Depthwise", "WidenedDepthwise")
-WIDENED = "Widened"  # names of what does a 1x1 conv along begin so
+WIDENED = ("WidenedDepthwise", "WidenedDepthwiseGradient")  # these do a 1x1 conv along
 WORD_BYTES = 4
 SMOOTH = {"HardSwish": 1, "Swish": 2}  # by their numbers there; 0 is a clip
 
@@ -240,19 +241,19 @@ def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str
     n, C, H, W = attributes["image_shape"]
     if node.op_type in FORWARD:
         return [(node.output[0], attributes["output_shape"])]
-    sums = [] if node.op_type.startswith(WIDENED) else [(node.output[-1], (C,))]
+    sums = [] if node.op_type in WIDENED else [(node.output[-1], (C,))]
     return [(node.output[0], (n, C, H, W)), *sums]
 
 
-def workspace_bytes(node: onnx.NodeProto) -> int:
-    """What one of these operators needs to work in, of rooms that stay until the last session ends."""
+def room_bytes(model: onnx.ModelProto) -> int:
+    """What these operators need to work in, the one that needs most: a room stays until the last session ends."""
+    return WORD_BYTES * max((math.prod(_room_shape(node)) for node in model.graph.node), default=0)
+
+
+def _room_shape(node: onnx.NodeProto) -> Shape:
     if node.op_type in products.OPERATORS:
-        room = products.room_shape(_attributes(node))
-    elif node.op_type.startswith(WIDENED):
-        room = GROUP, *_attributes(node)["image_shape"][2:]
-    else:
-        return 0
-    return WORD_BYTES * math.prod(room)
+        return products.room_shape(_attributes(node))
+    return (GROUP, *_attributes(node)["image_shape"][2:]) if node.op_type in WIDENED else (0,)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

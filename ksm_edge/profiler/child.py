@@ -188,7 +188,7 @@ def _forward_passes(trainer: Trainer, plan: Plan, steps: int) -> list[float]:
     """Milliseconds of a step's forward passes alone, behind the warm-up."""
     workers = plan.engine.open(trainer.bundle, plan.forward, trainer.bound(plan.forward))
     clock, found = _Clock(), list[float]()
-    runs = -(-plan.batch // plan.micro_batch)
+    runs = -(-plan.batch // plan.forward.spec.micro_batch)
     for _ in range(WARM_UP + steps):
         clock.skip()
         for _ in workers.map(lambda session, _: session.run(), range(runs)):

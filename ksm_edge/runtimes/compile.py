@@ -32,6 +32,7 @@ class CompiledGraph:
     forms: dict[str, str]  # the form each layer's product comes in, see `autodiff.conv`
     pixels: dict[str, int]  # h w of each layer's output
     activation_bytes: int  # tensors alive at the worst moment of a run, by the model's own order
+    room_bytes: int  # that operators of this project work in, beside these
     halved: bool  # some of them are kept in half precision
 
     @property
@@ -69,12 +70,14 @@ def compile_graph(bundle: Bundle, spec: GradientSpec, folder: Path) -> CompiledG
     from ksm_edge.autodiff.gradient_graph import build
     from ksm_edge.autodiff.halved import is_halved
     from ksm_edge.autodiff.liveness import peak_bytes
+    from ksm_edge.autodiff.own import room_bytes
     from ksm_edge.runtimes.optimise import optimised_in_order
 
     graph = build(onnx.load(bundle.graph_path, load_external_data=False), bundle.layers, spec)
     (folder / "graph.onnx").write_bytes(optimised_in_order(graph.model, _externals(bundle, graph.externals, spec)))
     table = {name: getattr(graph, name) for name in ("inputs", "outputs", "forms", "pixels")}
-    table |= {"activation_bytes": peak_bytes(graph.model), "halved": is_halved(graph.model)}
+    table |= {"activation_bytes": peak_bytes(graph.model), "room_bytes": room_bytes(graph.model)}
+    table["halved"] = is_halved(graph.model)
     table["sha256"] = file_sha256(folder / "graph.onnx")
     (folder / cache.DESCRIPTION).write_text(json.dumps(table))
     return read_compiled(folder, spec)

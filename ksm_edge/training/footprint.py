@@ -65,7 +65,8 @@ def expected_peak_bytes(
     spare = COMPACT_BYTES * score_count(bundle, settings) if settings.moment_bits < MOMENT_BITS[0] else 0
     parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
     parameters += turned + int(PAGES_SHARE * stored) + (workers - 1) * _accumulator_bytes(graph)
-    return PROCESS_BYTES - (OPENING_BYTES if settings.views else 0) + parameters + max(stepping, packing)
+    rooms = workers * max(each.room_bytes for each in (graph, *beside))  # which stay from one graph to the next
+    return PROCESS_BYTES - (OPENING_BYTES if settings.views else 0) + parameters + rooms + max(stepping, packing)
 
 
 def _running_bytes(graph: CompiledGraph, workers: int) -> int:

@@ -196,7 +196,7 @@ class _Search:
         comfortable = COMFORTABLE_HALF_BYTES if single.spec.half_products else COMFORTABLE_BYTES
         count = _most_images(one, self.settings.batch // workers, comfortable)
         while count > 1:
-            # Several images are transposed for their products, one is not: they may take more than their number says.
+            # Several images may take more than their number says: in float32 they are transposed for their products.
             graph = self.graph(kind, count, FORMS[0])
             if self.fits((kind, workers, graph)):
                 return graph

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from journeys import Watcher, settings
+from journeys import SETTINGS, Stopper, Watcher, interrupted_then_resumed, settings
 from tiny import LAYERS
 
 from ksm_edge.adapt import journey
@@ -26,6 +26,7 @@ from ksm_edge.fuse import fuse_layer
 from ksm_edge.pack.files import save_pack
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
+from ksm_edge.training import planner
 from ksm_edge.training.checkpoint import Progress
 from ksm_edge.training.footprint import PROCESS_BYTES
 from ksm_edge.training.planner import make_plan
@@ -208,6 +209,20 @@ def test_a_training_interrupted_while_it_keeps_features_goes_on_to_the_very_byte
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
 
 
+def test_the_front_and_the_judge_may_have_fewer_images_at_a_time(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "_comfortable", lambda bundle, spec: compiled(bundle, replace(spec, micro_batch=1)))
+    chosen = settings(layers="project..", views=2)
+    plan = make_plan(bundle, len(images.classes), chosen, threads=1, budget_bytes=None)
+    front = plan.stages[0].front
+    assert front is not None
+    assert (plan.micro_batch, front.spec.micro_batch, plan.forward.spec.micro_batch) == (SETTINGS["batch"], 1, 1)
+    whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen)
+    resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", chosen, Stopper(step=6))
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+
+
 def files_without_a_name() -> list[str]:
     """That this process holds, of those that this package makes."""
     links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if alive(name)]
@@ -261,5 +276,5 @@ def test_what_runs_beside_the_rest_is_in_the_plan(bundle: Bundle) -> None:
     assert kept.graph.activation_bytes < kept.forward.activation_bytes
     assert kept.expected_peak_bytes is not None
     assert plain.expected_peak_bytes is not None
-    assert kept.micro_batch == plain.micro_batch  # as many as the front can take, not as many as a head
+    assert kept.micro_batch == SETTINGS["batch"]  # as many as a head learns from
     assert PROCESS_BYTES + kept.forward.activation_bytes < kept.expected_peak_bytes < 1.02 * plain.expected_peak_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +21,13 @@ from ksm_edge.autodiff.graph import OWN, Emitter
 from ksm_edge.bundle.layers import Bundle, Layer
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import UsageError
+from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.onnxruntime import gradient_session_options
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec
+
+Shapes = dict[str, tuple[int, ...]]
 
 pytestmark = pytest.mark.skipif(native.operators is None, reason="installed without a C compiler")
 
@@ -53,17 +57,21 @@ def rounded(array: np.ndarray) -> np.ndarray:
     return kept.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-def run(emit: Emitter, given: dict[str, np.ndarray], made: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
-    for name, array in given.items():
-        emit.input(name, array.shape)
+def run(emit: Emitter, given: dict[str, np.ndarray], made: Shapes) -> list[np.ndarray]:
+    session = session_of(emit, {name: array.shape for name, array in given.items()}, made)
+    return list(session.run(list(made), given))
+
+
+def session_of(emit: Emitter, given: Shapes, made: Shapes) -> onnxruntime.InferenceSession:
+    for name, shape in given.items():
+        emit.input(name, shape)
     for name, shape in made.items():
         emit.output(name, shape)
     model = emit.model()
     own.declare_shapes(model)
-    session = onnxruntime.InferenceSession(
+    return onnxruntime.InferenceSession(
         model.SerializeToString(), gradient_session_options(1), providers=["CPUExecutionProvider"]
     )
-    return list(session.run(list(made), given))
 
 
 # Fewer than a register, and than the rows and columns that are worked on at once, and more; odd sums, and long ones.
@@ -101,6 +109,21 @@ def test_what_is_no_number_stays_none(value: float) -> None:
     products.accumulated(emit, "before", "rows", "columns", (1, 1, 1, 1), "total")
     (total,) = run(emit, {"before": one, "rows": one, "columns": one * np.float32(value)}, {"total": (1, 1)})
     assert not np.isfinite(total)  # the last one is rounded up
+
+
+def test_rooms_are_given_back_in_however_many_threads() -> None:
+    emit, I = Emitter(half_products=True), 2000
+    products.pointwise(emit, Layer("a", (8, I, 1, 1), 1, 0.0, False), "x", (1, I, 1, 8), "y")
+    shapes = {"x": (1, I, 1, 8), "a.weight": (8, I, 1, 1), "a.bias": (8,)}
+    session = session_of(emit, shapes, {"y": (1, 8, 1, 8)})
+    given = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    room = own.room_bytes(emit.model())
+    assert room == 4 * (8 + products.COLUMNS_KEPT) * products.DEEPEST // 2
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: session.run(["y"], given), range(40)))
+        before = rss_bytes()
+        list(pool.map(lambda _: session.run(["y"], given), range(400)))
+    assert rss_bytes() - before < 20 * room
 
 
 def test_the_ways_are_told_and_others_refused() -> None:
