@@ -58,7 +58,10 @@ def main() -> int:
     if options.add and out is not None and out.exists():
         again, before = {(*_case(case), rival) for case in wanted for rival in options.rivals}, read(out)
         of_before = {"commit": before["machine"].get("commit")}
-        record.runs = [{**of_before, **run} for run in before["runs"] if (*_case(run), run["rival"]) not in again]
+        earlier = [{**of_before, **run} for run in before["runs"]]
+        record.runs = [run for run in earlier if (*_case(run), run["rival"]) not in again]
+        others = {_case(run) for run in record.runs}  # which stay beside what they were measured with
+        record.runs = [run for run in earlier if run in record.runs or (run["rival"] == FULL and _case(run) in others)]
         record.warnings += before["warnings"]
     for recipe, size in dict.fromkeys((case["recipe"], case["size"]) for case in wanted):
         with backbone(None, size, recipe=recipe) as bundle:
@@ -118,32 +121,41 @@ def _bound(bundle: Path, case: dict[str, Any]) -> float:
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each case and rival the medians over processes, beside full fine-tuning in torch and the arithmetic bound."""
+    """Of each case and rival the medians over processes, beside full fine-tuning in torch and the arithmetic bound.
+
+    Of several times that a rival was measured the last; held against torch of the same time, or else the first.
+    """
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         cells.setdefault((*_case(run), run["rival"]), []).append(run)
     rows, seen = [], list(dict.fromkeys(map(_case, runs)))
-    for (*case, rival), of_cell in sorted(
+    for (*case, rival), of_all_times in sorted(
         cells.items(), key=lambda cell: (seen.index(cell[0][:-1]), list(RIVALS).index(cell[0][-1]))
     ):
+        of_cell = [run for run in of_all_times if run.get("commit") == of_all_times[-1].get("commit")]
         recipe, size, batch, threads = case
         row = {"recipe": recipe, "size": size, "batch": batch, "threads": threads, "rival": rival}
         there = [run for run in of_cell if "absent" not in run]
         if not there:
             rows.append({**row, "absent": of_cell[0]["absent"].rpartition("was false. ")[2]})  # of a check that failed
             continue
-        row["step_ms"] = statistics.median(statistics.median(run["step_ms"]) for run in there)
+        row["step_ms"] = _median_ms(there)
         row["learns"] = all(falls(run["losses"]) for run in there)
         row["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in there)
         if rival != FASTEST:  # which does less
             row["bound_ms"] = there[0]["bound_flops"] / statistics.median(run["flop_rate"] for run in there) * 1e3
+        full = [run for run in cells.get((*case, FULL), []) if "absent" not in run]
+        if full:
+            of_same = [run for run in full if run.get("commit") == there[0].get("commit")]
+            beside = of_same or [run for run in full if run.get("commit") == full[0].get("commit")]
+            row["time_ratio"] = row["step_ms"] / _median_ms(beside)
+            row["memory_ratio"] = row["peak_rss_bytes"] / max(run["peak_rss_bytes"] for run in beside)
         rows.append(row)
-    full = {_case(row): row for row in rows if row["rival"] == FULL and "absent" not in row}
-    for row in rows:
-        if "step_ms" in row and (beside := full.get(_case(row))):
-            row["time_ratio"] = row["step_ms"] / beside["step_ms"]
-            row["memory_ratio"] = row["peak_rss_bytes"] / beside["peak_rss_bytes"]
     return rows
+
+
+def _median_ms(runs: list[dict[str, Any]]) -> float:
+    return statistics.median(statistics.median(run["step_ms"]) for run in runs)
 
 
 def _case(run: dict[str, Any]) -> tuple[Any, ...]:

@@ -429,6 +429,22 @@ def test_adaptation_is_held_against_torch_and_the_bound(load: Any) -> None:
     assert not stuck["learns"]
 
 
+def test_what_was_measured_at_another_time_is_held_against_torch_of_that_time(load: Any) -> None:
+    adaptation = load("adaptation")
+    slow = {"commit": "slow", "losses": [2.0, 1.0]}
+    runs = [
+        adaptation_run(adaptation.OURS, 100.0),
+        adaptation_run(adaptation.FASTEST, 50.0),
+        adaptation_run(adaptation.FULL, 400.0),
+        {**adaptation_run(adaptation.OURS, 150.0), **slow},
+        {**adaptation_run(adaptation.FULL, 600.0), **slow},
+        {**adaptation_run(load("step_rivals").STANDARD, 80.0), "commit": "other"},
+    ]
+    ours, standard, fastest, full = adaptation.summary(runs)
+    assert [row["step_ms"] for row in (ours, standard, fastest, full)] == [150.0, 80.0, 50.0, 600.0]
+    assert [row["time_ratio"] for row in (ours, standard, fastest, full)] == [0.25, 0.2, 0.125, 1.0]
+
+
 def test_growth_is_the_exponent_over_the_cases_of_one_axis(load: Any) -> None:
     adaptation = load("adaptation")
     runs = [adaptation_run(adaptation.OURS, 10.0 * batch**0.9, batch) for batch in (1, 8, 32)]
