@@ -58,10 +58,10 @@ def main() -> int:
     if options.add and out is not None and out.exists():
         again, before = {(*_case(case), rival) for case in wanted for rival in options.rivals}, read(out)
         of_before = {"commit": before["machine"].get("commit")}
-        earlier = [{**of_before, **run} for run in before["runs"]]
-        record.runs = [run for run in earlier if (*_case(run), run["rival"]) not in again]
-        others = {_case(run) for run in record.runs}  # which stay beside what they were measured with
-        record.runs = [run for run in earlier if run in record.runs or (run["rival"] == FULL and _case(run) in others)]
+        # Of what stays torch does too, which it is held against.
+        stay = {_case(run) for run in before["runs"] if (*_case(run), run["rival"]) not in again}
+        again -= {(*case, FULL) for case in stay}
+        record.runs = [{**of_before, **run} for run in before["runs"] if (*_case(run), run["rival"]) not in again]
         record.warnings += before["warnings"]
     for recipe, size in dict.fromkeys((case["recipe"], case["size"]) for case in wanted):
         with backbone(None, size, recipe=recipe) as bundle:

@@ -23,7 +23,7 @@ IMAGE_RANK = 4
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE)
 
 
-def room_bytes(model: onnx.ModelProto) -> int:
+def taken_bytes(model: onnx.ModelProto) -> int:
     """What its tensors take at the worst moment, with gaps where some are kept in half precision."""
     return int(peak_bytes(model) * (HALF_SHARE if is_halved(model) else 1))
 
@@ -34,7 +34,7 @@ def is_halved(model: onnx.ModelProto) -> bool:
 
 def with_halves(model: onnx.ModelProto, forward: int) -> onnx.ModelProto:
     """The same in half precision if it then takes less."""
-    return min(model, kept_in_half(model, forward), key=room_bytes)
+    return min(model, kept_in_half(model, forward), key=taken_bytes)
 
 
 def kept_in_half(model: onnx.ModelProto, forward: int) -> onnx.ModelProto:

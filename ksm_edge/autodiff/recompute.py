@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 import onnx
 
-from ksm_edge.autodiff.halved import kept_in_half, room_bytes
+from ksm_edge.autodiff.halved import kept_in_half, taken_bytes
 from ksm_edge.autodiff.liveness import tensor_bytes
 
 AGAIN = "~again"  # behind the names of what is computed a second time
@@ -36,7 +36,7 @@ def with_least_kept(model: onnx.ModelProto, forward: int, *, half: bool = False)
     if half:
         forms += [kept_in_half(form, forward) for form in forms]
     # Of equals the one that computes least again.
-    return min(forms, key=lambda form: (room_bytes(form), len(form.graph.node)))
+    return min(forms, key=lambda form: (taken_bytes(form), len(form.graph.node)))
 
 
 def recomputed(nodes: Sequence[onnx.NodeProto], forward: int, kept: Collection[str]) -> list[onnx.NodeProto]:

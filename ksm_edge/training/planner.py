@@ -230,9 +230,11 @@ def _forward(bundle: Bundle, graph: CompiledGraph) -> CompiledGraph:
 
 def _comfortable(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
     """For as many images at a time as are comfortable, of those that a gradient graph has."""
-    single = compiled(bundle, replace(spec, micro_batch=1))
-    count = _most_images(activation_bytes(single), spec.micro_batch, COMFORTABLE_BYTES)
-    return single if count == 1 else compiled(bundle, replace(spec, micro_batch=count))
+    graph = compiled(bundle, spec)
+    if (taken := activation_bytes(graph)) <= COMFORTABLE_BYTES:
+        return graph
+    count = _most_images(taken // spec.micro_batch, spec.micro_batch, COMFORTABLE_BYTES)
+    return compiled(bundle, replace(spec, micro_batch=count))
 
 
 def _most_images(one: int, most: int, comfortable: int) -> int:

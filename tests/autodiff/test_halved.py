@@ -12,7 +12,7 @@ from test_fast_forms import Gradients, steps
 from whole_network import random_bundle
 
 from ksm_edge.autodiff.gradient_graph import build
-from ksm_edge.autodiff.halved import HALF, LEAST_BYTES, WIDENED, is_halved, room_bytes
+from ksm_edge.autodiff.halved import HALF, LEAST_BYTES, WIDENED, is_halved, taken_bytes
 from ksm_edge.autodiff.liveness import peak_bytes, tensor_shapes
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
@@ -120,7 +120,7 @@ def test_where_nothing_is_gained_nothing_is_rounded(tmp_path: Path) -> None:
             for half in (False, True)
         )
         assert not is_halved(whole)
-        assert room_bytes(half) <= room_bytes(whole)
+        assert taken_bytes(half) <= taken_bytes(whole)
     assert is_halved(graph(load_bundle("embedded"), half=True))
 
 

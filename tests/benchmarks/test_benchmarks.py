@@ -409,6 +409,27 @@ def test_adaptation_keeps_what_it_does_not_measure_again(
     assert [row["threads"] for row in measure.read(file)["summary"]["cases"]] == [2, 1]
 
 
+def test_adaptation_keeps_torch_for_what_it_does_not_measure_again(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation, measure, file = load("adaptation"), load("measure"), tmp_path / "adaptation.json"
+
+    def added(*rivals: str) -> list[str]:
+        words = ["--recipes", "a", "--threads", "1", "--rivals", *rivals, "--repeats", "1", "--add", "--out", str(file)]
+        monkeypatch.setattr("sys.argv", ["adaptation.py", *words])
+        adaptation.main()
+        return [run["rival"] for run in measure.read(file)["runs"]]
+
+    monkeypatch.setattr(adaptation, "RECIPES", ("a", "b"))
+    monkeypatch.setattr(adaptation, "backbone", lambda *given, **named: nullcontext(tmp_path))
+    monkeypatch.setattr(adaptation, "_runs", lambda case, bundle, options: (
+        {**adaptation_run(rival, 100.0), **case} for rival in options.rivals))  # fmt: skip
+    ours, fast, full = adaptation.OURS, adaptation.FASTEST, adaptation.FULL
+    assert added(ours, fast, full) == [ours, fast, full]
+    assert added(fast, full) == [ours, full, fast, full]
+    assert added(ours, fast, full) == [ours, fast, full]
+
+
 def test_adaptation_is_held_against_torch_and_the_bound(load: Any) -> None:
     adaptation = load("adaptation")
     runs = [
