@@ -16,6 +16,7 @@ from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.fuse import fuse_layer
+from ksm_edge.resident import use_compact_heap
 from ksm_edge.runtimes import cache
 
 Shape = tuple[int, ...]
@@ -107,6 +108,7 @@ def spec_of(table: Mapping[str, Any]) -> GradientSpec:
 
 def _main(bundle_path: str, folder: str) -> int:
     spec = spec_of(json.loads(sys.stdin.read()))
+    use_compact_heap()
     return cache.in_child(lambda: compile_graph(load_bundle(bundle_path), spec, Path(folder)))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ksm_edge.resident import give_back
 from ksm_edge.runtimes.onnxruntime import gradient_session_options
 
 # It would merge what the backward pass computes again with what the forward pass computed, and keep that instead.
@@ -34,9 +35,12 @@ def optimised(
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         path = Path(folder, "optimised.onnx")
         options.optimized_model_filepath = str(path)
-        ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
-        )
+        serialised = model.SerializeToString()
+        give_back()  # what was for importing and building, in front of what is for optimising
+        how = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": list(disabled)}
+        ort.InferenceSession(serialised, options, **how)
+        del options, values, serialised
+        give_back()
         return onnx.load(path)
 
 
