@@ -69,7 +69,7 @@ LEVERS = {
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="(default: all)")
-    parser.add_argument("--repeats", type=int, default=2, help="processes for each way (default: 2)")
+    parser.add_argument("--repeats", type=int, default=5, help="processes for each way (default: 5)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in each process (default: 3)")
     add_output(parser)
     return parser
