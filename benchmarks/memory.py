@@ -163,14 +163,13 @@ def _run(bundle: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> di
 def _expected(path: Path, words: list[str]) -> int:
     """What the planner says of that command; the graphs that it makes on the way are then there."""
     from ksm_edge.bundle.load import load_bundle
-    from ksm_edge.cli.adapt import memory_budget, settings_of
+    from ksm_edge.cli.adapt import budget_of, settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import this_machine
     from ksm_edge.training.planner import make_plan
 
     args = build_parser().parse_args(words)
-    settings, budget = settings_of(args, this_machine(), CLASSES * IMAGES), args.memory_budget
-    budget = memory_budget(this_machine()) if budget is None else budget
+    settings, budget = settings_of(args, this_machine(), CLASSES * IMAGES), budget_of(args, this_machine())
     plan = make_plan(load_bundle(path), CLASSES, settings, threads=args.threads, budget_bytes=budget)
     return plan.expected_peak_bytes
 

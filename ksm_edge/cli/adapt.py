@@ -201,9 +201,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
     compute_on_fast_cores(threads)
-    budget = args.memory_budget
-    if budget is None and args.runtime == ENGINES[0]:
-        budget = memory_budget(device)
+    budget = budget_of(args, device)
     images = _images(args.data)
     settings = settings_of(args, device, len(images.train))
     out = args.out or Path(f"{images.name}.ksm")
@@ -244,6 +242,14 @@ def available_threads(device: Device) -> int:
     from ksm_edge.cores import fast_cores
 
     return min(device.threads, len(fast_cores()))
+
+
+def budget_of(args: argparse.Namespace, device: Device) -> int | None:
+    """The budget that was asked for, or else the device's; none for a runtime that keeps none."""
+    if args.memory_budget is None and args.runtime == ENGINES[0]:
+        return memory_budget(device)
+    found: int | None = args.memory_budget
+    return found
 
 
 def memory_budget(device: Device) -> int:

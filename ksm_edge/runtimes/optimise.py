@@ -37,8 +37,9 @@ def optimised(
         options.optimized_model_filepath = str(path)
         serialised = model.SerializeToString()
         give_back()  # what was for importing and building, in front of what is for optimising
-        how = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": list(disabled)}
-        ort.InferenceSession(serialised, options, **how)
+        ort.InferenceSession(
+            serialised, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+        )
         del options, values, serialised
         give_back()
         return onnx.load(path)
