@@ -211,7 +211,7 @@ def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     from ksm_edge.training.settings import Settings
 
     found = settings_by([*_schedule(identity), *identity["words"]])
-    if not narrows(Settings(**{name: found[name] for name in ("crop_scale", "views", "train_scale")})):
+    if not narrows(Settings(**{name: found[name] for name in ("crop_scale", "train_scale")})):
         del found["crop_start"]
     return found
 

@@ -173,12 +173,13 @@ class Job:
                 yield Batch(self.views.features(view, indices), self._labels[indices], indices)
 
     def _seen(self, indices: np.ndarray, view: int) -> Batch:
-        scale = crop_scale(self.settings, self._running.stage.input, self.progress.history)
+        stage, progress = self._running.stage, self.progress
+        scale = crop_scale(self.settings, stage.input, progress.history, stage.turn(progress.epoch))
         augmentation = Augmentation(scale, flip=self.settings.flip)
         return training_views(
             self.cache,
             self.train,
-            self._running.stage.input,
+            stage.input,
             indices,
             seed=self.settings.seed,
             view=view,

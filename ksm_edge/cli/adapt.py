@@ -150,13 +150,14 @@ def _add_how(group: Options) -> None:
         type=float,
         metavar="X",
         help="least share of an image that a random crop shows (default: --crop-start, narrowing to 0.35 as training "
-        "accuracy rises from 80 to 100 %%; with --views or --train-scale 0.35)",
+        "accuracy rises from 80 to 100 %%, or from the first of --views to the last; with --train-scale 0.35)",
     )
     group.add_argument(
         "--crop-start",
         type=float,
         metavar="X",
-        help="that share while little is known of the task, 0.35 or more (default: 0.8 of what evaluation sees)",
+        help="that share at first, when little is known of the task, 0.35 or more (default: 0.8 of what evaluation "
+        "sees)",
     )
     group.add_argument("--flip", action="store_true", help="also train on mirrored images: not for signs or text")
     group.add_argument("--balanced", action="store_true", help="weigh rare classes more")
@@ -280,9 +281,10 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
         raise UsageError("--mask-bits and --thin, which --small brings along, say the same in two ways: give one")
     if args.whole_at is not None and args.train_scale is None:
         raise UsageError("--whole-at says when images of --train-scale end: give that too")
-    if args.crop_start is not None and any((args.crop_scale, args.views, args.fast, args.train_scale)):
-        raise UsageError("--crop-start says where crops begin to narrow: with --crop-scale, --views, --fast and "
-                         "--train-scale they do not")  # fmt: skip
+    if args.crop_start is not None and any((args.crop_scale, args.train_scale)):
+        raise UsageError(
+            "--crop-start says where crops begin to narrow: with --crop-scale and --train-scale they do not"
+        )
     names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "crop_start",
              "masked", "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS,
              *LEARNING_BITS)  # fmt: skip

@@ -18,24 +18,29 @@ UNKNOWN = 0.2  # share of the training images that are answered wrong, from whic
 
 
 def narrows(settings: Settings) -> bool:
-    """Whether crops follow what is known.
+    """Whether crops are wide at first.
 
-    Views that are kept come back when more is known, and smaller images make up for what narrow crops enlarge.
+    Smaller images make up for what narrow crops enlarge.
     """
-    return settings.crop_scale is None and not settings.views and settings.train_scale == 1
+    return settings.crop_scale is None and settings.train_scale == 1
 
 
-def crop_scale(settings: Settings, contract: InputContract, history: Sequence[Mapping[str, float]]) -> float:
+def crop_scale(
+    settings: Settings, contract: InputContract, history: Sequence[Mapping[str, float]], turn: float = 0
+) -> float:
     """The least share of an image's area that a crop shows in the epoch behind these.
 
     `contract`: how evaluation makes an image the backbone's input.
     `history`: a record of each epoch so far, whose training accuracy is that of the images as they were cropped then.
     A training that starts from a pack starts wide as well: nobody knows yet how much it knows.
+    `turn`: of views that are kept, which come back when more is known: 0 for the first of them, 1 for the last. Each
+    narrows by as much as the one before.
     """
     if not narrows(settings):
         return NARROW_CROPS if settings.crop_scale is None else settings.crop_scale
     unknown = 1 - history[-1]["train_accuracy"] if history else 1.0
-    return NARROW_CROPS + (_start(settings, contract) - NARROW_CROPS) * min(1.0, unknown / UNKNOWN)
+    wide = 1 - turn if settings.views else min(1.0, unknown / UNKNOWN)
+    return NARROW_CROPS + (_start(settings, contract) - NARROW_CROPS) * wide
 
 
 def _start(settings: Settings, contract: InputContract) -> float:

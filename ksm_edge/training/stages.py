@@ -28,6 +28,10 @@ class Stage:
         turn = epoch - self.epochs.start
         return self.epochs.start + (turn % self.views if self.views else turn)
 
+    def turn(self, epoch: int) -> float:
+        """Of the kept views, where this epoch's is among them: from 0, the first, to 1, the last."""
+        return (self.view(epoch) - self.epochs.start) / (self.views - 1) if self.views > 1 else 0.0
+
 
 def stages(bundle: Bundle, settings: Settings) -> tuple[Stage, ...]:
     """By `train_scale` smaller than evaluation has them, to a multiple of 8 pixels, and from `whole_at` on whole."""

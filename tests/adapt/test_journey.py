@@ -119,6 +119,13 @@ def test_crops_show_at_least_the_share_that_was_asked_for(
     assert crops == [0.7]
 
 
+def test_crops_narrow_from_the_first_view_that_is_kept_to_the_last(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, crops: list[float]
+) -> None:
+    adapt(bundle, images, tmp_path / "a.ksm", settings(epochs=5, layers="project..", views=3, crop_start=0.75))
+    assert crops == pytest.approx([0.75, 0.55, 0.35])
+
+
 def test_crops_narrow_with_what_was_known_in_the_epoch_before(
     bundle: Bundle, images: ImageSet, tmp_path: Path, crops: list[float]
 ) -> None:

@@ -38,9 +38,14 @@ def test_wide_is_what_evaluation_sees_much_of(resize: int, scale: float) -> None
     assert crop_scale(Settings(crop_start=0.9), [], contract) == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("settings", [Settings(views=4), Settings(train_scale=0.7)], ids=["views", "smaller"])
-def test_crops_are_narrow_where_they_come_back_or_images_are_smaller(settings: Settings) -> None:
-    assert {crop_scale(settings, history) for history in ([], after(0.1), after(0.1, 0.9))} == {0.35}
+def test_crops_of_smaller_images_are_narrow() -> None:
+    assert {crop_scale(Settings(train_scale=0.7), history) for history in ([], after(0.1), after(0.1, 0.9))} == {0.35}
+
+
+@pytest.mark.parametrize(("turn", "scale"), [(0, 0.8), (1 / 3, 0.65), (1, 0.35)])
+def test_crops_narrow_from_one_view_to_the_next_whatever_is_known(turn: float, scale: float) -> None:
+    for history in ([], after(0.1), after(1.0)):
+        assert crops.crop_scale(Settings(views=4), WHOLE, history, turn) == pytest.approx(scale)
 
 
 def test_crops_cannot_widen() -> None:

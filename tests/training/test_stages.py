@@ -76,6 +76,10 @@ def test_kept_views_take_turns_and_none_is_kept_that_nobody_looks_at(bundle: Bun
     found = stages(bundle, Settings(train_scale=0.5, views=4, layers="project.."))
     assert [stage.views for stage in found] == [4, 2]
     assert [[stage.view(epoch) for epoch in stage.epochs] for stage in found] == [[0, 1, 2, 3, 0, 1], [6, 7]]
+    turns = [stage.turn(epoch) for stage in found for epoch in stage.epochs]
+    assert turns == pytest.approx([0, 1 / 3, 2 / 3, 1, 0, 1 / 3, 0, 1])
+    (only,) = stages(bundle, Settings(views=1, layers="project.."))
+    assert {only.turn(epoch) for epoch in only.epochs} == {0}
 
 
 @pytest.mark.parametrize(("statistics", "workers"), [("frozen", 1), ("frozen", 2), ("batch", 1)])
