@@ -28,7 +28,8 @@ from ksm_edge.resources import cache_folder
 
 DAY = 86_400  # seconds
 KEPT = 24  # graphs in the cache, of a megabyte and more: an SD card is not to fill up with those of old releases
-DESCRIPTION = "graph.json"  # beside what it describes
+# A folder for each: the graph, its larger constants if it has any, and what describes them.
+GRAPH, CONSTANTS, DESCRIPTION = "graph.onnx", "constants", "graph.json"
 NOT_WHOLE = (OSError, ValueError, KeyError, TypeError)  # not there, or a power cut came between
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
+from ksm_edge.bundle.tensorfile import let_go
 from ksm_edge.fuse import fuse_layer
 from ksm_edge.resident import use_compact_heap
 from ksm_edge.runtimes import cache
@@ -57,9 +58,9 @@ def read_compiled(folder: Path, spec: GradientSpec) -> CompiledGraph:
     table = json.loads((folder / cache.DESCRIPTION).read_text())
     digest = table.pop("sha256")
     shapes = {name: {k: tuple(v) for k, v in table[name].items()} for name in ("inputs", "outputs")}
-    graph = CompiledGraph(folder / "graph.onnx", spec, **{**table, **shapes})
+    graph = CompiledGraph(folder / cache.GRAPH, spec, **{**table, **shapes})
     cache.hold(folder, graph)  # a training opens its graphs again and again
-    if digest != file_sha256(graph.path):
+    if digest != _digest(folder):
         raise ValueError(f"{folder}: the graph is not the one its description is of")
     return graph
 
@@ -75,25 +76,35 @@ def compile_graph(bundle: Bundle, spec: GradientSpec, folder: Path) -> CompiledG
     from ksm_edge.runtimes.optimise import optimised_in_order
 
     graph = build(onnx.load(bundle.graph_path, load_external_data=False), bundle.layers, spec)
-    (folder / "graph.onnx").write_bytes(optimised_in_order(graph.model, _externals(bundle, graph.externals, spec)))
+    content = optimised_in_order(graph.model, _constants(bundle, graph.externals, spec), folder)
+    (folder / cache.GRAPH).write_bytes(content)
     table = {name: getattr(graph, name) for name in ("inputs", "outputs", "forms", "pixels")}
     table |= {"activation_bytes": peak_bytes(graph.model), "room_bytes": room_bytes(graph.model)}
     table["halved"] = is_halved(graph.model)
-    table["sha256"] = file_sha256(folder / "graph.onnx")
+    table["sha256"] = _digest(folder)
     (folder / cache.DESCRIPTION).write_text(json.dumps(table))
     return read_compiled(folder, spec)
 
 
-def _externals(bundle: Bundle, names: Mapping[str, Shape], spec: GradientSpec) -> dict[str, np.ndarray]:
-    """The graph's constants: pristine depthwise weights (and flipped), fused weights of layers that do not learn."""
-    arrays: dict[str, np.ndarray] = {}
+def _digest(folder: Path) -> str:
+    """Of the graph and its constants."""
+    files = folder / cache.GRAPH, folder / cache.CONSTANTS
+    return " ".join(file_sha256(path) for path in files if path.exists())
+
+
+def _constants(bundle: Bundle, names: Container[str], spec: GradientSpec) -> Iterator[tuple[str, np.ndarray]]:
+    """Those of `names`: pristine depthwise weights (and flipped), fused weights of layers that do not learn."""
     for layer in bundle.layers:
+        of_layer = [f"{layer.name}.{kind}" for kind in ("flipped", "weight", "bias")]
+        if not any(name in names for name in of_layer):
+            continue
         weights = bundle.weights[layer.name]
-        arrays[f"{layer.name}.flipped"] = weights.weight[:, :, ::-1, ::-1]
-        arrays[f"{layer.name}.weight"] = weights.weight
+        as_run = weights.weight, weights.bias
         if layer.name not in spec.trained:
-            arrays[f"{layer.name}.weight"], arrays[f"{layer.name}.bias"] = fuse_layer(layer, weights, None)
-    return {name: np.ascontiguousarray(arrays[name]) for name in names}
+            as_run = fuse_layer(layer, weights, None)
+        arrays = weights.weight[:, :, ::-1, ::-1], *as_run
+        yield from ((name, array) for name, array in zip(of_layer, arrays, strict=True) if name in names)
+        let_go(weights.weight)
 
 
 def spec_table(spec: GradientSpec) -> dict[str, object]:

@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def prepare(bundle: Bundle) -> PreparedGraph:
 def read_prepared(folder: Path) -> PreparedGraph:
     """What `prepare_graph` wrote; one of `cache.NOT_WHOLE` where that is not what is there."""
     table = json.loads((folder / cache.DESCRIPTION).read_text())
-    model = (folder / "graph.onnx").read_bytes()
+    model = (folder / cache.GRAPH).read_bytes()
     if table["sha256"] != hashlib.sha256(model).hexdigest():
         raise ValueError(f"{folder}: the graph is not the one its description is of")
     found = {name: (str(source), Layout(*sizes)) for name, (source, *sizes) in table["initializers"].items()}
@@ -125,21 +126,23 @@ def prepare_graph(bundle: Bundle, folder: Path) -> PreparedGraph:
     from ksm_edge.runtimes.optimise import optimised
 
     counting = _counting(bundle)
-    model = optimised(onnx.load(bundle.graph_path, load_external_data=False), counting)
     known: dict[str, tuple[str, Layout]] = {}
     for name, array in counting.items():
         for layout in LAYOUTS:
             layout.lay(array, out := np.empty(layout.shape(array.shape), np.float32))
             known.setdefault(_digest(out), (name, layout))
     found = {}
-    for tensor in model.graph.initializer:
-        if (which := known.get(_digest(onnx.numpy_helper.to_array(tensor)))) is not None:
-            found[tensor.name] = which
-            _leave_out(tensor)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        model = optimised(onnx.load(bundle.graph_path, load_external_data=False), counting.items(), folder=Path(beside))
+        for tensor in model.graph.initializer:
+            values = onnx.numpy_helper.to_array(tensor, base_dir=beside)
+            if (which := known.get(_digest(values))) is not None:
+                found[tensor.name] = which
+                _leave_out(tensor)
     if lost := sorted(counting.keys() - {source for source, _ in found.values()}):
         raise UnsupportedError(f"ONNX Runtime makes something else of the weights here: {', '.join(lost[:3])}")
     content = model.SerializeToString()
-    (folder / "graph.onnx").write_bytes(content)
+    (folder / cache.GRAPH).write_bytes(content)
     initializers = {name: [source, layout.filters, layout.channels] for name, (source, layout) in found.items()}
     weights, graph = fuse(bundle, None), PreparedGraph(content, found, is_faster=True)
     table = {

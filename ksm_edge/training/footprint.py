@@ -33,6 +33,10 @@ COMPACT_BYTES = 1  # a score
 # Packing looks at all masks at once: places and scales of what is cut, and the coder's bits. Measured where one score
 # in eight is cut, which is several times what tasks need.
 PACKING_BYTES = 5  # a score
+# A graph is compiled by a process of its own, which has its constants as the optimiser lays them out, and around the
+# largest of them copies; the one that waits for it has the rest. Found by search for the smallest limit that nine
+# backbones were compiled in with all their weights as constants, on a cgroup, which counts both.
+COMPILING_BYTES, LAYER_BYTES, CONSTANT_COPIES = 79 << 20, 100 << 10, 3.2
 FLOAT_BYTES = 4
 
 
@@ -44,7 +48,8 @@ def expected_peak_bytes(
     graph: CompiledGraph,
     beside: Sequence[CompiledGraph] = (),
 ) -> int:
-    """Resident bytes of the whole process at its worst moment: a training step, or the packing behind an epoch.
+    """Resident bytes at the worst moment: a training step, the packing behind an epoch, or compiling the graphs first,
+    which is done by a process of its own.
 
     `beside`: graphs that run in between.
     """
@@ -66,7 +71,16 @@ def expected_peak_bytes(
     parameters = int(PARAMETER_SHARE * (parameter_bytes(bundle, classes, settings, graph.forms) + spare))
     parameters += turned + int(PAGES_SHARE * stored) + (workers - 1) * _accumulator_bytes(graph)
     rooms = workers * max(each.room_bytes for each in (graph, *beside))  # which stay from one graph to the next
-    return PROCESS_BYTES - (OPENING_BYTES if settings.views else 0) + parameters + rooms + max(stepping, packing)
+    whole = PROCESS_BYTES - (OPENING_BYTES if settings.views else 0) + parameters + rooms + max(stepping, packing)
+    return max(whole, compiling_bytes(bundle, settings))
+
+
+def compiling_bytes(bundle: Bundle, settings: Settings) -> int:
+    """Of compiling the graph that has most constants: the weights of layers that do not learn."""
+    trained, _ = learning_layers(bundle.layers, settings)
+    constants = [FLOAT_BYTES * _size(layer.weight_shape) for layer in bundle.layers if layer.name not in trained]
+    copies = int(CONSTANT_COPIES * max(constants, default=0))
+    return COMPILING_BYTES + LAYER_BYTES * len(bundle.layers) + sum(constants) + copies
 
 
 def _running_bytes(graph: CompiledGraph, workers: int) -> int:

@@ -14,7 +14,7 @@ from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
-from ksm_edge.training.footprint import activation_bytes, expected_peak_bytes, score_count
+from ksm_edge.training.footprint import activation_bytes, compiling_bytes, expected_peak_bytes, score_count
 from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, PRODUCT_BITS, Settings
 from ksm_edge.training.stages import Stage, stages
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers, of_size
@@ -138,6 +138,8 @@ def make_plan(
     need, planned = search.peak((kind, workers, graph)), _stages(bundle, settings, graph)
     largest = max((each.graph for each in planned), key=activation_bytes)
     if budget_bytes is not None and need > budget_bytes:
+        if need == compiling_bytes(bundle, settings):
+            raise BudgetError(_too_little_to_compile(bundle, need, budget_bytes), need)
         over = _over_budget(bundle, settings, largest, workers, need, budget_bytes, goes_on=before is not None)
         raise BudgetError(over, need)
     return Plan(
@@ -330,6 +332,14 @@ def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None)
     inside = settings.granularity != "element" and any(I > FEW_CHANNELS and kh * kw > 1 for _, I, kh, kw in shapes)
     fast = any(kh * kw > 1 and I * kh * kw > FEW_COLUMNS for _, I, kh, kw in shapes)
     return [form for form in FORMS if (inside or not form["inside"]) and (fast or form["fast"])]
+
+
+def _too_little_to_compile(bundle: Bundle, need: int, budget_bytes: int) -> str:
+    return (
+        f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
+        f"{_mib(need)} MiB, more than learning by them; the budget is {budget_bytes // 2**20} MiB. Give "
+        f"--memory-budget {_mib(need)}MiB or more, or take a smaller backbone."
+    )
 
 
 def _over_budget(

@@ -77,6 +77,16 @@ def test_products_in_half_precision_take_what_is_expected_of_them(threads: int, 
     assert_kept(bundle, photos, "--product-bits", 16, threads=threads, budget_bytes=plan.expected_peak_bytes)
 
 
+def test_compiling_keeps_to_what_is_expected(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of graphs that have all weights as constants: three times what learning the head takes beside them."""
+    bundle = random_bundle("resnet18", tmp_path / "bundle")
+    settings = Settings(batch=4, method="head", views=1)
+    plan = make_plan(bundle, len(CLASSES), settings, threads=1, budget_bytes=None)
+    monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "empty"))
+    given = "--method", "head", "--views", 1
+    assert_kept(bundle, photos, *given, threads=1, budget_bytes=plan.expected_peak_bytes)
+
+
 def assert_kept(bundle: Bundle, photos: Path, *given: object, threads: int, budget_bytes: int) -> None:
     """An adaptation is told of the budget, held to it, and makes its pack."""
     pack = bundle.path / "a.ksm"

@@ -40,7 +40,7 @@ def test_a_graph_is_compiled_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in first.path.parent.parent.iterdir()] == [first.path.parent.name]
 
 
-@pytest.mark.parametrize("name", ["graph.json", "graph.onnx"])
+@pytest.mark.parametrize("name", ["graph.json", "graph.onnx", "constants"])
 @pytest.mark.parametrize("left", [b"", b"{}", None])
 def test_half_a_graph_is_made_again(bundle: Bundle, name: str, left: bytes | None) -> None:
     first = compiled(bundle, SPEC)

@@ -14,7 +14,13 @@ from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsupportedError, UsageError
 from ksm_edge.runtimes.compile import compiled
 from ksm_edge.runtimes.engine import Engine
-from ksm_edge.training.footprint import PROCESS_BYTES, activation_bytes, expected_peak_bytes, parameter_bytes
+from ksm_edge.training.footprint import (
+    PROCESS_BYTES,
+    activation_bytes,
+    compiling_bytes,
+    expected_peak_bytes,
+    parameter_bytes,
+)
 from ksm_edge.training.planner import FORMS, Plan, _unmeasured_plan, make_plan
 from ksm_edge.training.settings import MOMENT_BITS, Settings
 from ksm_edge.training.trainer import gradient_spec
@@ -66,6 +72,16 @@ def test_the_budget_error_names_the_smallest_budget_that_would_do(bundle: Bundle
         plan(bundle, (smallest - 1) * MIB)
 
 
+def test_compiling_weights_that_do_not_learn_is_in_the_plan(bundle: Bundle) -> None:
+    settings = replace(SETTINGS, method="head")
+    small = replace(bundle, input=replace(bundle.input, size=8, resize=8))
+    found = plan(small, None, settings)
+    assert found.expected_peak_bytes == compiling_bytes(small, settings) > compiling_bytes(small, SETTINGS)
+    with pytest.raises(BudgetError, match=r"compiling the graphs of tiny.*needs about \d+ MiB") as caught:
+        plan(small, found.expected_peak_bytes - 1, settings)
+    assert caught.value.needed_bytes == found.expected_peak_bytes
+
+
 def test_a_budget_is_never_rounded_up_to_what_is_needed(bundle: Bundle) -> None:
     *_, smallest = ever_tighter(bundle, replace(SETTINGS, batch=1))
     with pytest.raises(BudgetError) as caught:
@@ -115,8 +131,14 @@ def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundl
         plan(bundle, 1, settings)
 
 
-def test_memory_that_is_short_is_made_up_for_with_time() -> None:
-    embedded = load_bundle("embedded")
+@pytest.fixture
+def embedded() -> Bundle:
+    """The embedded backbone, in images large enough that learning takes more memory than compiling."""
+    found = load_bundle("embedded")
+    return replace(found, input=replace(found.input, size=256, resize=256))
+
+
+def test_memory_that_is_short_is_made_up_for_with_time(embedded: Bundle) -> None:
     plans = ever_tighter(embedded, replace(SETTINGS, batch=1))
     forms = [(p.graph.spec.fast, p.graph.spec.recompute, p.settings.moment_bits) for p in plans]
     order = [(f["fast"], f["recompute"], bits) for bits in MOMENT_BITS for f in FORMS if not f["inside"]]
@@ -142,8 +164,8 @@ def test_batch_statistics_know_one_run_alone(bundle: Bundle) -> None:
     assert plan(bundle, None, replace(SETTINGS, statistics="batch"), threads=4).engine.workers == 1
 
 
-def test_a_budget_that_is_short_of_memory_for_workers_has_fewer() -> None:
-    plans = ever_tighter(load_bundle("embedded"), replace(SETTINGS, batch=4), threads=4)
+def test_a_budget_that_is_short_of_memory_for_workers_has_fewer(embedded: Bundle) -> None:
+    plans = ever_tighter(embedded, replace(SETTINGS, batch=4), threads=4)
     counts = [p.engine.workers for p in plans if p.settings.moment_bits == 32]
     assert counts == sorted(counts, reverse=True)
     assert set(counts) == {4, 3, 2, 1}
@@ -170,8 +192,8 @@ def test_moments_of_fewer_bits_than_a_training_began_with_are_refused(bundle: Bu
         make_plan(bundle, 4, replace(SETTINGS, moment_bits=8), threads=1, budget_bytes=None, before=before)
 
 
-def test_activations_in_half_precision_make_room_for_workers_and_are_never_a_plans_own_idea() -> None:
-    embedded, settings = load_bundle("embedded"), replace(SETTINGS, batch=4)
+def test_activations_in_half_precision_make_room_for_workers_and_are_never_a_plans_own_idea(embedded: Bundle) -> None:
+    settings = replace(SETTINGS, batch=4)
     half = replace(settings, activation_bits=16)
     assert not any(p.graph.spec.half for p in ever_tighter(embedded, settings, threads=4))
     four = plan(embedded, None, half, threads=4)
@@ -230,7 +252,8 @@ def test_all_sizes_run_as_many_images_at_once_as_whole_ones(bundle: Bundle, chan
 )
 def test_what_would_do_with_less_is_said_of_what_takes_most(bundle: Bundle, changes: dict[str, Any], said: str) -> None:
     settings = replace(SETTINGS, **changes)
-    size = 128 if settings.whole_at == 1 else 256
+    size = 256 if settings.whole_at == 1 else 512
+    bundle = replace(bundle, input=replace(bundle.input, size=512, resize=512))
     with pytest.raises(BudgetError, match=f"at {size}x{size} px.*{said}"):
         plan(bundle, 8 * MIB, settings)
 
