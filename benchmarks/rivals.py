@@ -255,7 +255,7 @@ def _epoch(
     """
     losses, right, epoch = [], 0, len(history)
     first = epoch * steps // settings.epochs
-    augmentation = Augmentation(crop_scale(settings, bundle.input, history), flip=settings.flip)
+    augmentation = Augmentation(crop_scale(settings, bundle.input, history, 0), flip=settings.flip)
     batches = training_batches(cache, items, bundle.input, batch=settings.batch, seed=settings.seed, epoch=epoch,
                                augmentation=augmentation)  # fmt: skip
     for done, batch in enumerate(batches, first):

@@ -150,7 +150,7 @@ def _add_how(group: Options) -> None:
         type=float,
         metavar="X",
         help="least share of an image that a random crop shows (default: --crop-start, narrowing to 0.35 as training "
-        "accuracy rises from 80 to 100 %%, or from the first of --views to the last; with --train-scale 0.35)",
+        "accuracy rises from 80 to 100 %%, or from the first of several --views to the last; with --train-scale 0.35)",
     )
     group.add_argument(
         "--crop-start",

@@ -167,7 +167,7 @@ def _optimizer_steps(trainer: Trainer, photos: Path, plan: Plan, steps: int) -> 
                 batch=settings.batch,
                 seed=0,
                 epoch=step,
-                augmentation=Augmentation(crop_scale(settings, contract, [])),
+                augmentation=Augmentation(crop_scale(settings, contract, [], 0)),
                 part=plan.micro_batch,
             )
             making = _Clock()

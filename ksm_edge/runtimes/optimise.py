@@ -4,7 +4,8 @@ ONNX Runtime frees a tensor after its last use, so the order of the nodes decide
 would make every recomputed tensor as early as it can.
 
 Weights go in and come out as files, which ONNX Runtime maps: given as arrays, and written into the model, they are in
-memory four times and more. ResNet-50 whose layers are all constants takes 180 MiB so, and 490 MiB otherwise.
+memory four times and more. A process that optimises ResNet-50 with all weights as constants takes 175 MiB so, and 490
+MiB otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ksm_edge.runtimes.onnxruntime import gradient_session_options
 
 # It would merge what the backward pass computes again with what the forward pass computed, and keep that instead.
 KEPT_OUT = ["CommonSubexpressionElimination"]
+GIVEN = "given"  # the file of constants as they go in
 
 
 def optimised(
@@ -37,7 +39,7 @@ def optimised(
     import onnxruntime as ort
 
     with tempfile.TemporaryDirectory(dir=folder) as given:
-        _write_constants(model, constants, Path(given, CONSTANTS))
+        _write_constants(model, constants, Path(given, GIVEN))
         Path(given, "given.onnx").write_bytes(model.SerializeToString())
         options = gradient_session_options(1)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -50,10 +52,19 @@ def optimised(
             providers=["CPUExecutionProvider"],
             disabled_optimizers=list(disabled),
         )
-    give_back()
-    result = onnx.load(folder / "optimised.onnx", load_external_data=False)
+        give_back()
+        result = onnx.load(folder / "optimised.onnx", load_external_data=False)
+        _take_in(result, given)
     (folder / "optimised.onnx").unlink()
     return result
+
+
+def _take_in(model: onnx.ModelProto, given: str) -> None:
+    """Into the model what still lies in the file that went in: ONNX Runtime 1.20 leaves small constants there."""
+    for tensor in model.graph.initializer:
+        if any(entry.key == "location" and entry.value == GIVEN for entry in tensor.external_data):
+            values = onnx.numpy_helper.to_array(tensor, base_dir=given)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
 
 def _write_constants(model: onnx.ModelProto, constants: Iterable[tuple[str, np.ndarray]], path: Path) -> None:

@@ -3,7 +3,7 @@
 A wide crop is near to what the network will be judged on, with most backbones a part of the image; a narrow one shows
 things larger than that, and parts of them alone. So what is not known yet is learned soonest from wide crops, and a
 small backbone, which is far from knowing its training images to the end, gains most by them. One that knows them all
-learns nothing more from what it knows: narrow crops keep saying something new.
+learns nothing more from what it knows: narrow crops keep saying something new. Views that are kept narrow one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNKNOWN = 0.2  # share of the training images that are answered wrong, from whic
 
 
 def narrows(settings: Settings) -> bool:
-    """Whether crops are wide at first.
+    """Whether crops are wide at first, and narrow then.
 
     Smaller images make up for what narrow crops enlarge.
     """
@@ -26,7 +26,7 @@ def narrows(settings: Settings) -> bool:
 
 
 def crop_scale(
-    settings: Settings, contract: InputContract, history: Sequence[Mapping[str, float]], turn: float = 0
+    settings: Settings, contract: InputContract, history: Sequence[Mapping[str, float]], turn: float
 ) -> float:
     """The least share of an image's area that a crop shows in the epoch behind these.
 
@@ -34,12 +34,14 @@ def crop_scale(
     `history`: a record of each epoch so far, whose training accuracy is that of the images as they were cropped then.
     A training that starts from a pack starts wide as well: nobody knows yet how much it knows.
     `turn`: of views that are kept, which come back when more is known: 0 for the first of them, 1 for the last. Each
-    narrows by as much as the one before.
+    narrows by as much as the one before, and a single one is wide.
     """
     if not narrows(settings):
         return NARROW_CROPS if settings.crop_scale is None else settings.crop_scale
-    unknown = 1 - history[-1]["train_accuracy"] if history else 1.0
-    wide = 1 - turn if settings.views else min(1.0, unknown / UNKNOWN)
+    wide = 1 - turn
+    if not settings.views:
+        unknown = 1 - history[-1]["train_accuracy"] if history else 1.0
+        wide = min(1.0, unknown / UNKNOWN)
     return NARROW_CROPS + (_start(settings, contract) - NARROW_CROPS) * wide
 
 

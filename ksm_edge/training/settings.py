@@ -62,7 +62,7 @@ class Settings:
     whole_at: float = 0.75  # from when on they are whole, as a share of the epochs; 1: never
     views: int = 0  # of each image, whose features in front of the layers that learn are kept; 0: a new one each epoch
     crop_scale: float | None = None  # least share of an image's area that a training crop shows; None: see `crops`
-    crop_start: float | None = None  # that share while little is known of the task; None: see `crops` too
+    crop_start: float | None = None  # that share at first; None: see `crops` too
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
     seed: int = 0

@@ -16,6 +16,7 @@ from ksm_edge.bundle.make import freeze_recipe, save_bundle
 from ksm_edge.bundle.recipe import at_size, load_recipe, recipe_names
 from ksm_edge.errors import BudgetError
 from ksm_edge.limits import run_limited
+from ksm_edge.training.footprint import compiling_bytes
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
 
@@ -82,6 +83,7 @@ def test_compiling_keeps_to_what_is_expected(photos: Path, tmp_path: Path, monke
     bundle = random_bundle("resnet18", tmp_path / "bundle")
     settings = Settings(batch=4, method="head", views=1)
     plan = make_plan(bundle, len(CLASSES), settings, threads=1, budget_bytes=None)
+    assert plan.expected_peak_bytes == compiling_bytes(bundle, settings)
     monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "empty"))
     given = "--method", "head", "--views", 1
     assert_kept(bundle, photos, *given, threads=1, budget_bytes=plan.expected_peak_bytes)

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from tiny import saved_tiny_bundle
@@ -17,8 +18,11 @@ from tiny import saved_tiny_bundle
 from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import KsmEdgeError
+from ksm_edge.fuse import fuse
 from ksm_edge.runtimes import cache
 from ksm_edge.runtimes.compile import compiled
+from ksm_edge.runtimes.gradient import GradientSession
+from ksm_edge.runtimes.onnxruntime import Session
 
 SPEC = GradientSpec(micro_batch=1, size=16, classes=3, trained=frozenset({"plain"}))
 
@@ -48,6 +52,18 @@ def test_half_a_graph_is_made_again(bundle: Bundle, name: str, left: bytes | Non
     path.unlink() if left is None else path.write_bytes(left)
     assert compiled(bundle, SPEC) == first
     assert onnx.load(first.path).graph.node
+
+
+def test_a_compiled_graph_has_the_constants_that_it_was_given(bundle: Bundle) -> None:
+    """None of them is left in a file that is no longer there, and all layers together give the same features."""
+    graph = compiled(bundle, replace(SPEC, trained=frozenset(), backward=False, classes=0))
+    for tensor in onnx.load(graph.path, load_external_data=False).graph.initializer:
+        for entry in tensor.external_data:
+            assert entry.key != "location" or entry.value == cache.CONSTANTS
+    session, plain = GradientSession(graph, {}), Session(bundle.graph_path, fuse(bundle, None))
+    session.image[:] = np.random.default_rng(0).standard_normal(session.image.shape)
+    session.run()
+    np.testing.assert_allclose(session.output("features"), plain.run(session.image), rtol=1e-4, atol=1e-5)
 
 
 def test_other_graphs_have_other_places(bundle: Bundle) -> None:

@@ -13,7 +13,7 @@ WHOLE = InputContract(32, 32, (0.0,) * 3, (1.0,) * 3)
 
 
 def crop_scale(settings: Settings, history: list[dict[str, float]], contract: InputContract = WHOLE) -> float:
-    return crops.crop_scale(settings, contract, history)
+    return crops.crop_scale(settings, contract, history, turn=0)
 
 
 def after(*known: float) -> list[dict[str, float]]:
@@ -55,4 +55,4 @@ def test_crops_cannot_widen() -> None:
 
 @pytest.mark.parametrize("views", [0, 4])
 def test_what_was_asked_for_stays(views: int) -> None:
-    assert crop_scale(Settings(crop_scale=0.5, views=views), after(0.99)) == 0.5
+    assert crops.crop_scale(Settings(crop_scale=0.5, views=views), WHOLE, after(0.99), turn=1) == 0.5

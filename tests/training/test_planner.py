@@ -33,7 +33,7 @@ SETTINGS = Settings(batch=16)
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny backbone at a size where activations are many MiB."""
     bundle = saved_tiny_bundle(tmp_path_factory.mktemp("plan") / "bundle")
-    return replace(bundle, input=replace(bundle.input, size=256, resize=256))
+    return replace(bundle, input=replace(bundle.input, size=512, resize=512))
 
 
 def plan(bundle: Bundle, budget: int | None, settings: Settings = SETTINGS, threads: int = 1) -> Plan:
@@ -61,7 +61,7 @@ def test_the_budget_error_names_the_smallest_budget_that_would_do(bundle: Bundle
     with pytest.raises(BudgetError) as caught:
         plan(bundle, 8 * MIB)
     message = str(caught.value)
-    assert "tiny at 256x256" in message
+    assert "tiny at 512x512" in message
     assert "the budget is 8 MiB" in message
     assert "--method head" in message
     smallest = int(re.search(r"--memory-budget (\d+)MiB", message)[1])  # type: ignore[index]
@@ -91,6 +91,7 @@ def test_a_budget_is_never_rounded_up_to_what_is_needed(bundle: Bundle) -> None:
 
 
 def test_more_memory_never_gives_less(bundle: Bundle) -> None:
+    bundle = replace(bundle, input=replace(bundle.input, size=256, resize=256))  # several images are comfortable
     smallest = plan(bundle, None, replace(SETTINGS, batch=1)).expected_peak_bytes
     plans = []
     for extra in (-1, *range(0, 64, 4), 200):
@@ -219,7 +220,7 @@ def test_what_learns_less_needs_less(bundle: Bundle) -> None:
 def test_smaller_images_need_less_where_those_that_are_judged_are_no_larger(bundle: Bundle) -> None:
     always = replace(SETTINGS, batch=1, whole_at=1.0)
     whole, small = (plan(bundle, None, replace(always, train_scale=scale)) for scale in (1.0, 0.5))
-    assert (small.graph.spec.size, small.forward.spec.size) == (128, 256)
+    assert (small.graph.spec.size, small.forward.spec.size) == (256, 512)
     assert small.expected_peak_bytes < whole.expected_peak_bytes
     # What judges is the larger one at some scale, and then decides.
     tiny = plan(bundle, None, replace(always, train_scale=0.05))
@@ -230,7 +231,7 @@ def test_smaller_images_need_less_where_those_that_are_judged_are_no_larger(bund
 
 def test_whole_images_at_the_end_need_what_they_do_all_along(bundle: Bundle) -> None:
     whole, small = (plan(bundle, None, replace(SETTINGS, batch=1, train_scale=scale)) for scale in (1.0, 0.5))
-    assert [each.graph.spec.size for each in small.stages] == [128, 256]
+    assert [each.graph.spec.size for each in small.stages] == [256, 512]
     assert small.expected_peak_bytes == whole.expected_peak_bytes
     assert small.activation_bytes == whole.activation_bytes
 
@@ -253,14 +254,13 @@ def test_all_sizes_run_as_many_images_at_once_as_whole_ones(bundle: Bundle, chan
 def test_what_would_do_with_less_is_said_of_what_takes_most(bundle: Bundle, changes: dict[str, Any], said: str) -> None:
     settings = replace(SETTINGS, **changes)
     size = 256 if settings.whole_at == 1 else 512
-    bundle = replace(bundle, input=replace(bundle.input, size=512, resize=512))
     with pytest.raises(BudgetError, match=f"at {size}x{size} px.*{said}"):
         plan(bundle, 8 * MIB, settings)
 
 
 def test_an_engine_of_its_own_judges_in_whole_images_too(bundle: Bundle) -> None:
     found = _unmeasured_plan(bundle, 4, replace(SETTINGS, train_scale=0.5), Engine("pytorch", 1))
-    assert (found.graph.spec.size, found.forward.spec.size) == (128, 256)
+    assert (found.graph.spec.size, found.forward.spec.size) == (256, 512)
 
 
 def test_images_are_opened_in_a_training_without_views(bundle: Bundle) -> None:
