@@ -34,8 +34,9 @@ COMPACT_BYTES = 1  # a score
 # in eight is cut, which is several times what tasks need.
 PACKING_BYTES = 5  # a score
 # A graph is compiled by a process of its own, which has its constants as the optimiser lays them out, and around the
-# largest of them copies; the one that waits for it has the rest. So much that ten backbones are compiled, with all
-# their weights as constants and with none, in a cgroup, which counts both: benchmarks/memory.py --empty-cache.
+# largest of them copies; the one that waits for it has the rest. By search for the smallest limit of a cgroup, which
+# counts both, that six backbones were compiled in with all weights as constants; four more were in what follows, and
+# ResNet-20, with none, was stopped with 3 MiB less. benchmarks/memory.py --empty-cache holds adaptations to it.
 COMPILING_BYTES, LAYER_BYTES, CONSTANT_COPIES = 82 << 20, 100 << 10, 3.2
 FLOAT_BYTES = 4
 

@@ -138,8 +138,6 @@ def make_plan(
     need, planned = search.peak((kind, workers, graph)), _stages(bundle, settings, graph)
     largest = max((each.graph for each in planned), key=activation_bytes)
     if budget_bytes is not None and need > budget_bytes:
-        if need == compiling_bytes(bundle, settings):
-            raise BudgetError(_too_little_to_compile(bundle, need, budget_bytes), need)
         over = _over_budget(bundle, settings, largest, workers, need, budget_bytes, goes_on=before is not None)
         raise BudgetError(over, need)
     return Plan(
@@ -334,14 +332,6 @@ def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None)
     return [form for form in FORMS if (inside or not form["inside"]) and (fast or form["fast"])]
 
 
-def _too_little_to_compile(bundle: Bundle, need: int, budget_bytes: int) -> str:
-    return (
-        f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
-        f"{_mib(need)} MiB, more than learning by them; the budget is {budget_bytes // 2**20} MiB. Give "
-        f"--memory-budget {_mib(need)}MiB or more, or take a smaller backbone."
-    )
-
-
 def _over_budget(
     bundle: Bundle,
     settings: Settings,
@@ -352,6 +342,12 @@ def _over_budget(
     *,
     goes_on: bool,
 ) -> str:
+    if need == compiling_bytes(bundle, settings):
+        return (
+            f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
+            f"{_mib(need)} MiB, more than learning by them; the budget is {budget_bytes // 2**20} MiB. Give "
+            f"--memory-budget {_mib(need)}MiB or more, or take a smaller backbone."
+        )
     # With frozen statistics images go through one at a time, however many a step is of.
     smaller = (
         "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "

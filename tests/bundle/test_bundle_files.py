@@ -77,6 +77,14 @@ def test_what_was_written_is_not_let_go(tmp_path: Path) -> None:
         assert (ours == 7).all()
 
 
+def test_vectors_are_read_and_do_not_hold_pages_of_the_file(tmp_path: Path) -> None:
+    held = save(tmp_path / "b").weights["conv1"]
+    for vector in (held.gamma, held.beta, held.mean, held.var):
+        assert vector.base is None
+        assert not vector.flags.writeable
+    assert held.weight.base is not None
+
+
 def test_loaded_weights_are_aligned_and_cannot_be_written(tmp_path: Path) -> None:
     held = save(tmp_path / "b").weights["conv1"]
     assert held.weight.ctypes.data % 64 == 0
