@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from ksm_edge.resident import rss_bytes
+
 LOOK_SECONDS = 0.01  # between two looks of the watchdog that holds a limit
 SAMPLE_SECONDS = 0.1  # between two samples that are kept, and two looks where there is no limit
 MOST_SAMPLES = 4000  # from then on every other one is dropped
 WATCHDOG = "watchdog on resident memory"
-# In the environment of the process that runs under a limit: the pid of who holds it, and with what.
+# In the environment of the process that runs under a limit: the pid of who holds it, at how many bytes, and with what.
 SUPERVISED = "KSM_EDGE_ENFORCED"
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -45,8 +47,26 @@ class Outcome:
 
 def enforced_by() -> str | None:
     """What holds the limit that this process runs under; None where there is none."""
-    pid, _, how = os.environ.get(SUPERVISED, "").partition(":")
-    return how if pid == str(os.getppid()) else None
+    limit = _limit()
+    return None if limit is None else limit[1]
+
+
+def room_bytes() -> int:
+    """Resident memory that this process and what it starts may have: its limit, or what it has and what is free."""
+    import psutil
+
+    free = rss_bytes() + int(psutil.virtual_memory().available)
+    limit = _limit()
+    return free if limit is None else min(free, limit[0])
+
+
+def _limit() -> tuple[int, str] | None:
+    """That this process runs under, in bytes, and what holds it."""
+    pid, _, limit = os.environ.get(SUPERVISED, "").partition(":")
+    if pid != str(os.getppid()):
+        return None
+    size, _, how = limit.partition(":")
+    return int(size), how
 
 
 def end_with_supervisor() -> None:
@@ -63,7 +83,7 @@ def run_limited(command: Sequence[str], budget_bytes: int | None) -> Outcome:
     """
     with _cgroup(budget_bytes) as cgroup, _Signals() as signals:
         enforced = WATCHDOG if cgroup is None else f"memory cgroup {cgroup.version} and {WATCHDOG}"
-        marked = {} if budget_bytes is None else {SUPERVISED: f"{os.getpid()}:{enforced}"}
+        marked = {} if budget_bytes is None else {SUPERVISED: f"{os.getpid()}:{budget_bytes}:{enforced}"}
         outcome = Outcome(0, False, enforced)
         # From its first page on: what a process takes before it joins a cgroup is not counted there.
         entering = () if cgroup is None else ("sh", "-c", 'echo 0 > "$0" && exec "$@"', f"{cgroup.path}/cgroup.procs")

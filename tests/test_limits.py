@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ksm_edge import limits
-from ksm_edge.limits import WATCHDOG, enforced_by, run_limited
+from ksm_edge.limits import WATCHDOG, enforced_by, room_bytes, run_limited
 
 MIB = 1 << 20
 # Too much is kept for long enough that any watchdog looks.
@@ -56,6 +56,14 @@ def test_a_command_within_its_budget_ends_as_it_would(held: str) -> None:
 def test_a_command_over_its_budget_is_stopped(held: str) -> None:
     outcome = take(400 * MIB, 100 * MIB)
     assert (outcome.exit_status, outcome.exceeded) == (128 + signal.SIGKILL, True)
+
+
+def test_a_command_knows_how_much_it_may_take(held: str, tmp_path: Path) -> None:
+    code = "import pathlib, sys; from ksm_edge.limits import room_bytes; "
+    code += "pathlib.Path(sys.argv[1]).write_text(str(room_bytes()))"
+    assert run_limited([sys.executable, "-c", code, str(tmp_path / "room")], 100 * MIB).exit_status == 0
+    assert int((tmp_path / "room").read_text()) == 100 * MIB
+    assert room_bytes() > 100 * MIB  # this process is under no limit
 
 
 def test_what_a_child_of_it_takes_counts_as_well(held: str) -> None:

@@ -119,6 +119,9 @@ def in_child(make: Callable[[], object]) -> int:
     except KsmEdgeError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # the disk filled up meanwhile
+        print(f"{error.filename or cache_folder()}: {error.strerror or error}", file=sys.stderr)
+        return KsmEdgeError.exit_code
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import mmap
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ksm_edge.errors import KsmEdgeError
 from ksm_edge.resident import give_back
+from ksm_edge.resources import cache_folder
 from ksm_edge.runtimes.cache import CONSTANTS
 from ksm_edge.runtimes.onnxruntime import gradient_session_options
 
@@ -34,10 +37,11 @@ def optimised(
     """The model as this machine's ONNX Runtime optimises it, without the `disabled` optimizers.
 
     `constants`: the values of its external initializers, each looked at once. The result has its own in
-    `folder`/CONSTANTS, if they are larger than a kilobyte.
+    `folder`/CONSTANTS, if they are larger than a kilobyte. KsmEdgeError where the disk has too little room for that.
     """
     import onnxruntime as ort
 
+    _require_room(model, folder)
     with tempfile.TemporaryDirectory(dir=folder) as given:
         _write_constants(model, constants, Path(given, GIVEN))
         Path(given, "given.onnx").write_bytes(model.SerializeToString())
@@ -59,6 +63,17 @@ def optimised(
     return result
 
 
+def _require_room(model: onnx.ModelProto, folder: Path) -> None:
+    """ONNX Runtime would say of a full disk only that it could not write."""
+    constants = sum(4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.external_data)
+    needed, free = 2 * (constants + model.ByteSize()), shutil.disk_usage(folder).free  # as they go in, and come out
+    if free < needed:
+        raise KsmEdgeError(
+            f"compiling a graph takes {-(-needed >> 20)} MiB of the disk under {cache_folder()}, of which "
+            f"{free >> 20} MiB are free: make room there, or give another folder as KSM_EDGE_CACHE"
+        )
+
+
 def _take_in(model: onnx.ModelProto, given: str) -> None:
     """Into the model what still lies in the file that went in: ONNX Runtime 1.20 leaves small constants there."""
     for tensor in model.graph.initializer:
@@ -73,7 +88,7 @@ def _write_constants(model: onnx.ModelProto, constants: Iterable[tuple[str, np.n
     with open(path, "wb") as file:
         for name, array in constants:
             offset = file.seek(-(-file.tell() // mmap.PAGESIZE) * mmap.PAGESIZE)
-            np.ascontiguousarray(array).tofile(file)
+            file.write(np.ascontiguousarray(array).data)
             del tensors[name].external_data[:]
             for key, value in (("location", path.name), ("offset", offset), ("length", array.nbytes)):
                 tensors[name].external_data.add(key=key, value=str(value))

@@ -11,6 +11,7 @@ from ksm_edge import native
 from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
+from ksm_edge.limits import room_bytes
 from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
@@ -126,6 +127,8 @@ def make_plan(
             raise UsageError(f"the runtime {runtime} multiplies as it likes: leave out --product-bits")
         return _unmeasured_plan(bundle, classes, settings, engine)
 
+    if budget_bytes is not None:
+        _require_compiling(bundle, settings, budget_bytes)
     search = _Search(bundle, classes, settings, budget_bytes)
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     kind, workers, graph = search.first(_candidates(bundle, settings, threads, smallest, before), smallest)
@@ -332,6 +335,22 @@ def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None)
     return [form for form in FORMS if (inside or not form["inside"]) and (fast or form["fast"])]
 
 
+def _require_compiling(bundle: Bundle, settings: Settings, budget_bytes: int) -> None:
+    """BudgetError where not even the graphs can be made by which the need of learning would be known."""
+    need = compiling_bytes(bundle, settings)
+    if need > budget_bytes and need > (room := room_bytes()):
+        but = f"and there are {room >> 20}; what learning by them needs is known once they are there"
+        raise BudgetError(_compiling_over_budget(bundle, need, budget_bytes, but))
+
+
+def _compiling_over_budget(bundle: Bundle, need: int, budget_bytes: int, more: str) -> str:
+    return (
+        f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
+        f"{_mib(need)} MiB, {more}; the budget is {budget_bytes // 2**20} MiB. Give --memory-budget {_mib(need)}MiB or "
+        "more, or take a smaller backbone."
+    )
+
+
 def _over_budget(
     bundle: Bundle,
     settings: Settings,
@@ -343,11 +362,7 @@ def _over_budget(
     goes_on: bool,
 ) -> str:
     if need == compiling_bytes(bundle, settings):
-        return (
-            f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
-            f"{_mib(need)} MiB, more than learning by them; the budget is {budget_bytes // 2**20} MiB. Give "
-            f"--memory-budget {_mib(need)}MiB or more, or take a smaller backbone."
-        )
+        return _compiling_over_budget(bundle, need, budget_bytes, "more than learning by them")
     # With frozen statistics images go through one at a time, however many a step is of.
     smaller = (
         "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "

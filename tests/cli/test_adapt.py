@@ -228,6 +228,16 @@ def test_an_emulated_board_that_has_too_little_memory_stops_the_command(
     assert not (tmp_path / "a.ksm").exists()
 
 
+def test_an_emulated_board_without_room_for_compiling_is_told_how_much_that_takes(
+    photos: Path, bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = "--device", "raspberry-pi-4", "--memory-budget", "64MiB"
+    assert main(call(photos, bundle, tmp_path / "a.ksm", *given)) == 5
+    error = capfd.readouterr().err
+    assert re.search(r"compiling the graphs of tiny.*needs about \d+ MiB, and there are 64;", error)
+    assert "stopped" not in error
+
+
 REFUSED = {
     "no such data": (2, ["adapt", "absent"], "absent"),
     "no such bundle": (2, ["adapt", "PHOTOS", "--bundle", "absent"], "absent"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,7 +23,7 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import KsmEdgeError
 from ksm_edge.fuse import fuse
 from ksm_edge.runtimes import cache
-from ksm_edge.runtimes.compile import compiled
+from ksm_edge.runtimes.compile import compile_graph, compiled
 from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.runtimes.onnxruntime import Session
 
@@ -125,3 +128,25 @@ def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:
     (bundle.path / "backbone.onnx").write_bytes(b"no graph")
     with pytest.raises(KsmEdgeError, match=r"backbone\.onnx"):
         compiled(bundle, SPEC)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    (folder := tmp_path / "made").mkdir()
+    with pytest.raises(
+        KsmEdgeError, match=r"takes 1 MiB of the disk under .*, of which 0 MiB are free.*KSM_EDGE_CACHE"
+    ):
+        compile_graph(bundle, SPEC, folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_error_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    assert cache.in_child(make) == KsmEdgeError.exit_code
+    assert capsys.readouterr().err == f"{tmp_path}: No space left on device\n"
