@@ -11,11 +11,11 @@ from ksm_edge import native
 from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
-from ksm_edge.limits import room_bytes
 from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
-from ksm_edge.training.footprint import activation_bytes, compiling_bytes, expected_peak_bytes, score_count
+from ksm_edge.training.footprint import activation_bytes, expected_peak_bytes, score_count
+from ksm_edge.training.refusal import over_budget, require_compiling
 from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, PRODUCT_BITS, Settings
 from ksm_edge.training.stages import Stage, stages
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers, of_size
@@ -128,7 +128,7 @@ def make_plan(
         return _unmeasured_plan(bundle, classes, settings, engine)
 
     if budget_bytes is not None:
-        _require_compiling(bundle, settings, budget_bytes)
+        require_compiling(bundle, settings, budget_bytes)
     search = _Search(bundle, classes, settings, budget_bytes)
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     kind, workers, graph = search.first(_candidates(bundle, settings, threads, smallest, before), smallest)
@@ -141,7 +141,7 @@ def make_plan(
     need, planned = search.peak((kind, workers, graph)), _stages(bundle, settings, graph)
     largest = max((each.graph for each in planned), key=activation_bytes)
     if budget_bytes is not None and need > budget_bytes:
-        over = _over_budget(bundle, settings, largest, workers, need, budget_bytes, goes_on=before is not None)
+        over = over_budget(bundle, settings, largest, workers, need, budget_bytes, goes_on=before is not None)
         raise BudgetError(over, need)
     return Plan(
         batch=settings.batch,
@@ -333,52 +333,3 @@ def _forms(bundle: Bundle, settings: Settings, before: Mapping[str, Any] | None)
     inside = settings.granularity != "element" and any(I > FEW_CHANNELS and kh * kw > 1 for _, I, kh, kw in shapes)
     fast = any(kh * kw > 1 and I * kh * kw > FEW_COLUMNS for _, I, kh, kw in shapes)
     return [form for form in FORMS if (inside or not form["inside"]) and (fast or form["fast"])]
-
-
-def _require_compiling(bundle: Bundle, settings: Settings, budget_bytes: int) -> None:
-    """BudgetError where not even the graphs can be made by which the need of learning would be known."""
-    need = compiling_bytes(bundle, settings)
-    if need > budget_bytes and need > (room := room_bytes()):
-        but = f"and there are {room >> 20}; what learning by them needs is known once they are there"
-        raise BudgetError(_compiling_over_budget(bundle, need, budget_bytes, but))
-
-
-def _compiling_over_budget(bundle: Bundle, need: int, budget_bytes: int, more: str) -> str:
-    return (
-        f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
-        f"{_mib(need)} MiB, {more}; the budget is {budget_bytes // 2**20} MiB. Give --memory-budget {_mib(need)}MiB or "
-        "more, or take a smaller backbone."
-    )
-
-
-def _over_budget(
-    bundle: Bundle,
-    settings: Settings,
-    graph: CompiledGraph,
-    workers: int,
-    need: int,
-    budget_bytes: int,
-    *,
-    goes_on: bool,
-) -> str:
-    if need == compiling_bytes(bundle, settings):
-        return _compiling_over_budget(bundle, need, budget_bytes, "more than learning by them")
-    # With frozen statistics images go through one at a time, however many a step is of.
-    smaller = (
-        "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "
-    )
-    if settings.train_scale == 1:
-        smaller += "--train-scale 0.7 --whole-at 1, "
-    elif settings.whole_at < 1:
-        smaller += "--whole-at 1, "
-    other = "or start anew, without --resume" if goes_on else f"{smaller}a smaller --size at export, or --method head"
-    return (
-        f"adapting {bundle.recipe} at {graph.spec.size}x{graph.spec.size} px in steps of {settings.batch} images "
-        f"needs about {_mib(need)} MiB ({_mib(activation_bytes(graph, workers))} of it for the activations of "
-        f"{workers * graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
-        f"{_mib(need)}MiB or more, {other}."
-    )
-
-
-def _mib(count: float) -> int:
-    return -int(-count // 2**20)

@@ -14,7 +14,7 @@ from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsupportedError, UsageError
 from ksm_edge.runtimes.compile import compiled
 from ksm_edge.runtimes.engine import Engine
-from ksm_edge.training import planner
+from ksm_edge.training import planner, refusal
 from ksm_edge.training.footprint import (
     PROCESS_BYTES,
     activation_bytes,
@@ -86,7 +86,7 @@ def test_compiling_weights_that_do_not_learn_is_in_the_plan(bundle: Bundle) -> N
 def test_graphs_that_there_is_no_room_to_compile_are_not_begun(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     least = compiling_bytes(bundle, SETTINGS)
     monkeypatch.setattr(planner, "compiled", lambda *_: pytest.fail("compiled"))
-    monkeypatch.setattr(planner, "room_bytes", lambda: least - 1)
+    monkeypatch.setattr(refusal, "room_bytes", lambda: least - 1)
     with pytest.raises(BudgetError, match=rf"compiling the graphs of tiny.*about {-(-least >> 20)} MiB, and there are"):
         plan(bundle, least - 1)
 

@@ -1,0 +1,60 @@
+"""What is said against a memory budget that is too small: what it is short of, and the smallest that would do."""
+
+from __future__ import annotations
+
+from ksm_edge.bundle.layers import Bundle
+from ksm_edge.errors import BudgetError
+from ksm_edge.limits import room_bytes
+from ksm_edge.runtimes.compile import CompiledGraph
+from ksm_edge.training.footprint import activation_bytes, compiling_bytes
+from ksm_edge.training.settings import Settings
+
+
+def require_compiling(bundle: Bundle, settings: Settings, budget_bytes: int) -> None:
+    """BudgetError where not even the graphs can be made by which the need of learning would be known."""
+    need = compiling_bytes(bundle, settings)
+    if need > budget_bytes and need > (room := room_bytes()):
+        but = f"and there are {room >> 20}; what learning by them needs is known once they are there"
+        raise BudgetError(_compiling_over_budget(bundle, need, budget_bytes, but))
+
+
+def _compiling_over_budget(bundle: Bundle, need: int, budget_bytes: int, more: str) -> str:
+    return (
+        f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
+        f"{_mib(need)} MiB, {more}; the budget is {budget_bytes // 2**20} MiB. Give --memory-budget {_mib(need)}MiB or "
+        "more, or take a smaller backbone."
+    )
+
+
+def over_budget(
+    bundle: Bundle,
+    settings: Settings,
+    graph: CompiledGraph,
+    workers: int,
+    need: int,
+    budget_bytes: int,
+    *,
+    goes_on: bool,
+) -> str:
+    """`need`: bytes that were found for the plan by `graph` which takes least. `goes_on`: a training begun before."""
+    if need == compiling_bytes(bundle, settings):
+        return _compiling_over_budget(bundle, need, budget_bytes, "more than learning by them")
+    # With frozen statistics images go through one at a time, however many a step is of.
+    smaller = (
+        "a smaller --batch, " if settings.statistics == "batch" else "--layers NAME.. to leave the first ones out, "
+    )
+    if settings.train_scale == 1:
+        smaller += "--train-scale 0.7 --whole-at 1, "
+    elif settings.whole_at < 1:
+        smaller += "--whole-at 1, "
+    other = "or start anew, without --resume" if goes_on else f"{smaller}a smaller --size at export, or --method head"
+    return (
+        f"adapting {bundle.recipe} at {graph.spec.size}x{graph.spec.size} px in steps of {settings.batch} images "
+        f"needs about {_mib(need)} MiB ({_mib(activation_bytes(graph, workers))} of it for the activations of "
+        f"{workers * graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
+        f"{_mib(need)}MiB or more, {other}."
+    )
+
+
+def _mib(count: float) -> int:
+    return -int(-count // 2**20)
