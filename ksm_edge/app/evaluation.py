@@ -48,6 +48,7 @@ def evaluate(app: App, images: ImageSet, progress: Callable[[int, int], None] | 
         "n": done,
         "accuracy": sum(right) / done,
         "calibration_error": calibration_error(np.array(confidence), np.array(right)),
+        "threshold": calibration.threshold,
         "known": float(np.mean(np.array(confidence) >= calibration.threshold)),
         "per_class": {name: sum(given) / len(given) for name, given in sorted(answers.items())},
         "n_per_class": {name: len(given) for name, given in sorted(answers.items())},

@@ -7,11 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksm_edge.cli.arguments import add_bundle, add_json, add_require_signature, add_threads
+from ksm_edge.cli.arguments import add_bundle, add_json, add_require_signature, add_threads, positive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from ksm_edge.app.app import App
 
     Answer = dict[str, Any]
+    Stamp = tuple[int, int]  # of a file: bytes, and when it was last written to
 
 HELP = "classify images, or folders of images, with a task pack"
+PACK_DIGITS = 12  # of a pack's digest, that stand with its answers
 BATCH = 8  # images read at once; a power cut loses the answers to these at most
 LOOK_SECONDS = 0.5  # between two looks at a folder that is watched
-SETTLED_SECONDS = 0.5  # since a new file was last written to: before that, half of it may be missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pack", metavar="PACK", help="task pack (.ksm)")
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="image files, or folders of them")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="how many classes to name (default: 3)")
+    parser.add_argument("--top", type=positive, default=3, metavar="N", help="how many classes to name (default: 3)")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="add to a .csv or .jsonl; images that are in it already are left out"
     )
@@ -44,19 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ksm_edge.app.answers import AnswerFile
     from ksm_edge.app.app import App
+    from ksm_edge.bundle.digest import file_sha256
     from ksm_edge.errors import UsageError
 
     if args.json and (args.watch or args.out):
         raise UsageError("--json is one object at the end: with --watch or --out, write --out FILE.jsonl")
-    good, listed = 0, []
-    with (
-        App(args.bundle, args.threads, require_signature=args.require_signature) as app,
-        nullcontext() if args.out is None else AnswerFile(args.out) as answers,
-    ):
-        task = app.load(args.pack)
+    good, bad, listed = 0, 0, []
+    with App(args.bundle, args.threads, require_signature=args.require_signature) as app, ExitStack() as until_done:
+        task, answers = app.load(args.pack), None
+        if args.out is not None:
+            answers = until_done.enter_context(AnswerFile(args.out, file_sha256(args.pack)[:PACK_DIGITS]))
         try:
             for answer in _answers(args, app, answers):
-                good += "error" not in answer
+                good, bad = good + ("error" not in answer), bad + ("error" in answer)
                 if answers is not None:
                     answers.add(answer)
                 elif args.json:
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
                 raise
             return 0  # that is how watching ends
         done = 0 if answers is None else len(answers)
+    if bad and args.out is not None:
+        print(f"{bad} image(s) could not be read; {args.out} says why", file=sys.stderr)
     if args.json:
         print(json.dumps({"task": task, "predictions": listed}))
     return 0 if good or done else 1
@@ -81,9 +84,7 @@ def _answers(args: argparse.Namespace, app: App, given: AnswerFile | None) -> It
 
     left_out = given if given is not None else ()
     if args.watch:
-        for path in _coming(args.images):
-            if str(path) not in left_out:
-                yield from _answered(app, [_read(app, path)], args.top)
+        yield from _coming(app, args.images, left_out, args.top)
         return
     wanted = [path for path in image_files(args.images) if str(path) not in left_out]
     batches = ([_read(app, path) for path in wanted[i : i + BATCH]] for i in range(0, len(wanted), BATCH))
@@ -92,35 +93,48 @@ def _answers(args: argparse.Namespace, app: App, given: AnswerFile | None) -> It
     yield from counted(answers, len(wanted), "Predicting") if args.out else answers
 
 
-def _coming(folders: list[str]) -> Iterator[Path]:
-    """The images in the folders and, for ever, those that come."""
+def _coming(app: App, folders: list[str], left_out: AnswerFile | Sequence[str], top: int) -> Iterator[Answer]:
+    """To the images in the folders and, for ever, to those that come.
+
+    One is read when two looks have found it the same: before that, half of it may be missing. One that cannot be read
+    is read again when it has changed. No clock is asked: a board may have none, and files bring times of their own.
+    """
     from ksm_edge.errors import DataError
 
     others = [folder for folder in map(Path, folders) if not folder.is_dir()]
     if others:
         raise DataError(f"{others[0]} is no folder: --watch takes folders")
-    seen: set[Path] = set()
     print(f"watching {', '.join(folders)}; Ctrl-C ends it", file=sys.stderr)
+    before: dict[Path, Stamp] = {}
+    read: dict[Path, Stamp | None] = {}  # as they were when they could not be read; None: answered
     while True:
-        for path in _there(folders):
-            if path not in seen and time.time() - path.stat().st_mtime > SETTLED_SECONDS:
-                seen.add(path)
-                yield path
+        now = _there(folders)
+        read = {path: stamp for path, stamp in read.items() if path in now}  # a name may come again
+        for path, stamp in now.items():
+            if before.get(path) != stamp or (path in read and read[path] in (None, stamp)) or str(path) in left_out:
+                continue
+            (answer,) = _answered(app, [_read(app, path)], top)
+            if "error" in answer and not path.exists():  # taken away before its turn
+                continue
+            read[path] = stamp if "error" in answer else None
+            yield answer
+        before = now
         time.sleep(LOOK_SECONDS)
 
 
-def _there(folders: list[str]) -> list[Path]:
+def _there(folders: list[str]) -> dict[Path, Stamp]:
     """Images in the folders as they are now, which may be none."""
     from ksm_edge.data.image_set import image_files
     from ksm_edge.errors import DataError
 
-    found: list[Path] = []
+    found = {}
     for folder in folders:
-        try:
-            found += image_files([folder])
-        except DataError:
-            continue
-    return [path for path in found if path.exists()]
+        with suppress(DataError):
+            for path in image_files([folder]):
+                with suppress(OSError):  # gone again
+                    status = path.stat()
+                    found[path] = status.st_size, status.st_mtime_ns
+    return found
 
 
 def _read(app: App, path: Path) -> tuple[Path, Image | str]:

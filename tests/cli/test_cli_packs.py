@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from tiny import saved_tiny_bundle, tiny_pack
 
 from ksm_edge.app.app import App
+from ksm_edge.app.images import opened as opened_as_ever
 from ksm_edge.cli import eval as eval_verb
 from ksm_edge.cli import inspect, predict
 from ksm_edge.errors import DamagedFileError, DataError, UsageError, WrongBackboneError
@@ -194,6 +196,10 @@ def test_eval_tells_how_far_probabilities_are_off_and_what_is_unknown(
         assert report["foreign_unknown"] == unknown
         assert report["known"] == 1 - unknown
         assert 0 <= report["calibration_error"] <= 1
+    assert call(eval_verb, pack, *words[:-1]) == 0
+    without = capsys.readouterr().out
+    assert "no image is called unknown, as fewer than 20 were held out" in without
+    assert "foreign" not in without
     assert call(eval_verb, tmp_path / "strict.ksm", *words[:-1]) == 0
     assert "100.0% of the foreign images are called unknown" in capsys.readouterr().out
     assert call(predict, tmp_path / "strict.ksm", photos / "test/class 0", "--bundle", bundle) == 0
@@ -220,7 +226,7 @@ def test_predict_goes_on_in_a_file_where_it_was_stopped(
     assert len(lines_of(out)) == 6 + heads
     assert sum("broken.png" in line for line in lines_of(out)) == 1
     if heads:
-        assert lines_of(out)[0] == "image,label,probability,known,error"
+        assert lines_of(out)[0] == "image,label,probability,known,error,pack"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +273,79 @@ def test_predict_watches_a_folder_until_it_is_interrupted(bundle: Path, pack: Pa
         child.kill()
         child.communicate()
     assert [json.loads(line)["image"] for line in lines_of(out)] == [str(folder / f"{index}.png") for index in range(2)]
+
+
+def save_pixels(path: Path, seed: int = 0) -> bytes:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 20, 3), np.uint8)).save(path)
+    return path.read_bytes()
+
+
+def test_watching_takes_files_as_they_come(
+    bundle: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half written, taken away before their turn, and with times of a clock that was wrong."""
+    (folder := tmp_path / "camera").mkdir()
+    whole = save_pixels(folder / "slow.png")
+    (folder / "slow.png").write_bytes(whole[:300])
+    for name in ("gone.png", "lost.png"):
+        save_pixels(folder / name, seed=1)
+    save_pixels(folder / "future.png", seed=2)
+    later = time.time() + 1e8
+    os.utime(folder / "future.png", (later, later))
+
+    def opened(path: Path, contract: object) -> Image.Image:
+        (folder / "lost.png").unlink(missing_ok=True)
+        return opened_as_ever(path, contract)  # type: ignore[arg-type]
+
+    looks = iter(
+        [
+            (folder / "gone.png").unlink,
+            lambda: None,
+            lambda: (folder / "slow.png").write_bytes(whole),
+            lambda: None,
+            lambda: None,
+        ]
+    )
+
+    def between_looks(seconds: float) -> None:
+        try:
+            next(looks)()
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("ksm_edge.app.images.opened", opened)
+    monkeypatch.setattr(predict.time, "sleep", between_looks)
+    assert call(predict, pack, folder, "--bundle", bundle, "--watch", "--threads", 1) == 0
+    said = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    assert [(kind if kind == "not read" else Path(kind).name) for kind, _, _ in said] == [
+        "future.png",
+        "not read",
+        "slow.png",
+    ]
+    assert "slow.png" in said[1][2]
+
+
+def test_predict_fails_where_no_image_could_be_read(
+    bundle: Path, pack: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (pack, photos / "test/class 1/broken.png", "--bundle", bundle, "--out", tmp_path / "a.csv")
+    for _ in range(2):
+        assert call(predict, *words) == 1
+        assert "1 image(s) could not be read" in capsys.readouterr().err
+    assert len(lines_of(tmp_path / "a.csv")) == 2
+
+
+def test_names_that_no_terminal_can_show_are_printed_all_the_same(bundle: Path, pack: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / "photos").mkdir()
+    save_pixels(folder / "a.png")
+    name = os.fsencode(folder) + b"/caf\xe9 \xd0\x9f.png"
+    os.rename(folder / "a.png", name)
+    command = [sys.executable, "-m", "ksm_edge.cli.main", "predict", pack, folder, "--bundle", bundle]
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert rb"caf\udce9" in done.stdout
 
 
 def test_predict_says_what_watching_needs(bundle: Path, pack: Path, photos: Path) -> None:
