@@ -16,7 +16,7 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.split import stratified_split
-from ksm_edge.errors import BudgetError, DataError
+from ksm_edge.errors import BudgetError, DataError, KsmEdgeError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.reader import decode
 from ksm_edge.resident import use_compact_heap
@@ -58,7 +58,12 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for i
 
 def checkpoint_path(out: Path) -> Path:
     """Beside the pack that is being made."""
-    return out.with_name(out.name + ".checkpoint")
+    return Path(f"{out}.checkpoint")
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Where the checkpoint of an interrupted training is kept, when another is begun for the same pack."""
+    return Path(f"{checkpoint}.before")
 
 
 def adapt(
@@ -82,7 +87,8 @@ def adapt(
     pytorch or cuda, which know no budget. `tune` measures first which forms of the computation are the fastest here,
     once for all trainings like this one. `provenance` goes into the pack's record.
     `parent` is a pack to go on from: with more images of its classes, or of others as well.
-    Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit.
+    Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit. One that is there
+    and is not gone on from is kept as `set_aside` says, until the pack is whole.
     Raises DataError, BudgetError, UnsupportedError.
     """
     out = Path(out)
@@ -101,11 +107,13 @@ def adapt(
         observer=observer,
         parent=parent,
     ) as job:
+        if checkpoint.exists() and not resume:
+            checkpoint.replace(set_aside(checkpoint))
         try:
             job.run()
             return _finish(job, out, provenance or {})
         except KeyboardInterrupt:
-            job.save()
+            _save_interrupted(job)
             raise Interrupted(checkpoint) from None
         except (OSError, DataError, BudgetError):  # a full disk, a lost image, a GPU's memory: nothing learned is lost
             job.save_if_possible()
@@ -179,7 +187,8 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     }
     pack = finished(best, job.bundle, job.judge, record)
     size = save_pack(pack, out, **job.settings.pack_bits)
-    job.checkpoint.unlink(missing_ok=True)
+    for checkpoint in (job.checkpoint, set_aside(job.checkpoint)):
+        checkpoint.unlink(missing_ok=True)
     return Adapted(
         pack_path=out,
         pack_bytes=size,
@@ -195,12 +204,25 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     )
 
 
+def _save_interrupted(job: Job) -> None:
+    """The checkpoint; KsmEdgeError where it cannot be written."""
+    try:
+        job.save()
+    except OSError as error:
+        earlier = "an earlier one is there" if job.checkpoint.exists() else "what was learned is lost"
+        raise KsmEdgeError(
+            f"interrupted, and {job.checkpoint} could not be written: {error.strerror or error}; {earlier}"
+        ) from error
+
+
 def _require_writable(out: Path) -> None:
     """Found out now rather than when everything has been learned."""
     if not out.parent.is_dir():
         raise DataError(f"there is no folder {out.parent} to write {out.name} into; make it first")
     if out.is_dir():
         raise DataError(f"{out} is a folder; give the name of the pack to write")
+    if out.exists() and not out.is_file():
+        raise DataError(f"{out} is no regular file, and would be replaced by one; give the name of the pack to write")
     if not os.access(out.parent, os.W_OK):
         raise DataError(f"{out.parent} cannot be written to: choose another place with --out")
 

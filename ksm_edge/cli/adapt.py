@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ PACK_BITS = {
     "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
     "head_bits": "bits of each weight of the head, 2 to 8",
 }
+OF_MASKS = ("masked", "granularity", "binary", "score_rate", "cut_penalty", "mask_bits", "thin", "scale_bits")
 LEARNING_BITS = {
     "moment_bits": "bits of each of a score's moments while learning, 32 or 8; 8 also where memory is short",
     "activation_bits": "bits of what the forward pass keeps for gradients, 32 or 16: in MobileNets half as much",
@@ -183,12 +185,16 @@ def _add_pack(group: Options) -> None:
 
 def _add_numbers(group: Options, meanings: Mapping[str, str], kind: Callable[[str], float], letter: str) -> None:
     for name, meaning in meanings.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=letter, help=meaning)
+        group.add_argument(_option(name), type=kind, metavar=letter, help=meaning)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def run(args: argparse.Namespace) -> int:
     from ksm_edge.adapt.interrupt import terminated_as_interrupted
-    from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
+    from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path, set_aside
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.progress import ProgressBar
     from ksm_edge.cores import compute_on_fast_cores
@@ -207,9 +213,11 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args, device, len(images.train))
     out = args.out or Path(f"{images.name}.ksm")
     _say_defaults(args, device, bundle, images, threads, budget)
-    if checkpoint_path(out).exists() and not args.resume:
+    if (checkpoint := checkpoint_path(out)).exists() and not args.resume:
         print(
-            f"{checkpoint_path(out)} of an interrupted run is there; starting anew (--resume goes on)", file=sys.stderr
+            f"{checkpoint} of an interrupted run is there; starting anew (--resume goes on). Until that is done, it is "
+            f"kept as {set_aside(checkpoint)}",
+            file=sys.stderr,
         )
     if out.exists():
         print(f"{out} is there and will be replaced once the new pack is whole", file=sys.stderr)
@@ -232,6 +240,11 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         following = _resume_command(args)
         print(f"\nInterrupted. Everything is in {stop.checkpoint}; go on with:\n  {following}", file=sys.stderr)
+        if (before := set_aside(stop.checkpoint)).exists():
+            print(
+                f"or, from where the run before was interrupted, after:\n  {_move(before, stop.checkpoint)}",
+                file=sys.stderr,
+            )
         return INTERRUPTED
     report = _report(device, bundle, images, result, time.perf_counter() - began)
     print(json.dumps(report) if args.json else _as_text(report, args, result))
@@ -285,6 +298,10 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
         raise UsageError(
             "--crop-start says where crops begin to narrow: with --crop-scale and --train-scale they do not"
         )
+    if args.method in ("norm", "head"):
+        options = [name for name in OF_MASKS if getattr(args, name) not in (None, False)]
+        if options:
+            raise UsageError(f"--method {args.method} learns no masks: leave out {', '.join(map(_option, options))}")
     names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "crop_start",
              "masked", "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS,
              *LEARNING_BITS)  # fmt: skip
@@ -353,13 +370,14 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
     chosen = (
         "no validation split" if accuracy is None else f"{accuracy:.2%} on held-out images (epoch {result.best_epoch})"
     )
-    bundle = "" if args.bundle == "embedded" else f" --bundle {args.bundle}"
+    bundle = [] if args.bundle == "embedded" else ["--bundle", args.bundle]
     seeing = f", {report['views_seconds']:.0f} s to keep features" if report["views_seconds"] else ""
     # In images of two sizes steps are of two kinds, and a median is of one of them.
     usual = ("p50", "median") if args.train_scale is None else ("mean", "mean")
     step = f"{report[f'step_ms_{usual[0]}'] or 0:.0f} ms each ({usual[1]})"
     board = f"{report['device']} (emulated)" if report["emulated"] else report["device"]
-    following = f"ksm-edge eval {' '.join(filter(None, [str(report['pack_path']), args.data]))}{bundle}"
+    data = [args.data] if args.data else []
+    following = shlex.join(["ksm-edge", "eval", report["pack_path"], *data, *bundle])
     return "\n".join(
         [
             f"Task pack  {report['pack_path']}, {report['pack_bytes'] / 1e3:.1f} kB, {len(report['classes'])} classes",
@@ -377,7 +395,9 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
     )
 
 
-def _resume_command(args: argparse.Namespace) -> str:
-    import shlex
+def _move(source: Path, target: Path) -> str:
+    return shlex.join(["mv", str(source), str(target)])
 
+
+def _resume_command(args: argparse.Namespace) -> str:
     return shlex.join(["ksm-edge", *(word for word in args.command_line if word != "--resume"), "--resume"])

@@ -103,13 +103,22 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, 
     """Raises UsageError where there is none or it belongs to another training, FileError where it cannot be read."""
     own, progress, state = _read(path)
     for name, value in identity.items():
-        if own.get(name) != json.loads(json.dumps(value)):
+        now = json.loads(json.dumps(value))
+        if own.get(name) != now:
             raise UsageError(
-                f"{path} belongs to another training: its {name} is {own.get(name)!r}, now {value!r}. "
+                f"{path} belongs to another training: its {name} {_changes(own.get(name), now)}. "
                 "Resume with what it was started with, or delete it and start anew."
             )
     best = state.pop(BEST, None)
     return state, progress, None if best is None else best.tobytes()
+
+
+def _changes(then: Any, now: Any) -> str:
+    """Of two tables what differs alone."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return f"is {then!r}, now {now!r}"
+    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return "have " + ", ".join(f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in differing)
 
 
 def read_identity(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 from pathlib import Path
@@ -12,11 +13,11 @@ from journeys import Stopper, Watcher, interrupted_then_resumed, settings
 from tiny import LAYERS
 
 from ksm_edge.adapt.interrupt import interrupt_held_back
-from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
+from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path, set_aside
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.image_set import ImageSet
-from ksm_edge.errors import UsageError
+from ksm_edge.errors import KsmEdgeError, UsageError
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.planner import Plan, make_plan
 
@@ -221,6 +222,40 @@ def test_holding_back_ctrl_c_does_nothing_in_other_threads() -> None:
     assert done == [True]
 
 
+def test_a_checkpoint_that_is_not_gone_on_from_is_kept_until_the_pack_is_whole(
+    bundle: Bundle, images: ImageSet, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.ksm"
+    checkpoint, before = checkpoint_path(out), set_aside(checkpoint_path(out))
+    with pytest.raises(Interrupted):
+        adapt(bundle, images, out, settings(), observer=Stopper(step=3))
+    first = checkpoint.read_bytes()
+    with pytest.raises(Interrupted):  # --resume was forgotten
+        adapt(bundle, images, out, settings(), observer=Stopper(step=1))
+    assert before.read_bytes() == first != checkpoint.read_bytes()
+    before.rename(checkpoint)
+    straight = adapt(bundle, images, tmp_path / "straight.ksm", settings())
+    assert adapt(bundle, images, out, settings(), resume=True).history == straight.history
+    with pytest.raises(Interrupted):
+        adapt(bundle, images, out, settings(), observer=Stopper(step=1))
+    adapt(bundle, images, out, settings())
+    assert not checkpoint.exists()
+    assert not before.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_when_interrupted_is_said(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ksm_edge.adapt.job.save_checkpoint", full)
+    with pytest.raises(
+        KsmEdgeError, match=r"interrupted, and .*a\.ksm\.checkpoint could not be written: No space left"
+    ):
+        adapt(bundle, images, tmp_path / "a.ksm", settings(), observer=Stopper(step=2))
+
+
 def test_resuming_what_was_never_interrupted_is_said(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no checkpoint"):
         adapt(bundle, images, tmp_path / "a.ksm", settings(), resume=True)
@@ -232,6 +267,6 @@ def test_resuming_with_other_settings_is_refused_and_the_checkpoint_kept(
     out = tmp_path / "a.ksm"
     with pytest.raises(Interrupted):
         adapt(bundle, images, out, settings(), observer=Stopper(step=2))
-    with pytest.raises(UsageError, match="its settings is"):
+    with pytest.raises(UsageError, match=r"its settings have head_rate 0\.\d+, now 0\.001\. Resume"):
         adapt(bundle, images, out, settings(head_rate=1e-3), resume=True)
     assert checkpoint_path(out).exists()

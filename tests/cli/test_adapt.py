@@ -98,7 +98,7 @@ def test_json_is_one_object_on_stdout_with_every_key(
 def test_text_ends_in_the_next_command(
     photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "a.ksm"
+    out = tmp_path / "a pack.ksm"  # a name the shell would split
     assert main(call(photos, bundle, out)) == 0
     stdout = capsys.readouterr().out
     assert f"Task pack  {out}" in stdout
@@ -246,6 +246,12 @@ REFUSED = {
     "rate out of range": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--head-rate", "7"], "head_rate"),
     "too few bits": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--norm-bits", "1"], "norm_bits 1: must be 2 to 8"),
     "negative seed": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--seed", "-1"], "seed -1"),
+    "masks of a head": (
+        2,
+        ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--method", "head", "--binary", "--mask-bits", "1"],
+        "--method head learns no masks: leave out --binary, --mask-bits",
+    ),
+    "no name for the pack": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", ""], "is a folder"),
     "views of nothing": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--views", "2"], "give --layers NAME.."),
     "nothing to resume": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--resume"], "leave out --resume"),
     "nowhere to write": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", "absent/a.ksm"], "no folder absent"),
