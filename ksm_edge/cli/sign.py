@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     results = [(path, signed(load_pack_and_bytes(path)[1], key)) for path in args.packs]
     reports = []
     for path, data in results:
-        out = args.out or Path(path).resolve()  # the file itself, so that a link to it stays a link
+        out = args.out or Path(path)
         with atomic_write(out) as file:
             file.write(data)
         reports.append({"path": path, "out": str(args.out or path), "pack_bytes": len(data)})

@@ -56,6 +56,24 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
         monkeypatch.setattr(tempfile, step, full)
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        save_pack(tiny_pack(), tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_link_stays_and_the_file_it_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "a.ksm").symlink_to(tmp_path / "packs/a.ksm")
+    for seed in (1, 2):
+        save_pack(tiny_pack(seed=seed), tmp_path / "a.ksm")
+        assert (tmp_path / "a.ksm").is_symlink()
+        assert (tmp_path / "packs/a.ksm").read_bytes() == (tmp_path / "a.ksm").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, bytes]:
     """A pack's path and what it holds."""
