@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ksm_edge.bundle.layers import InputContract
-from ksm_edge.data.image import open_rgb, to_input
+from ksm_edge.data.image import as_rgb, open_rgb, to_input
 from ksm_edge.errors import DataError
 
 # Files are read at this many times the size at most, as adaptation reads them: so an accuracy measured here is
@@ -38,4 +38,4 @@ def as_input(image: Any, contract: InputContract) -> np.ndarray:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"{type(image).__name__} is no image: give a path, a PIL image or a uint8 array")
-    return to_input(image.convert("RGB"), contract)
+    return to_input(as_rgb(image), contract)

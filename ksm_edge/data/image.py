@@ -52,6 +52,13 @@ def open_rgb(source: bytes | Path, *, short_side: int | None = None) -> Image.Im
         raise DataError(f"{source}: {error}") from error
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image that is open already as an upright one of mode RGB, as `open_rgb` makes it of its file."""
+    turn = _turn(image)
+    rgb = _rgb(_eight_bits(image))
+    return rgb.transpose(turn) if turn is not None else rgb
+
+
 def image_size(data: bytes) -> tuple[int, int]:
     """Width and height as declared in the file's header, before any EXIF turn. Raises DataError."""
     with _open(data) as image:

@@ -65,6 +65,27 @@ def test_paths_images_and_arrays_give_the_same(app: App, photo: Path) -> None:
     assert app.predict(photo)[0].probability == pytest.approx(several[0].probability, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["turned", "16 bits", "transparent", "palette", "cmyk"])
+def test_an_open_image_is_taken_as_its_file_is(app: App, tmp_path: Path, kind: str) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (20, 30, 4), np.uint8)
+    path, options = tmp_path / "photo.png", {}
+    if kind == "turned":
+        image = Image.fromarray(pixels[..., :3])
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options["exif"] = exif
+    elif kind == "16 bits":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif kind == "transparent":
+        image = Image.fromarray(pixels)
+    else:
+        image = Image.fromarray(pixels[..., :3]).convert("P" if kind == "palette" else "CMYK")
+        path = path.with_suffix(".tif")
+    image.save(path, **options)
+    with Image.open(path) as opened:
+        assert app.predict(opened) == app.predict(path)
+
+
 def test_top_limits_the_classes_named(app: App, photo: Path) -> None:
     assert [len(app.predict(photo, top=n)[0].top) for n in (1, 2, 3, 99)] == [1, 2, 3, 3]
 
