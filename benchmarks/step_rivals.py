@@ -160,6 +160,8 @@ def _planned(given: Given, *, smallest: bool, stem: bool, runtime: str, tune: bo
             make_plan(bundle, CLASSES, settings, threads=given["threads"], budget_bytes=1)
         except BudgetError as error:
             budget = error.needed_bytes
+            if budget is None:  # too little memory is free here to find that out
+                raise
     plan = make_plan(
         bundle, CLASSES, settings, threads=given["threads"], budget_bytes=budget, runtime=runtime, tune=tune
     )

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ksm_edge.errors import UsageError
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -18,8 +20,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     A power cut or a full disk at any instant leaves the file that was there before, whole. Where `path` is a link, that
     is the file it leads to. OSError for what is no file, such as /dev/null: it would be replaced by one.
     """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
+    path = Path(os.path.realpath(path))
+    if _is_something_else(path):
         raise OSError(errno.EINVAL, "is no regular file, which could be replaced", str(path))
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -34,6 +36,24 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def require_writable(path: Path) -> None:
+    """UsageError where `atomic_write` could not write, for who has long to compute first."""
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if place.is_dir():
+        raise UsageError(f"{path} cannot be written: it is a folder; give the name of a file in it")
+    if _is_something_else(place):
+        raise UsageError(f"{path} cannot be written: it is no regular file, and would be replaced by one")
+    if not place.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {place.parent}; make it first")
+    if not os.access(place.parent, os.W_OK):
+        raise UsageError(f"{path} cannot be written: {place.parent} takes no files of yours; give another place")
+
+
+def _is_something_else(path: Path) -> bool:
+    """A device, a pipe, a folder."""
+    return path.exists() and not path.is_file()
 
 
 def _umask() -> int:

@@ -72,7 +72,7 @@ class UnsupportedError(KsmEdgeError):
 
 
 class BudgetError(KsmEdgeError):
-    """More memory than the budget allows; the message names the smallest budget that would do."""
+    """More memory than the budget allows; the message names the smallest budget that would do, where it is known."""
 
     exit_code = 5
 

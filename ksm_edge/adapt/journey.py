@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,11 +11,12 @@ from typing import Any
 from ksm_edge.adapt.descent import Descent
 from ksm_edge.adapt.job import Job, Timing
 from ksm_edge.adapt.observer import Observer
+from ksm_edge.atomic import require_writable
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item
 from ksm_edge.data.split import stratified_split
-from ksm_edge.errors import BudgetError, DataError, KsmEdgeError
+from ksm_edge.errors import BudgetError, DataError, KsmEdgeError, UsageError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.reader import decode
 from ksm_edge.resident import use_compact_heap
@@ -61,11 +61,6 @@ def checkpoint_path(out: Path) -> Path:
     return Path(f"{out}.checkpoint")
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Where the checkpoint of an interrupted training is kept, when another is begun for the same pack."""
-    return Path(f"{checkpoint}.before")
-
-
 def adapt(
     bundle: Bundle,
     images: ImageSet,
@@ -77,6 +72,7 @@ def adapt(
     runtime: str = "onnxruntime",
     tune: bool = False,
     resume: bool = False,
+    fresh: bool = False,
     observer: Observer | None = None,
     provenance: Mapping[str, Any] | None = None,
     parent: Path | None = None,
@@ -87,13 +83,18 @@ def adapt(
     pytorch or cuda, which know no budget. `tune` measures first which forms of the computation are the fastest here,
     once for all trainings like this one. `provenance` goes into the pack's record.
     `parent` is a pack to go on from: with more images of its classes, or of others as well.
-    Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit. One that is there
-    and is not gone on from is kept as `set_aside` says, until the pack is whole.
-    Raises DataError, BudgetError, UnsupportedError.
+    Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit. `fresh`: where
+    one is there, begin anew all the same; it is lost with the first one of the new training.
+    Raises UsageError where one is there and neither is asked for; DataError, BudgetError, UnsupportedError.
     """
     out = Path(out)
-    _require_writable(out)
+    require_writable(out)
     checkpoint = checkpoint_path(out)
+    if checkpoint.exists() and not (resume or fresh):
+        raise UsageError(
+            f"{checkpoint} of an interrupted training is there. Go on with it by --resume, or begin anew by --fresh, "
+            "which loses it"
+        )
     with prepared(
         bundle,
         images,
@@ -107,8 +108,6 @@ def adapt(
         observer=observer,
         parent=parent,
     ) as job:
-        if checkpoint.exists() and not resume:
-            checkpoint.replace(set_aside(checkpoint))
         try:
             job.run()
             return _finish(job, out, provenance or {})
@@ -146,6 +145,7 @@ def prepared(
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, skipped = cache.prepare(images.train, observer.reading)
         _require_every_class(images, items, skipped)
+        _require_text(images.name, *images.classes)
         train, held_out = stratified_split([item.label for item in items], settings.validation, settings.seed)
         settings = replace(settings, batch=min(settings.batch, len(train)))
         plan = make_plan(
@@ -187,8 +187,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
     }
     pack = finished(best, job.bundle, job.judge, record)
     size = save_pack(pack, out, **job.settings.pack_bits)
-    for checkpoint in (job.checkpoint, set_aside(job.checkpoint)):
-        checkpoint.unlink(missing_ok=True)
+    job.checkpoint.unlink(missing_ok=True)
     return Adapted(
         pack_path=out,
         pack_bytes=size,
@@ -215,16 +214,13 @@ def _save_interrupted(job: Job) -> None:
         ) from error
 
 
-def _require_writable(out: Path) -> None:
-    """Found out now rather than when everything has been learned."""
-    if not out.parent.is_dir():
-        raise DataError(f"there is no folder {out.parent} to write {out.name} into; make it first")
-    if out.is_dir():
-        raise DataError(f"{out} is a folder; give the name of the pack to write")
-    if out.exists() and not out.is_file():
-        raise DataError(f"{out} is no regular file, and would be replaced by one; give the name of the pack to write")
-    if not os.access(out.parent, os.W_OK):
-        raise DataError(f"{out.parent} cannot be written to: choose another place with --out")
+def _require_text(*names: str) -> None:
+    """DataError for a name that no pack can hold: a file system takes any bytes."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"the name {name!r} is not UTF-8, as names in a pack are; give it another one") from None
 
 
 def _require_every_class(images: ImageSet, items: list[Item], skipped: list[tuple[str, str]]) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,7 +38,7 @@ class AnswerFile:
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}") from error
         try:
-            self._errors = self._read(path)
+            self._errors = self._read(path)  # of each image; "" of one that was answered
         except BaseException:
             self._file.close()
             raise
@@ -85,7 +86,11 @@ class AnswerFile:
                 self._require_beginning(content)
             text = whole.decode("utf-8-sig", UNDECODED)  # Excel puts a mark in front
             found = [*(_csv_answers(text) if self._is_csv else _json_answers(text))]
-        except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
+        except KeyError as error:
+            raise UsageError(
+                f"{path} is there and holds no answers: no {error} in a line. Give another --out"
+            ) from error
+        except (ValueError, TypeError, csv.Error) as error:
             raise UsageError(f"{path} is there and holds no answers: {error}. Give another --out") from error
         if others := {pack for _, _, pack in found} - {self._pack}:
             raise UsageError(
@@ -101,6 +106,9 @@ class AnswerFile:
         begins = _row(COLUMNS).encode() if self._is_csv else b'{"image": "'
         if not (begins.startswith(content) or content.startswith(begins)):
             raise ValueError("not one whole line")
+        with suppress(json.JSONDecodeError):  # half a line is none
+            json.loads(content)
+            list(_json_answers(content.decode() + "\n"))
 
     def _write(self, line: str) -> None:
         self._file.write(line.encode("utf-8", UNDECODED))
@@ -120,12 +128,20 @@ def _json_answers(text: str) -> Iterator[tuple[str, str, str]]:
     """Image, error and pack of each line."""
     for line in text.split("\n")[:-1]:  # names may hold what else ends lines
         answer = json.loads(line)
-        yield answer["image"], "" if "top" in answer else answer["error"], answer["pack"]
+        found = answer["image"], "" if "top" in answer else answer["error"], answer["pack"]
+        if not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{line[:60]!r}")
+        yield found
 
 
 def _row(values: Sequence[Any]) -> str:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerow(values)
+    # Of a name with a carriage return Python's writer does not see that it needs quotes.
+    if any("\r" in str(value) for value in values):
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    else:
+        writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(values)
     return text.getvalue()
 
 

@@ -22,9 +22,11 @@ from ksm_edge.errors import BudgetError, UnsignedError, UnsupportedError, UsageE
 from ksm_edge.fuse import fuse
 from ksm_edge.pack.calibration import Calibration
 from ksm_edge.pack.files import load_pack_and_bytes, require_backbone
+from ksm_edge.pack.format import encode
 from ksm_edge.pack.keys import load_public_key
 from ksm_edge.pack.reader import decode
 from ksm_edge.pack.record import Pack
+from ksm_edge.pack.signature import unsigned_digest
 from ksm_edge.runtimes import DEFAULT, load_runtime
 from ksm_edge.runtimes.base import Session
 from ksm_edge.runtimes.prepared import PreparedGraph, prepare, prepared
@@ -228,6 +230,11 @@ class App:
     def record(self, task: str | None = None) -> Mapping[str, Any]:
         """The training record of `task`, or of the current one."""
         return self._loaded(self._named(task)).decoded().record
+
+    def digest(self, task: str | None = None) -> str:
+        """SHA-256 (hex) of the task's pack, signed or not: it tells answers of one pack from those of another."""
+        loaded = self._loaded(self._named(task))
+        return unsigned_digest(encode(loaded.decoded()) if loaded.data is None else loaded.data)
 
     def close(self) -> None:
         """Unload every task."""

@@ -20,9 +20,7 @@ READ_MARGIN = 1.25
 
 def opened(source: str | os.PathLike[str] | bytes, contract: InputContract) -> Image.Image:
     """A file, or the bytes of one, as an image no larger than `as_input` needs, else DataError."""
-    return open_rgb(
-        source if isinstance(source, bytes) else Path(source), short_side=int(contract.resize * READ_MARGIN)
-    )
+    return open_rgb(source if isinstance(source, bytes) else Path(source), short_side=_short_side(contract))
 
 
 def as_input(image: Any, contract: InputContract) -> np.ndarray:
@@ -38,4 +36,8 @@ def as_input(image: Any, contract: InputContract) -> np.ndarray:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"{type(image).__name__} is no image: give a path, a PIL image or a uint8 array")
-    return to_input(as_rgb(image), contract)
+    return to_input(as_rgb(image, short_side=_short_side(contract)), contract)
+
+
+def _short_side(contract: InputContract) -> int:
+    return int(contract.resize * READ_MARGIN)

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PACK",
         help="go on from a pack: more photos, or more classes as well",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    interrupted = parser.add_mutually_exclusive_group()
+    interrupted.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    interrupted.add_argument("--fresh", action="store_true", help="begin anew where there is one, which loses it")
     parser.add_argument(
         "--fast",
         action="store_true",
@@ -194,7 +196,7 @@ def _option(name: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     from ksm_edge.adapt.interrupt import terminated_as_interrupted
-    from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path, set_aside
+    from ksm_edge.adapt.journey import Interrupted, adapt
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.progress import ProgressBar
     from ksm_edge.cores import compute_on_fast_cores
@@ -213,12 +215,6 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args, device, len(images.train))
     out = args.out or Path(f"{images.name}.ksm")
     _say_defaults(args, device, bundle, images, threads, budget)
-    if (checkpoint := checkpoint_path(out)).exists() and not args.resume:
-        print(
-            f"{checkpoint} of an interrupted run is there; starting anew (--resume goes on). Until that is done, it is "
-            f"kept as {set_aside(checkpoint)}",
-            file=sys.stderr,
-        )
     if out.exists():
         print(f"{out} is there and will be replaced once the new pack is whole", file=sys.stderr)
     try:
@@ -233,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
                 runtime=args.runtime,
                 tune=args.tune,
                 resume=args.resume,
+                fresh=args.fresh,
                 observer=observer,
                 provenance={"device": device.name, "emulated": device.is_emulated},
                 parent=args.parent,
@@ -240,11 +237,6 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         following = _resume_command(args)
         print(f"\nInterrupted. Everything is in {stop.checkpoint}; go on with:\n  {following}", file=sys.stderr)
-        if (before := set_aside(stop.checkpoint)).exists():
-            print(
-                f"or, from where the run before was interrupted, after:\n  {_move(before, stop.checkpoint)}",
-                file=sys.stderr,
-            )
         return INTERRUPTED
     report = _report(device, bundle, images, result, time.perf_counter() - began)
     print(json.dumps(report) if args.json else _as_text(report, args, result))
@@ -299,7 +291,7 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
             "--crop-start says where crops begin to narrow: with --crop-scale and --train-scale they do not"
         )
     if args.method in ("norm", "head"):
-        options = [name for name in OF_MASKS if getattr(args, name) not in (None, False)]
+        options = [name for name in OF_MASKS if getattr(args, name) is not None and getattr(args, name) is not False]
         if options:
             raise UsageError(f"--method {args.method} learns no masks: leave out {', '.join(map(_option, options))}")
     names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "crop_start",
@@ -395,9 +387,7 @@ def _as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) 
     )
 
 
-def _move(source: Path, target: Path) -> str:
-    return shlex.join(["mv", str(source), str(target)])
-
-
 def _resume_command(args: argparse.Namespace) -> str:
-    return shlex.join(["ksm-edge", *(word for word in args.command_line if word != "--resume"), "--resume"])
+    return shlex.join(
+        ["ksm-edge", *(word for word in args.command_line if word not in ("--resume", "--fresh")), "--resume"]
+    )

@@ -57,17 +57,15 @@ def _progress(done: int, total: int) -> None:
 
 
 def _as_text(report: dict[str, Any], data: str) -> str:
-    from ksm_edge.pack.calibration import FEWEST
-
     which = "its test/" if report["split"] == "test" else "all its images, as it has no test/"
     lines = [f"task {report['task']!r} on {data} ({which}): accuracy {report['accuracy']:.2%} of {report['n']} images"]
     counts = report["n_per_class"]
     lines += [f"  {share:>8.2%} of {counts[name]:<6} {name}" for name, share in report["per_class"].items()]
     known = f"{report['known']:.1%} of the images are known"
     if not report["threshold"]:
-        known = f"no image is called unknown, as fewer than {FEWEST} were held out to learn from which probability on"
+        known = "the pack has no threshold below which an image is unknown"
     lines.append(f"probabilities off by {report['calibration_error']:.1%} (expected calibration error); {known}")
-    if "foreign_unknown" in report and report["threshold"]:
+    if "foreign_unknown" in report:
         lines.append(f"{report['foreign_unknown']:.1%} of the foreign images are called unknown")
     if report["skipped"]:
         lines.append(f"{len(report['skipped'])} image(s) could not be read:")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 from ksm_edge.cli.arguments import add_bundle, add_json, add_require_signature, add_threads, positive
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=positive, default=3, metavar="N", help="how many classes to name (default: 3)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="add to a .csv or .jsonl; images that are in it already are left out"
+        "--out", type=Path, metavar="FILE", help="add to a .csv or .jsonl; images that it has an answer to are left out"
     )
     parser.add_argument("--watch", action="store_true", help="go on with every new image in the folders, until Ctrl-C")
     add_bundle(parser)
@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ksm_edge.app.answers import AnswerFile
     from ksm_edge.app.app import App
-    from ksm_edge.bundle.digest import file_sha256
     from ksm_edge.errors import UsageError
 
     if args.json and (args.watch or args.out):
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     with App(args.bundle, args.threads, require_signature=args.require_signature) as app, ExitStack() as until_done:
         task, answers = app.load(args.pack), None
         if args.out is not None:
-            answers = until_done.enter_context(AnswerFile(args.out, file_sha256(args.pack)[:PACK_DIGITS]))
+            answers = until_done.enter_context(AnswerFile(args.out, f"ksm-{app.digest()[:PACK_DIGITS]}"))
         try:
             for answer in _answers(args, app, answers):
                 good, bad = good + ("error" not in answer), bad + ("error" in answer)
@@ -106,34 +105,43 @@ def _coming(app: App, folders: list[str], left_out: AnswerFile | Sequence[str], 
         raise DataError(f"{others[0]} is no folder: --watch takes folders")
     print(f"watching {', '.join(folders)}; Ctrl-C ends it", file=sys.stderr)
     before: dict[Path, Stamp] = {}
-    read: dict[Path, Stamp | None] = {}  # as they were when they could not be read; None: answered
+    answered: set[Path] = set()
+    unreadable: dict[Path, Stamp] = {}
     while True:
-        now = _there(folders)
-        read = {path: stamp for path, stamp in read.items() if path in now}  # a name may come again
+        now = _there(folders, before)
+        answered &= now.keys()  # a name may come again
         for path, stamp in now.items():
-            if before.get(path) != stamp or (path in read and read[path] in (None, stamp)) or str(path) in left_out:
+            is_still = before.get(path) == stamp != unreadable.get(path)
+            if not is_still or path in answered or str(path) in left_out:
                 continue
             (answer,) = _answered(app, [_read(app, path)], top)
-            if "error" in answer and not path.exists():  # taken away before its turn
+            if "error" not in answer:
+                answered.add(path)
+            elif path.exists():
+                unreadable[path] = stamp
+            else:  # taken away before its turn
                 continue
-            read[path] = stamp if "error" in answer else None
             yield answer
         before = now
-        time.sleep(LOOK_SECONDS)
+        sleep(LOOK_SECONDS)
 
 
-def _there(folders: list[str]) -> dict[Path, Stamp]:
-    """Images in the folders as they are now, which may be none."""
-    from ksm_edge.data.image_set import image_files
+def _there(folders: list[str], before: Mapping[Path, Stamp]) -> dict[Path, Stamp]:
+    """Images in the folders as they are now; as they were `before` in a folder that cannot be listed for once."""
+    from ksm_edge.data.image_source import FolderSource, is_image_name
     from ksm_edge.errors import DataError
 
-    found = {}
-    for folder in folders:
-        with suppress(DataError):
-            for path in image_files([folder]):
-                with suppress(OSError):  # gone again
-                    status = path.stat()
-                    found[path] = status.st_size, status.st_mtime_ns
+    found: dict[Path, Stamp] = {}
+    for folder in map(Path, folders):
+        try:
+            names = FolderSource(folder).paths
+        except DataError:
+            found |= {path: stamp for path, stamp in before.items() if folder in path.parents}
+            continue
+        for path in (folder / name for name in names if is_image_name(name)):
+            with suppress(OSError):  # gone again
+                status = path.stat()
+                found[path] = status.st_size, status.st_mtime_ns
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,19 +66,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
+    from ksm_edge.atomic import require_writable
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.cli.adapt import available_threads, memory_budget
     from ksm_edge.cli.limited import enforcement
     from ksm_edge.cli.profile_report import measured
     from ksm_edge.device import HOST, Device, this_machine
-    from ksm_edge.errors import UsageError
     from ksm_edge.profiler.files import save_profile
     from ksm_edge.profiler.plots import plot_profile, require_plots
     from ksm_edge.profiler.profile import measure_profile
 
-    # Found out now rather than when everything has been measured.
-    if args.out is not None and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
-        raise UsageError(f"{args.out} cannot be written: give the name of a file in a folder that is there")
+    if args.out is not None:
+        require_writable(args.out)
     if args.plot is not None:
         require_plots(args.plot)
     device = this_machine() if args.device == HOST else Device.load(args.device)

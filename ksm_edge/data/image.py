@@ -52,11 +52,12 @@ def open_rgb(source: bytes | Path, *, short_side: int | None = None) -> Image.Im
         raise DataError(f"{source}: {error}") from error
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image that is open already as an upright one of mode RGB, as `open_rgb` makes it of its file."""
-    turn = _turn(image)
-    rgb = _rgb(_eight_bits(image))
-    return rgb.transpose(turn) if turn is not None else rgb
+def as_rgb(image: Image.Image, *, short_side: int | None = None) -> Image.Image:
+    """The same of an image that is open already; one that a program has made or changed is upright as it is."""
+    try:
+        return _finished(image, short_side)
+    except Exception as error:  # it may not have been decoded yet, or be closed
+        raise DataError(_damaged(error)) from error
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -141,21 +142,28 @@ def _decode(data: bytes, short_side: int | None) -> Image.Image:
                 raise DataError(
                     f"{image.width}x{image.height} pixels are too many to decode; the limit is {MAX_DECODED_PIXELS}"
                 )
-            image.load()
-            turn = _turn(image)  # only now: some formats have the tag behind the pixels
-            pixels = _eight_bits(image)
-            rgb = _reduced(pixels, short_side) if short_side else _rgb(pixels)
-            return rgb.transpose(turn) if turn is not None else rgb
+            return _finished(image, short_side)
         except DataError:
             raise
         except Exception as error:  # Pillow's plugins raise whatever broken pixels trip over
             raise DataError(_damaged(error)) from error
 
 
+def _finished(image: Image.Image, short_side: int | None) -> Image.Image:
+    """Upright, RGB, and no larger than asked for."""
+    image.load()
+    turn = _turn(image)  # only now: some formats have the tag behind the pixels
+    pixels = _eight_bits(image)
+    rgb = _reduced(pixels, short_side) if short_side else _rgb(pixels)
+    return rgb.transpose(turn) if turn is not None else rgb
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What the EXIF tag asks to be done to the image; nothing where the tag cannot be read, as the pixels can."""
-    if image.format == "TIFF":
-        return None  # Pillow has done so when it loaded the pixels; older releases leave the tag as it was
+    # Pillow has done so when it loaded a TIFF's pixels; older releases leave the tag as it was. What a program made of
+    # an image has no format, and keeps the tag.
+    if image.format in ("TIFF", None):
+        return None
     try:
         return _TURN.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - the parser raises whatever a broken block trips over
@@ -192,6 +200,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     """An image of any 8-bit mode as a new RGB one."""
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         overlay = image.convert("RGBA")
+        if overlay.getchannel("A").getextrema()[0] == 255:  # nothing shines through
+            return overlay.convert("RGB")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), overlay).convert("RGB")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 

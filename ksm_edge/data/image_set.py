@@ -93,7 +93,6 @@ def open_image_set(path: str | Path, *, least_classes: int = 2) -> ImageSet:
     _check(path, train, test, least_classes)
     classes = tuple(sorted(train.by_class))
     name = path.resolve().name if path.is_dir() else path.stem
-    _require_text((name, *classes))
     return ImageSet(name, classes, train.items(classes), test.items(classes), files, tuple(remarks))
 
 
@@ -156,15 +155,6 @@ def _check(path: Path, train: _Listing, test: _Listing, least_classes: int) -> N
         raise DataError(
             f"{path}: test/ has classes that train/ has not: {_some(strangers)}; train/ has {_some(train.by_class)}"
         )
-
-
-def _require_text(names: Iterable[str]) -> None:
-    """DataError for a name that no pack can hold: a file system takes any bytes."""
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"the folder name {name!r} is not UTF-8, as names in a pack are; rename it") from None
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

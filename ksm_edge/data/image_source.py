@@ -61,7 +61,7 @@ class ZipSource:
             self._zip = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
             raise DataError(f"{file}: not a readable zip ({error})") from error
-        # Some Windows programs write the wrong slash, and `zip` and tar have "./" in front where one packs ".".
+        # Some Windows programs write the wrong slash, and bsdtar puts "./" in front where one packs ".".
         names = ((info.filename.replace("\\", "/").removeprefix("./"), info) for info in self._zip.infolist())
         self._members = {name: info for name, info in names if name and not _is_hidden(name)}
         self.paths = tuple(sorted(self._members))

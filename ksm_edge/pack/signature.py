@@ -9,6 +9,7 @@ unsigned.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,13 @@ def require_signature(data: bytes, keys: Sequence[Ed25519PublicKey]) -> None:
             f"the pack's signature fits none of the {len(keys)} public key(s) given: it was signed with another key, "
             "or changed since. Get it again from where it was signed, or give that signer's public key"
         )
+
+
+def unsigned_digest(data: bytes) -> str:
+    """SHA-256 (hex) of a pack's bytes without a signature: the same before and after it is signed."""
+    text, streams = read_container(data)
+    take_signature(streams)
+    return hashlib.sha256(write_container(text, streams)).hexdigest()
 
 
 def take_signature(streams: dict[str, np.ndarray]) -> bytes | None:

@@ -53,6 +53,11 @@ def compiled(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
     )
 
 
+def is_compiled(bundle: Bundle, spec: GradientSpec) -> bool:
+    """Whether the graph is in the cache."""
+    return cache.found(cache.key_of(bundle, json.dumps(spec_table(spec))), lambda f: read_compiled(f, spec)) is not None
+
+
 def read_compiled(folder: Path, spec: GradientSpec) -> CompiledGraph:
     """What `compile_graph` wrote; ValueError, KeyError, TypeError or OSError where that is not what is there."""
     table = json.loads((folder / cache.DESCRIPTION).read_text())

@@ -65,12 +65,14 @@ def optimised(
 
 def _require_room(model: onnx.ModelProto, folder: Path) -> None:
     """ONNX Runtime would say of a full disk only that it could not write."""
-    constants = sum(4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.external_data)
-    needed, free = 2 * (constants + model.ByteSize()), shutil.disk_usage(folder).free  # as they go in, and come out
-    if free < needed:
+    constants = [4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.external_data]
+    # As they go in, each from a page on, and come out; a part more for what a file system keeps beside them.
+    needed = int(1.05 * (2 * sum(constants) + len(constants) * mmap.PAGESIZE + 2 * model.ByteSize()))
+    disk = shutil.disk_usage(folder)
+    if disk.free < needed and disk.total:  # some file systems do not know
         raise KsmEdgeError(
             f"compiling a graph takes {-(-needed >> 20)} MiB of the disk under {cache_folder()}, of which "
-            f"{free >> 20} MiB are free: make room there, or give another folder as KSM_EDGE_CACHE"
+            f"{disk.free >> 20} MiB are free: make room there, or give another folder as KSM_EDGE_CACHE"
         )
 
 

@@ -106,19 +106,20 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, 
         now = json.loads(json.dumps(value))
         if own.get(name) != now:
             raise UsageError(
-                f"{path} belongs to another training: its {name} {_changes(own.get(name), now)}. "
-                "Resume with what it was started with, or delete it and start anew."
+                f"{path} belongs to another training: {_differences(name, own.get(name), now)}. "
+                "Resume with what it was started with, or start anew by --fresh."
             )
     best = state.pop(BEST, None)
     return state, progress, None if best is None else best.tobytes()
 
 
-def _changes(then: Any, now: Any) -> str:
+def _differences(name: str, then: Any, now: Any) -> str:
     """Of two tables what differs alone."""
     if not (isinstance(then, dict) and isinstance(now, dict)):
-        return f"is {then!r}, now {now!r}"
-    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return "have " + ", ".join(f"{name} {then.get(name)!r}, now {now.get(name)!r}" for name in differing)
+        then, now = {name: then}, {name: now}
+    differing = [key for key in {**then, **now} if then.get(key, ...) != now.get(key, ...)]
+    before, after = ([repr(table[key]) if key in table else "absent" for key in differing] for table in (then, now))
+    return ", ".join(f"its {key} is {a}, now {b}" for key, a, b in zip(differing, before, after, strict=True))
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -136,13 +137,13 @@ def _read(path: Path) -> tuple[dict[str, Any], Progress, dict[str, np.ndarray]]:
         if record["version"] != VERSION:
             raise UnsupportedVersionError(
                 f"{path} is a checkpoint of version {record['version']}, this release reads {VERSION}: "
-                "resume with the release that wrote it, or delete it and start anew"
+                "resume with the release that wrote it, or start anew by --fresh"
             )
         if record["checksum"] != _checksum(state):
             raise ValueError("its checksum does not hold")
         return dict(record["identity"]), Progress(**record["progress"]), state
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DamagedFileError(f"{path} is no readable checkpoint ({error}); delete it and start anew") from error
+        raise DamagedFileError(f"{path} is no readable checkpoint ({error}); start anew by --fresh") from error
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

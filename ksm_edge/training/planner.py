@@ -107,8 +107,8 @@ def make_plan(
 
     `before`: the `choices` of a training to be gone on with, as others would change what it learns. `tune`: which forms
     are the fastest is measured on this machine, see `tuning`. Raises BudgetError, naming the smallest budget that would
-    do, before anything is started; UsageError for a budget where `runtime` cannot promise one, and UnsupportedError
-    where it cannot run here.
+    do, or what compiling takes where there is no room to find that out, before anything is started; UsageError for a
+    budget where `runtime` cannot promise one, and UnsupportedError where it cannot run here.
     """
     engine = Engine(runtime, threads)
     engine.check()
@@ -127,8 +127,6 @@ def make_plan(
             raise UsageError(f"the runtime {runtime} multiplies as it likes: leave out --product-bits")
         return _unmeasured_plan(bundle, classes, settings, engine)
 
-    if budget_bytes is not None:
-        require_compiling(bundle, settings, budget_bytes)
     search = _Search(bundle, classes, settings, budget_bytes)
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     kind, workers, graph = search.first(_candidates(bundle, settings, threads, smallest, before), smallest)
@@ -166,7 +164,10 @@ class _Search:
     budget_bytes: int | None
 
     def graph(self, kind: Settings, images: int, form: Form) -> CompiledGraph:
-        return compiled(self.bundle, replace(gradient_spec(self.bundle, self.classes, kind, images), **form))
+        spec = replace(gradient_spec(self.bundle, self.classes, kind, images), **form)
+        if self.budget_bytes is not None:
+            require_compiling(self.bundle, self.settings, spec, self.budget_bytes)
+        return compiled(self.bundle, spec)
 
     def beside(self, graph: CompiledGraph) -> list[CompiledGraph]:
         """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""

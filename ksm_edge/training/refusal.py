@@ -1,21 +1,26 @@
-"""What is said against a memory budget that is too small: what it is short of, and the smallest that would do."""
+"""What is said against a memory budget that is too small: what it is short of, and the smallest that would do, or what
+has to be there before that can be known.
+"""
 
 from __future__ import annotations
 
+from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
 from ksm_edge.limits import room_bytes
-from ksm_edge.runtimes.compile import CompiledGraph
-from ksm_edge.training.footprint import activation_bytes, compiling_bytes
+from ksm_edge.runtimes.compile import CompiledGraph, is_compiled
+from ksm_edge.training.footprint import PROCESS_BYTES, activation_bytes, compiling_bytes
 from ksm_edge.training.settings import Settings
 
 
-def require_compiling(bundle: Bundle, settings: Settings, budget_bytes: int) -> None:
-    """BudgetError where not even the graphs can be made by which the need of learning would be known."""
-    need = compiling_bytes(bundle, settings)
-    if need > budget_bytes and need > (room := room_bytes()):
-        but = f"and there are {room >> 20}; what learning by them needs is known once they are there"
-        raise BudgetError(_compiling_over_budget(bundle, need, budget_bytes, but))
+def require_compiling(bundle: Bundle, settings: Settings, spec: GradientSpec, budget_bytes: int) -> None:
+    """BudgetError where not even the graph can be made by which the need of learning would be known."""
+    need, room = compiling_bytes(bundle, settings), room_bytes()
+    if need <= max(budget_bytes, room):
+        return
+    if room < PROCESS_BYTES or not is_compiled(bundle, spec):  # looking takes ONNX Runtime, which needs room as well
+        more = f"and there are {room >> 20}; how much learning by them needs is known behind that"
+        raise BudgetError(_compiling_over_budget(bundle, need, budget_bytes, more))
 
 
 def _compiling_over_budget(bundle: Bundle, need: int, budget_bytes: int, more: str) -> str:
@@ -36,7 +41,7 @@ def over_budget(
     *,
     goes_on: bool,
 ) -> str:
-    """`need`: bytes that were found for the plan by `graph` which takes least. `goes_on`: a training begun before."""
+    """Of a plan that takes least and yet `need` bytes, by `graph`. `goes_on`: with a training that was begun before."""
     if need == compiling_bytes(bundle, settings):
         return _compiling_over_budget(bundle, need, budget_bytes, "more than learning by them")
     # With frozen statistics images go through one at a time, however many a step is of.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -265,13 +266,23 @@ def test_a_class_of_corrupt_images_only_is_named_with_the_reason(bundle: Bundle,
     assert not list(tmp_path.glob("a.ksm*"))
 
 
+@pytest.mark.parametrize("changes", [{"name": "caf\udce9"}, {"classes": ("a", "b", "caf\udce9")}])
+def test_a_name_that_no_pack_can_hold_is_told_before_anything_is_learned(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    watcher = Watcher()
+    with pytest.raises(DataError, match=r"'caf\\udce9' is not UTF-8"):
+        adapt(bundle, replace(images, **changes), tmp_path / "a.ksm", settings(), observer=watcher)
+    assert not watcher.steps
+
+
 @pytest.mark.parametrize("out", ["absent/a.ksm", "a folder.ksm"])
 def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_learned(
     bundle: Bundle, images: ImageSet, tmp_path: Path, out: str
 ) -> None:
     (tmp_path / "a folder.ksm").mkdir()
     watcher = Watcher()
-    with pytest.raises(DataError, match="folder"):
+    with pytest.raises(UsageError, match=r"cannot be written.*folder"):
         adapt(bundle, images, tmp_path / out, settings(), observer=watcher)
     assert not watcher.told
 

@@ -13,7 +13,7 @@ from journeys import Stopper, Watcher, interrupted_then_resumed, settings
 from tiny import LAYERS
 
 from ksm_edge.adapt.interrupt import interrupt_held_back
-from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path, set_aside
+from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.image_set import ImageSet
@@ -222,25 +222,19 @@ def test_holding_back_ctrl_c_does_nothing_in_other_threads() -> None:
     assert done == [True]
 
 
-def test_a_checkpoint_that_is_not_gone_on_from_is_kept_until_the_pack_is_whole(
-    bundle: Bundle, images: ImageSet, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_not_lost_by_who_forgets_to_resume(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
     out = tmp_path / "a.ksm"
-    checkpoint, before = checkpoint_path(out), set_aside(checkpoint_path(out))
     with pytest.raises(Interrupted):
         adapt(bundle, images, out, settings(), observer=Stopper(step=3))
-    first = checkpoint.read_bytes()
-    with pytest.raises(Interrupted):  # --resume was forgotten
-        adapt(bundle, images, out, settings(), observer=Stopper(step=1))
-    assert before.read_bytes() == first != checkpoint.read_bytes()
-    before.rename(checkpoint)
-    straight = adapt(bundle, images, tmp_path / "straight.ksm", settings())
-    assert adapt(bundle, images, out, settings(), resume=True).history == straight.history
+    first = checkpoint_path(out).read_bytes()
+    with pytest.raises(UsageError, match=r"a\.ksm\.checkpoint of an interrupted .* --resume, or begin anew by --fresh"):
+        adapt(bundle, images, out, settings())
+    assert checkpoint_path(out).read_bytes() == first
     with pytest.raises(Interrupted):
-        adapt(bundle, images, out, settings(), observer=Stopper(step=1))
-    adapt(bundle, images, out, settings())
-    assert not checkpoint.exists()
-    assert not before.exists()
+        adapt(bundle, images, out, settings(), fresh=True, observer=Stopper(step=1))
+    assert checkpoint_path(out).read_bytes() != first
+    adapt(bundle, images, out, settings(), fresh=True)
+    assert not checkpoint_path(out).exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_when_interrupted_is_said(
@@ -267,6 +261,6 @@ def test_resuming_with_other_settings_is_refused_and_the_checkpoint_kept(
     out = tmp_path / "a.ksm"
     with pytest.raises(Interrupted):
         adapt(bundle, images, out, settings(), observer=Stopper(step=2))
-    with pytest.raises(UsageError, match=r"its settings have head_rate 0\.\d+, now 0\.001\. Resume"):
+    with pytest.raises(UsageError, match=r"its head_rate is 0\.\d+, now 0\.001\. Resume"):
         adapt(bundle, images, out, settings(head_rate=1e-3), resume=True)
     assert checkpoint_path(out).exists()

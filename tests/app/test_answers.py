@@ -12,7 +12,7 @@ from ksm_edge.app.answers import COLUMNS, AnswerFile
 from ksm_edge.errors import UsageError
 
 PACK = "1f0c5a"
-ODD_NAMES = ["caf\udce9.jpg", "a\u2028b.jpg", "line\nbreak.jpg", 'quo"te,.jpg', "Öl.jpg"]
+ODD_NAMES = ["caf\udce9.jpg", "a\u2028b.jpg", "line\nbreak.jpg", "a\rb.jpg", 'quo"te,.jpg', "Öl.jpg"]
 
 
 def answer(image: str) -> dict[str, object]:
@@ -39,6 +39,9 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         ("a.csv", ",".join(COLUMNS) + "\na.jpg,cat\n"),
         ("a.jsonl", '{"image":"x","list":[1,2]}'),
         ("a.jsonl", '{"image": "x", "list": [1, 2]}\n'),
+        ("a.jsonl", '{"image": "x", "label": "cat"}'),
+        ("a.jsonl", '{"image": "x", "error": "y", "pack": ["z"]}\n'),
+        ("a.jsonl", '{"image": null, "error": "y", "pack": "z"}\n'),
         ("a.jsonl", "[]\n"),
     ],
 )

@@ -86,6 +86,38 @@ def test_an_open_image_is_taken_as_its_file_is(app: App, tmp_path: Path, kind: s
         assert app.predict(opened) == app.predict(path)
 
 
+def test_a_large_open_image_is_reduced_as_its_file_is(app: App, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (900, 700, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    assert len(set(app.predict([tmp_path / "photo.png", Image.open(tmp_path / "photo.png"), pixels]))) == 1
+
+
+def test_an_image_that_a_program_has_turned_is_not_turned_again(app: App, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(1).integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as image:
+        assert app.predict(image.rotate(-90, expand=True)) == app.predict(np.rot90(pixels, -1).copy())
+
+
+def test_an_open_image_that_is_cut_short_is_refused(app: App, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (200, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(path := tmp_path / "photo.jpg")
+    path.write_bytes(path.read_bytes()[:2000])
+    with Image.open(path) as image, pytest.raises(DataError, match="cut short"):
+        app.predict(image)
+
+
+def test_a_digest_tells_packs_apart_whoever_signed_them(app: App, tmp_path: Path, key_files: KeyFiles) -> None:
+    path = tmp_path / "a.ksm"
+    save_pack(tiny_pack(seed=1, cut=0.3), path)
+    before = app.digest(app.load(path, name="file"))
+    path.write_bytes(signed(path.read_bytes(), load_private_key(str(key_files.private), lambda: b"")))
+    assert app.digest(app.load(path, name="signed")) == before != app.digest("b")
+    assert app.digest("a") == app.digest(app.load(tiny_pack(seed=1, cut=0.3, changes={"task": "a"}), name="again"))
+
+
 def test_top_limits_the_classes_named(app: App, photo: Path) -> None:
     assert [len(app.predict(photo, top=n)[0].top) for n in (1, 2, 3, 99)] == [1, 2, 3, 3]
 

@@ -229,8 +229,9 @@ def test_an_emulated_board_that_has_too_little_memory_stops_the_command(
 
 
 def test_an_emulated_board_without_room_for_compiling_is_told_how_much_that_takes(
-    photos: Path, bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "empty"))
     given = "--device", "raspberry-pi-4", "--memory-budget", "64MiB"
     assert main(call(photos, bundle, tmp_path / "a.ksm", *given)) == 5
     error = capfd.readouterr().err

@@ -146,17 +146,6 @@ def test_a_zip_of_the_folder_that_one_is_in_is_read(tmp_path):
     assert images.read(images.train[1]) == png(2)
 
 
-@pytest.mark.parametrize("named", ["class", "set"])
-def test_a_name_that_no_pack_can_hold_is_refused_at_once(tmp_path, named):
-    odd = "caf\udce9"  # as Python has a byte that is no UTF-8
-    folder = make("folder", tmp_path / (odd if named == "set" else "d"), [f"{odd}/1.png", "b/1.png"][named == "set" :])
-    if named == "set":
-        (folder / "c").mkdir()
-        (folder / "c/1.png").write_bytes(png(0))
-    with pytest.raises(DataError, match=r"'caf\\udce9' is not UTF-8.*rename it"):
-        open_image_set(folder)
-
-
 def test_a_damaged_member_is_named(tmp_path):
     path = make("zip", tmp_path / "d", ["a/1.png", "b/1.png"])
     data = path.read_bytes()

@@ -133,7 +133,7 @@ def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:
 def test_a_disk_without_room_is_said_before_anything_is_written(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100, total=1000))
     (folder := tmp_path / "made").mkdir()
     with pytest.raises(
         KsmEdgeError, match=r"takes 1 MiB of the disk under .*, of which 0 MiB are free.*KSM_EDGE_CACHE"
