@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,24 +19,42 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends without an error.
 
     A power cut or a full disk at any instant leaves the file that was there before, whole. Where `path` is a link, that
-    is the file it leads to. OSError for what is no file, such as /dev/null: it would be replaced by one.
+    is the file it leads to, and a file that is replaced hands on who may read it. OSError for what is no file, such as
+    /dev/null: it would be replaced by one.
     """
     path = Path(os.path.realpath(path))
     if _is_something_else(path):
         raise OSError(errno.EINVAL, "is no regular file, which could be replaced", str(path))
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600: a pack is to be read by the app's user
+        _hand_on_rights(path, temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            error.filename = str(path)
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def _hand_on_rights(path: Path, temporary: str) -> None:
+    try:
+        before = path.stat()
+    except FileNotFoundError:
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600: a pack is to be read by the app's user
+        return
+    with suppress(OSError):  # only root may give files away
+        os.chown(temporary, before.st_uid, before.st_gid)
+    os.chmod(temporary, stat.S_IMODE(before.st_mode))
 
 
 def require_writable(path: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SYSTEM = Path("/sys/devices/system/cpu")
+MAX_THREADS = 256  # more than any board has cores; each takes memory
 _before: set[int] | None = None  # that this process might have, where it was kept to some of them
 
 

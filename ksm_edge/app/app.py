@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from ksm_edge.app.images import as_input
 from ksm_edge.app.residents import Resident, Residents
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
-from ksm_edge.cores import fast_cores
+from ksm_edge.cores import MAX_THREADS, fast_cores
 from ksm_edge.errors import BudgetError, UnsignedError, UnsupportedError, UsageError
 from ksm_edge.fuse import fuse
 from ksm_edge.pack.calibration import Calibration
@@ -92,7 +91,9 @@ class App:
         where these are fewer than one task's. `require_signature`: a PEM file with an Ed25519 public key; a pack that
         it does not fit is refused undecoded.
         """
-        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(Path(bundle))
+        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UsageError(f"threads {threads}: must be 1 to {MAX_THREADS}")
         self._keys = None if require_signature is None else (load_public_key(require_signature),)
         self._runtime = load_runtime(runtime)
         self._prepares = runtime == DEFAULT

@@ -181,6 +181,8 @@ def _window_pool(draft: Draft, node: Node) -> Value:
         uneven = any(attributes["pads"]) and not attributes.get("count_include_pad")
         if uneven or attributes.get("ceil_mode"):
             raise _refuse(node, "its windows differ in size: no padding, or count_include_pad=1, is supported")
+        if set(attributes.pop("dilations", [1, 1])) != {1}:  # this graph's opset has none
+            raise _refuse(node, "dilated windows are not supported")
     return draft.emit(node.op, [x.name], "map", x.channels, **attributes)
 
 

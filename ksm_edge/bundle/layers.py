@@ -12,6 +12,8 @@ import numpy as np
 
 from ksm_edge.errors import UsageError
 
+MAX_PIXELS = 4096  # of an input's side: a pack holds no larger one
+
 _SHARE = re.compile(r"(\d{1,2})%\.\.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from ksm_edge.errors import DamagedFileError, UsageError
 EMBEDDED = "embedded"
 
 
-def load_bundle(path: Path | str) -> Bundle:
-    """The bundle in the folder `path`, or the one that comes with this package for "embedded".
+def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """The bundle in the folder `path`, or the one that comes with this package for the text "embedded".
 
     Its weights are memory-mapped and read-only. Raises UsageError where there is no bundle, DamagedFileError where a
     file is not what was written, UnsupportedVersionError for a newer format.
@@ -35,7 +36,7 @@ def load_bundle(path: Path | str) -> Bundle:
         layers = manifest.read_layers(content)
         weights = _layer_weights(folder, layers, map_tensors(folder / WEIGHTS_NAME))
         return Bundle(
-            folder,
+            folder.absolute(),  # the program may go to another folder
             content["recipe"],
             content["licence"],
             content["backbone_digest"],
@@ -48,9 +49,9 @@ def load_bundle(path: Path | str) -> Bundle:
         raise DamagedFileError(f"{folder / manifest.NAME}: an entry is missing or malformed ({error!r})") from error
 
 
-def bundle_folder(path: Path | str) -> Path:
-    """Where a bundle lies; "embedded" is this package's own."""
-    if str(path) == EMBEDDED:
+def bundle_folder(path: str | os.PathLike[str]) -> Path:
+    """Where a bundle lies; "embedded" is this package's own, and Path("embedded") a folder of that name."""
+    if path == EMBEDDED:
         return Path(__file__).resolve().parent.parent / "embedded"
     return Path(path)
 

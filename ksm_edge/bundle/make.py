@@ -57,6 +57,6 @@ def save_bundle(
     write_bundle(
         frozen, path, recipe=recipe, licence=licence, input_contract=input_contract, overwrite=overwrite, source=source
     )
-    bundle = load_bundle(path)
+    bundle = load_bundle(Path(path))
     check_golden(bundle)
     return bundle

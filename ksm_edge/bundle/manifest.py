@@ -28,7 +28,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{path}: not a bundle's manifest ({error!r}); export the bundle again") from error
     if version != FORMAT_VERSION:
         raise UnsupportedVersionError(

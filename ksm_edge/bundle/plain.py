@@ -10,7 +10,7 @@ import numpy as np
 from ksm_edge.bundle import manifest
 from ksm_edge.bundle.golden import TOLERANCE, golden_images, read_golden, relative_error
 from ksm_edge.bundle.layers import Bundle, InputContract, Layer, LayerWeights
-from ksm_edge.errors import DamagedFileError, KsmEdgeError
+from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedError
 
 
 def plain_weights(layers: Iterable[Layer], weights: Mapping[str, LayerWeights]) -> dict[str, np.ndarray]:
@@ -43,8 +43,17 @@ def plain_features(graph: Path | bytes, folded: Mapping[str, np.ndarray], images
 def golden_features(
     graph: Path | bytes, layers: Iterable[Layer], weights: Mapping[str, LayerWeights], contract: InputContract
 ) -> np.ndarray:
-    """Features of the golden images, (n, F) float32; raises KsmEdgeError where they are not finite numbers."""
-    features = plain_features(graph, plain_weights(layers, weights), golden_images(contract))
+    """Features of the golden images, (n, F) float32.
+
+    Raises UnsupportedError where ONNX Runtime does not run the network, KsmEdgeError where they are not finite numbers.
+    """
+    folded = plain_weights(layers, weights)
+    try:
+        features = plain_features(graph, folded, golden_images(contract))
+    except Exception as error:  # those of ONNX Runtime share no other base class
+        raise UnsupportedError(
+            f"ONNX Runtime does not run this network in images of {contract.size} pixels: {error}"
+        ) from error
     if not np.isfinite(features).all():
         raise KsmEdgeError("the backbone's features are not finite on its golden images; are its weights trained ones?")
     return features

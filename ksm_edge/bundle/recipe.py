@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ksm_edge.bundle.layers import InputContract
+from ksm_edge.bundle.layers import MAX_PIXELS, InputContract
 from ksm_edge.errors import UsageError
 from ksm_edge.resources import data_folder
 
@@ -89,7 +90,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise UsageError(f"no recipe {str(name_or_path)!r}; there are {known}, or give a path ending in .toml")
     try:
         return _read(path, tomllib.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         examples = data_folder("ksm_edge.recipes")
         raise UsageError(f"{path} is not a recipe: {error!r}; compare it with those in {examples}") from error
 
@@ -108,9 +109,12 @@ def _read(path: Path, content: Mapping[str, Any]) -> Recipe:
 
 def input_contract(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]) -> InputContract:
     """An input contract; raises UsageError for one no image can meet."""
-    if not 1 <= size <= resize:
-        raise UsageError(f"an input of {size} pixels cropped from {resize}: the crop must be positive and not larger")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if not 1 <= size <= resize <= MAX_PIXELS:
+        raise UsageError(
+            f"an input of {size} pixels cropped from {resize}: the crop must be positive and not larger, and images "
+            f"have {MAX_PIXELS} pixels at most"
+        )
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise UsageError(f"mean {tuple(mean)} and std {tuple(std)}: three numbers each are needed, std above 0")
     a, b, c = map(float, mean)
     d, e, f = map(float, std)

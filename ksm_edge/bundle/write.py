@@ -52,7 +52,7 @@ def write_bundle(
     source: where the weights came from, kept in the manifest. The golden features are computed here, by ONNX Runtime.
     Raises UsageError where `path` exists and may not be replaced; only a bundle is ever replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # where it is a link, that stays one
     _check_place(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -62,6 +62,9 @@ def write_bundle(
         _sync(temporary)
         _replace(temporary, path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has none
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+from ksm_edge.cores import MAX_THREADS
+
 Options = argparse._ActionsContainer  # a parser, or a group of its options
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -32,7 +34,9 @@ def add_device(options: Options) -> None:
 
 
 def add_threads(options: Options) -> None:
-    options.add_argument("--threads", type=positive, default=None, metavar="N", help="threads (default: the device's)")
+    options.add_argument(
+        "--threads", type=thread_count, default=None, metavar="N", help="threads (default: the device's)"
+    )
 
 
 def add_require_signature(options: Options) -> None:
@@ -46,6 +50,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """A whole number of threads from 1 on, of which there may be so many."""
+    value = positive(text)
+    if value > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text}: must be at most {MAX_THREADS}")
     return value
 
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
         print("ExecuTorch: lowering, half a minute ...", file=sys.stderr)
         write_program(bundle, args.executorch)
-    summary = _summary(bundle)
+    summary = _summary(bundle, args.out)
     print(json.dumps(summary) if args.json else _as_text(summary))
     return 0
 
@@ -157,10 +157,10 @@ def _require_torch(weights: str) -> None:
         )
 
 
-def _summary(bundle: Bundle) -> dict[str, Any]:
+def _summary(bundle: Bundle, out: Path) -> dict[str, Any]:
     shapes = [layer.weight_shape for layer in bundle.layers]
     return {
-        "bundle": str(bundle.path),
+        "bundle": str(out),
         "recipe": bundle.recipe,
         "licence": bundle.licence,
         "backbone": bundle.digest,

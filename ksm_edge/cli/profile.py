@@ -11,8 +11,9 @@ from pathlib import Path
 from ksm_edge.cli.arguments import add_bundle, add_device, add_json, add_threads, byte_size, natural, positive
 
 HELP = "measure time and memory of a backbone and tasks here, or predict them for boards"
+USUAL = {"runs": 500, "processes": 5, "steps": 20}
 QUICK = {"runs": 40, "processes": 2, "steps": 3}
-DEFAULT_IMAGES = 500  # of the task that is predicted
+DEFAULT_IMAGES, DEFAULT_KERNELS = 500, "onnxruntime"  # of the task that is predicted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget", type=byte_size, metavar="SIZE", help="such as 256MiB (default: the device's)"
     )
-    parser.add_argument("--runs", type=positive, default=500, metavar="N", help="timed inferences (default: 500)")
-    parser.add_argument("--processes", type=positive, default=5, metavar="N", help="fresh ones for these (default: 5)")
+    parser.add_argument("--runs", type=positive, metavar="N", help=f"timed inferences (default: {USUAL['runs']})")
+    parser.add_argument(
+        "--processes", type=positive, metavar="N", help=f"fresh ones for these (default: {USUAL['processes']})"
+    )
     parser.add_argument("--batch", type=positive, metavar="N", help="images per optimizer step (default: the device's)")
     parser.add_argument(
-        "--steps", type=natural, default=20, metavar="N", help="timed optimizer steps, 0: none (default: 20)"
+        "--steps", type=natural, metavar="N", help=f"timed optimizer steps, 0: none (default: {USUAL['steps']})"
     )
     parser.add_argument("--quick", action="store_true", help="few repetitions: for a look, not for a comparison")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all raw values")
@@ -38,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predict", nargs="+", metavar="DEVICE", help="measure nothing: what these boards would take")
     parser.add_argument(
         "--kernels",
-        default="onnxruntime",
         choices=("onnxruntime", "ncnn", "pytorch"),
-        help="whose kernels --predict is of: those that would run here, or an engine that others measured",
+        help="whose kernels --predict is of: those that would run here (onnxruntime, the default), or an engine that "
+        "others measured",
     )
-    parser.add_argument("--images", type=positive, default=DEFAULT_IMAGES, metavar="N",
+    parser.add_argument("--images", type=positive, metavar="N",
                         help=f"to learn from, of --predict (default: {DEFAULT_IMAGES})")  # fmt: skip
     parser.add_argument("--epochs", type=positive, metavar="N",
                         help="passes over them, of --predict (default: as adapt)")  # fmt: skip
@@ -55,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.compare or args.predict) and (args.device != HOST or args.out or args.plot or args.packs):
         raise UsageError("--compare and --predict measure nothing: they take no pack, --device, --out or --plot")
+    if not args.predict and (args.images or args.epochs or args.kernels):
+        raise UsageError("--images, --epochs and --kernels are of --predict, which is not asked for")
     if args.compare:
         return _compare(args)
     if args.predict:
@@ -83,17 +88,15 @@ def _measure(args: argparse.Namespace) -> int:
     device = this_machine() if args.device == HOST else Device.load(args.device)
     bundle = load_bundle(args.bundle)
     threads = args.threads or available_threads(device)
-    if args.quick:
-        vars(args).update(QUICK)
+    repeated = {name: getattr(args, name) for name in USUAL if getattr(args, name) is not None}
+    repeated = {**(QUICK if args.quick else USUAL), **repeated}
     result = measure_profile(
         bundle,
         args.packs,
         threads=threads,
-        runs=args.runs,
-        processes=args.processes,
+        **repeated,
         batch=args.batch or device.batch,
-        steps=args.steps,
-        budget_bytes=args.memory_budget or memory_budget(device),
+        budget_bytes=memory_budget(device) if args.memory_budget is None else args.memory_budget,
         provenance={"device": device.name, **enforcement(device, threads)},
         progress=lambda text: print(f"measuring {text}", file=sys.stderr),
     )
@@ -136,18 +139,19 @@ def _predict(args: argparse.Namespace) -> int:
     from ksm_edge.training.settings import Settings, usual_epochs
 
     bundle, found = load_bundle(args.bundle), []
+    images, kernels = args.images or DEFAULT_IMAGES, args.kernels or DEFAULT_KERNELS
     for name in args.predict:
         device = this_machine() if name == HOST else Device.load(name)
         if args.memory_budget is not None:
             device = replace(device, memory_budget_bytes=args.memory_budget)
-        settings = Settings(batch=args.batch or device.batch, epochs=args.epochs or usual_epochs(args.images))
-        options = {"kernels": args.kernels, "threads": args.threads}
-        found.append(predict(bundle, device, images=args.images, settings=settings, **options))
+        settings = Settings(batch=args.batch or device.batch, epochs=args.epochs or usual_epochs(images))
+        options = {"kernels": kernels, "threads": args.threads}
+        found.append(predict(bundle, device, images=images, settings=settings, **options))
     if args.json:
         work = {"backbone": bundle.digest, "recipe": bundle.recipe, "size": bundle.input.size}
-        work |= {"images": args.images, "epochs": settings.epochs}
+        work |= {"images": images, "epochs": settings.epochs}
         print(json.dumps({"predicted": True, "work": work, "devices": [one.as_json() for one in found]}))
         return 0
-    lines = predicted(found, bundle.recipe, bundle.input.size, args.images, settings.epochs)
+    lines = predicted(found, bundle.recipe, bundle.input.size, images, settings.epochs)
     print("\n".join(lines))
     return 0

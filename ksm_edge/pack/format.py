@@ -35,29 +35,32 @@ SCALE_BITS, NORM_BITS, HEAD_BITS = 2, 4, 5
 
 
 def encode(
-    pack: Pack, *, scale_bits: int = SCALE_BITS, norm_bits: int = NORM_BITS, head_bits: int = HEAD_BITS
+    pack: Pack, *, scale_bits: int | None = None, norm_bits: int | None = None, head_bits: int | None = None
 ) -> bytes:
     """The file's bytes; the same for the same pack, and for what `decode` makes of them.
 
+    Bits that are not given are those of the file that the pack was read from, or else SCALE_BITS, NORM_BITS, HEAD_BITS.
     Raises UsageError for bits out of range (scales 1 to 8, others 2 to 8), values that are not finite, or shapes that
     do not fit each other.
     """
-    bits = {"scale": scale_bits, "norm": norm_bits, "head": head_bits}
-    if not all((1 if name == "scale" else 2) <= given <= 8 for name, given in bits.items()):
+    given = {"scale": scale_bits, "norm": norm_bits, "head": head_bits}
+    usual = {"scale": SCALE_BITS, "norm": NORM_BITS, "head": HEAD_BITS} | dict(pack.bits)
+    bits = {name: usual[name] if number is None else number for name, number in given.items()}
+    if not all((1 if name == "scale" else 2) <= number <= 8 for name, number in bits.items()):
         raise UsageError(f"bits {bits}: expected 1 to 8 for scale, 2 to 8 for norm and head")
     _check_shapes(pack)
     states = list(pack.layers.values())
     codec, keep_bits = encode_keep(*_cuts(pack))
     cut = [state.mask for state in states if state.mask is not None and state.mask.cut.size]
-    norm = [quantize_difference(part, norm_bits) for s in states for part in (s.gamma_delta, s.beta_delta)]
-    head = [quantize_difference(row, head_bits) for row in pack.head_weight]
-    scales = [quantize_scale(mask.cut_scale, scale_bits) for mask in cut] if pack.soft else []
+    norm = [quantize_difference(part, bits["norm"]) for s in states for part in (s.gamma_delta, s.beta_delta)]
+    head = [quantize_difference(row, bits["head"]) for row in pack.head_weight]
+    scales = [quantize_scale(mask.cut_scale, bits["scale"]) for mask in cut] if pack.soft else []
     own = [part for state in states for part in (state.mean, state.var) if part is not None]
     coded = {
         "bits": keep_bits,
-        "scales": encode_codes(_joined(scales, np.uint8), scale_bits),
-        "norm": encode_codes(unsigned(_joined((codes for codes, step in norm if step), np.int8), norm_bits), norm_bits),
-        "head": encode_codes(unsigned(_joined((codes for codes, _ in head), np.int8), head_bits), head_bits),
+        "scales": encode_codes(_joined(scales, np.uint8), bits["scale"]),
+        "norm": _encode_signed((codes for codes, step in norm if step), bits["norm"]),
+        "head": _encode_signed((codes for codes, _ in head), bits["head"]),
     }
     steps = np.array([step for _, step in norm + head], "<f4")
     if steps.max(initial=0) > MAX_STEP:
@@ -88,6 +91,10 @@ def encode(
         record=dict(pack.record),
     )
     return write_container(write_metadata(metadata), streams)
+
+
+def _encode_signed(parts: Iterable[np.ndarray], bits: int) -> bytes:
+    return encode_codes(unsigned(_joined(parts, np.int8), bits), bits)
 
 
 def _joined(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:

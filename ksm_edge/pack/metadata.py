@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, TypeVar
 
-from ksm_edge.bundle.layers import InputContract
+from ksm_edge.bundle.layers import MAX_PIXELS, InputContract
 from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
 from ksm_edge.mask import score_shape
 from ksm_edge.pack.container import parse_json
@@ -26,7 +26,6 @@ from ksm_edge.pack.record import BATCH, STATISTICS
 FORMAT = 1
 MAX_VALUES = 1 << 25  # of all layers and the head: ResNet-50 with a score for every weight has 23.5 M
 MAX_LAYERS = 2048  # ResNet-152 has 155; each costs a reader time, however little it holds
-MAX_PIXELS = 4096  # of an input's side
 MAX_STEP = 2.0**120  # that codes count in: 127 of them are finite in float32
 OPENING = '{"checksum":"'
 CHECKSUM_DIGITS = 16

@@ -57,6 +57,7 @@ def decode(data: bytes) -> Pack:
         record=metadata.record,
         fused_digest=metadata.fused_digest,
         golden_logits=golden,
+        bits=metadata.bits,
     )
 
 

@@ -7,7 +7,7 @@ backbone's own batch-norm. So a pack can be read and inspected without the backb
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,3 +52,6 @@ class Pack:
     record: Mapping[str, Any]  # of the training: data digest, steps, accuracy on validation; whatever JSON can say
     fused_digest: str  # of the weights fused from this pack; "" where not yet known
     golden_logits: np.ndarray  # (n, C) float32: for the bundle's n golden inputs
+    bits: Mapping[str, int] = field(
+        default_factory=dict
+    )  # `scale`, `norm` and `head` of the file that it was read from

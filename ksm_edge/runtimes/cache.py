@@ -30,7 +30,7 @@ DAY = 86_400  # seconds
 KEPT = 24  # graphs in the cache, of a megabyte and more: an SD card is not to fill up with those of old releases
 # A folder for each: the graph, its larger constants if it has any, and what describes them.
 GRAPH, CONSTANTS, DESCRIPTION = "graph.onnx", "constants", "graph.json"
-NOT_WHOLE = (OSError, ValueError, KeyError, TypeError)  # not there, or a power cut came between
+NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, RecursionError)  # not there, or a power cut came between
 
 T = TypeVar("T")
 
@@ -52,18 +52,22 @@ def found_or_made(key: str, read: Callable[[Path], T], make: Callable[[Path], No
     if (result := found(key, read)) is not None:
         return result
     target = _place(key)
-    shutil.rmtree(target, ignore_errors=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-")
     except OSError as error:
         raise KsmEdgeError(
             f"the cache folder {target.parent} cannot be written: {error.strerror}; give another one as KSM_EDGE_CACHE"
         ) from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
+    with beside as folder:
         new = Path(folder, "graph")
         new.mkdir()
         make(new)
-        with suppress(OSError):  # another process was quicker
+        if (result := found(key, read)) is not None:  # another process was quicker
+            return result
+        with suppress(FileNotFoundError):  # what is there is not whole
+            os.rename(target, Path(folder, "damaged"))
+        with suppress(OSError):  # another process was quicker even now
             os.rename(new, target)
     _evict(target)
     return read(target)
@@ -136,6 +140,7 @@ def _evict(newest: Path) -> None:
         with suppress(OSError):  # another process evicts as well
             times[path] = path.stat().st_mtime
     # Not by the clock alone: a board without one may start years before its last run.
+    times.setdefault(newest, max(times.values(), default=0.0))  # another process may have evicted even that
     graphs = [path for path in sorted(times, key=times.__getitem__) if not path.name.startswith(".") and path != newest]
     power_cuts = [path for path in times if path.name.startswith(".new-") and times[path] < times[newest] - DAY]
     for path in [*graphs[: max(0, len(graphs) + 1 - KEPT)], *power_cuts]:

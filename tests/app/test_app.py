@@ -118,6 +118,12 @@ def test_a_digest_tells_packs_apart_whoever_signed_them(app: App, tmp_path: Path
     assert app.digest("a") == app.digest(app.load(tiny_pack(seed=1, cut=0.3, changes={"task": "a"}), name="again"))
 
 
+@pytest.mark.parametrize("threads", [0, -1, 10**6])
+def test_threads_that_no_board_has_are_refused(tmp_path: Path, threads: int) -> None:
+    with pytest.raises(UsageError, match=f"threads {threads}: must be 1 to"):
+        App(tiny_bundle(tmp_path / "bundle"), threads=threads)
+
+
 def test_top_limits_the_classes_named(app: App, photo: Path) -> None:
     assert [len(app.predict(photo, top=n)[0].top) for n in (1, 2, 3, 99)] == [1, 2, 3, 3]
 

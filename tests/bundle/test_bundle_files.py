@@ -7,23 +7,25 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from incoming_nets import graph, weights
+from incoming_nets import CLASSIFIER, FLAT, LINEAR, graph, node, weights
 from safetensors.numpy import load_file
 
+from ksm_edge.app.app import App
 from ksm_edge.bundle import manifest
 from ksm_edge.bundle.digest import backbone_digest
 from ksm_edge.bundle.freeze import freeze
 from ksm_edge.bundle.layers import Bundle, InputContract
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.bundle.make import save_bundle
-from ksm_edge.bundle.plain import plain_weights
+from ksm_edge.bundle.plain import check_golden, plain_weights
 from ksm_edge.bundle.tensorfile import let_go, map_tensors, write_tensors
-from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedVersionError, UsageError
+from ksm_edge.errors import DamagedFileError, KsmEdgeError, UnsupportedError, UnsupportedVersionError, UsageError
 from ksm_edge.fuse import fuse
 from ksm_edge.resident import rss_bytes
 
@@ -164,6 +166,44 @@ def test_a_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
     new = save(tmp_path / "b", seed=1, overwrite=True).digest
     assert load_bundle(tmp_path / "b").digest == new
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_link_to_a_bundle_stays_one(tmp_path: Path) -> None:
+    save(tmp_path / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    other = save(tmp_path / "link", seed=1, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert load_bundle(tmp_path / "b").digest == other.digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "link"]
+
+
+def test_a_folder_named_as_the_built_in_bundle_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = save(Path("embedded"))
+    for given in (Path("embedded"), "./embedded"):
+        assert load_bundle(given).digest == made.digest
+    assert load_bundle("embedded").digest != made.digest
+    with App(Path("embedded"), threads=1) as app:
+        assert app.bundle.digest == made.digest
+
+
+def test_a_bundle_is_found_again_when_the_program_has_gone_to_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    bundle = load_bundle("b")
+    monkeypatch.chdir("/")
+    assert check_golden(bundle) < 1e-4
+
+
+def test_a_network_that_does_not_run_in_so_few_pixels_is_said(tmp_path: Path) -> None:
+    tiny = replace(CONTRACT, size=1, resize=1)
+    window = node("MaxPool", "c2", "q", kernel_shape=[9, 9]), node("GlobalAveragePool", "q", "p")
+    frozen = freeze(graph([*CLASSIFIER[:4], *window, FLAT, LINEAR]), {})
+    with pytest.raises(UnsupportedError, match="does not run this network in images of 1 pixels"):
+        save_bundle(frozen, tmp_path / "b", recipe="small", input_contract=tiny)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:

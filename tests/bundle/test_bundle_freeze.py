@@ -208,6 +208,12 @@ def test_every_way_to_the_linear_layer_is_understood(name: str, weightless: bool
     np.testing.assert_allclose(features_of(frozen), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_window_that_names_its_dilations_of_1_is_one_without() -> None:
+    windows = node("AveragePool", "c2", "w", kernel_shape=[2, 2], dilations=[1, 1]), node("GlobalAveragePool", "w", "p")
+    model = graph([*CLASSIFIER[:4], *windows, FLAT, LINEAR], opset=19)
+    np.testing.assert_allclose(features_of(freeze(model, {})), run(model, "f", IMAGE), rtol=1e-4, atol=1e-6)
+
+
 def test_a_map_that_was_one_pixel_when_exported_is_pooled() -> None:
     window = node("AveragePool", "c2", "p", kernel_shape=[12, 10])
     model = graph([*CLASSIFIER[:4], window, FLAT, LINEAR])

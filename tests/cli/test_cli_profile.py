@@ -92,6 +92,8 @@ def test_predictions_are_one_table_that_says_what_it_is(bundle: Path, capsys: py
         (("--out", "/nowhere/at/all.json"), 2, "cannot be written"),
         (("--plot", "/dev/null/plots"), 2, "cannot be written"),
         (("--memory-budget", "1MiB"), 5, "the budget is 1 MiB"),
+        (("--memory-budget", "0"), 5, "the budget is 0 MiB"),
+        (("--images", "20"), 2, "are of --predict"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(
@@ -103,7 +105,9 @@ def test_what_cannot_be_is_said_at_once(
     assert "measuring" not in stdout + stderr
 
 
-@pytest.mark.parametrize("words", [("--steps", "-1"), ("--kernels", "tflite"), ("--runs", "0")])
+@pytest.mark.parametrize(
+    "words", [("--steps", "-1"), ("--kernels", "tflite"), ("--runs", "0"), ("--threads", "100000")]
+)
 def test_options_out_of_range_are_refused_by_the_parser(bundle: Path, words: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as caught:
         profile(bundle, *words)

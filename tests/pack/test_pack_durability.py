@@ -64,6 +64,15 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_who_may_read_a_file_stays_when_it_is_replaced(saved: tuple[Path, bytes]) -> None:
+    path, before = saved
+    for mode in (0o600, 0o664):
+        path.chmod(mode)
+        save_pack(tiny_pack(seed=2), path)
+        assert path.read_bytes() != before
+        assert path.stat().st_mode & 0o777 == mode
+
+
 def test_a_link_stays_and_the_file_it_leads_to_is_written(tmp_path: Path) -> None:
     (tmp_path / "packs").mkdir()
     (tmp_path / "a.ksm").symlink_to(tmp_path / "packs/a.ksm")

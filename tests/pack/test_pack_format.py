@@ -57,6 +57,7 @@ all_bits = st.fixed_dictionaries(
 @given(packs, all_bits)
 def test_decoding_and_encoding_again_gives_the_same_bytes(pack: Pack, bits: dict[str, int]) -> None:
     data = encode(pack, **bits)
+    assert encode(decode(data)) == data
     assert encode(decode(data), **bits) == data
 
 

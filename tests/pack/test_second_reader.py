@@ -19,14 +19,14 @@ from test_pack_format import all_bits, packs
 from tiny import LAYERS, tiny_bundle, tiny_pack
 
 from ksm_edge.bundle.golden import golden_images
-from ksm_edge.bundle.layers import InputContract
+from ksm_edge.bundle.layers import MAX_PIXELS, InputContract
 from ksm_edge.coding.deflate import encode_codes
 from ksm_edge.coding.keep import GROUPS, PACKED, decode_keep, encode_keep
 from ksm_edge.errors import FileError
 from ksm_edge.fuse import fuse, fused_digest
 from ksm_edge.pack.format import encode
 from ksm_edge.pack.keys import load_private_key, load_public_key
-from ksm_edge.pack.metadata import MAX_LAYERS, MAX_PIXELS, MAX_STEP, MAX_VALUES
+from ksm_edge.pack.metadata import MAX_LAYERS, MAX_STEP, MAX_VALUES
 from ksm_edge.pack.reader import decode
 from ksm_edge.pack.record import Pack
 from ksm_edge.pack.signature import signed

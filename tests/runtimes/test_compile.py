@@ -124,6 +124,52 @@ def test_a_clock_that_was_set_back_does_not_cost_the_graph_just_made(
     assert set(graphs.iterdir()) == {made, graphs / "b"}
 
 
+def make_marker(folder: Path, text: str = "ours") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / cache.DESCRIPTION).write_text(text)
+
+
+def read_marker(folder: Path) -> str:
+    text = (folder / cache.DESCRIPTION).read_text()
+    if text == "half":
+        raise ValueError(text)
+    return text
+
+
+def test_what_another_process_has_made_meanwhile_is_taken(bundle: Bundle) -> None:
+    graphs = Path(os.environ["KSM_EDGE_CACHE"], "graphs")
+
+    def make(folder: Path) -> None:
+        make_marker(folder)
+        make_marker(graphs / "key", "theirs")
+
+    assert cache.found_or_made("key", read_marker, make) == "theirs"
+    assert [path.name for path in graphs.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("there", ["half a graph", "a file"])
+def test_what_is_not_whole_is_replaced(bundle: Bundle, there: str) -> None:
+    graphs = Path(os.environ["KSM_EDGE_CACHE"], "graphs")
+    graphs.mkdir(parents=True)
+    if there == "a file":
+        (graphs / "key").write_text("no folder")
+    else:
+        make_marker(graphs / "key", "half")
+    assert cache.found_or_made("key", read_marker, make_marker) == "ours"
+    assert [path.name for path in graphs.iterdir()] == ["key"]
+
+
+def test_a_cache_that_may_only_be_read_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cache.tempfile, "TemporaryDirectory", read_only)
+    with pytest.raises(
+        KsmEdgeError, match=r"cannot be written: Read-only file system; give another one as KSM_EDGE_CA"
+    ):
+        compiled(bundle, SPEC)
+
+
 def test_what_goes_wrong_in_the_child_is_said_here(bundle: Bundle) -> None:
     (bundle.path / "backbone.onnx").write_bytes(b"no graph")
     with pytest.raises(KsmEdgeError, match=r"backbone\.onnx"):
