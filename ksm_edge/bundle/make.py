@@ -26,8 +26,16 @@ def freeze_recipe(recipe: Recipe, tensors: Mapping[str, np.ndarray], features: s
 
 
 def freeze_onnx(path: Path, features: str | None = None) -> Frozen:
-    """A classifier from an ONNX file that holds its weights."""
-    return freeze(read_onnx(path), {}, features)
+    """A classifier from an ONNX file that holds its weights; UsageError where that is no valid ONNX."""
+    model = read_onnx(path)
+    try:
+        return freeze(model, {}, features)
+    except (KeyError, IndexError) as missing:
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise UsageError(f"{path}: no valid ONNX graph ({error})") from missing
+        raise
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=positive, default=3, metavar="N", help="how many classes to name (default: 3)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="add to a .csv or .jsonl; images that it has an answer to are left out"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="add to a .csv or .jsonl of this pack's answers; images that it has one to are left out",
     )
     parser.add_argument("--watch", action="store_true", help="go on with every new image in the folders, until Ctrl-C")
     add_bundle(parser)

@@ -147,6 +147,16 @@ def test_an_unsupported_network_ends_with_4_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 
 
+def test_an_invalid_graph_ends_with_2_and_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = folded_classifier()
+    del model.graph.node[0].input[1:]
+    onnx.save(model, tmp_path / "net.onnx")
+    assert main(["export", "--onnx", str(tmp_path / "net.onnx"), "--out", str(tmp_path / "b")]) == 2
+    assert "no valid ONNX graph" in capsys.readouterr().err
+
+
 def test_a_torch_file_without_torch_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
