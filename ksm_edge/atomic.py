@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         _hand_on_rights(path, temporary)
         os.replace(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename in (None, temporary):
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
             error.filename = str(path)
         with suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -52,8 +52,9 @@ def _hand_on_rights(path: Path, temporary: str) -> None:
     except FileNotFoundError:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600: a pack is to be read by the app's user
         return
-    with suppress(OSError):  # only root may give files away
-        os.chown(temporary, before.st_uid, before.st_gid)
+    for owner in (-1, before.st_uid):  # only root may give files away, others to groups of theirs
+        with suppress(OSError):
+            os.chown(temporary, owner, before.st_gid)
     os.chmod(temporary, stat.S_IMODE(before.st_mode))
 
 

@@ -115,7 +115,8 @@ def adapt(
             _save_interrupted(job)
             raise Interrupted(checkpoint) from None
         except (OSError, DataError, BudgetError):  # a full disk, a lost image, a GPU's memory: nothing learned is lost
-            job.save_if_possible()
+            if job.progress.steps_done:
+                job.save_if_possible()
             raise
 
 

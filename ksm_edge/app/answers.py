@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,9 +105,11 @@ class AnswerFile:
         begins = _row(COLUMNS).encode() if self._is_csv else b'{"image": "'
         if not (begins.startswith(content) or content.startswith(begins)):
             raise ValueError("not one whole line")
-        with suppress(json.JSONDecodeError):  # half a line is none
+        try:
             json.loads(content)
-            list(_json_answers(content.decode() + "\n"))
+        except ValueError:  # half a line indeed
+            return
+        list(_json_answers(content.decode() + "\n"))
 
     def _write(self, line: str) -> None:
         self._file.write(line.encode("utf-8", UNDECODED))

@@ -197,7 +197,9 @@ class App:
     def predict(self, images: AnyImage | Sequence[AnyImage], task: str | None = None, top: int = 5) -> list[Prediction]:
         """One prediction an image, by `task` or the current one; paths, PIL images or uint8 arrays (H, W, 3) or (H, W).
 
-        Raises DataError for an image that cannot be read, UsageError for a task that is not loaded.
+        A PIL image is turned by its EXIF tag, as files are: who has turned it takes the tag away, as
+        `PIL.ImageOps.exif_transpose` does. Raises DataError for an image that cannot be read, UsageError for a task
+        that is not loaded.
         """
         task = self._named(task)  # once: another thread may switch between two runs
         return self.predict_all(images, [task], top)[task]

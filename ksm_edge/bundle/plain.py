@@ -50,6 +50,8 @@ def golden_features(
     folded = plain_weights(layers, weights)
     try:
         features = plain_features(graph, folded, golden_images(contract))
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:  # those of ONNX Runtime share no other base class
         raise UnsupportedError(
             f"ONNX Runtime does not run this network in images of {contract.size} pixels: {error}"

@@ -63,7 +63,8 @@ def write_bundle(
         _replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk has none
+        if error.errno is not None:  # a full disk has no name
+            error.filename = error.filename or str(path)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -53,7 +53,9 @@ def open_rgb(source: bytes | Path, *, short_side: int | None = None) -> Image.Im
 
 
 def as_rgb(image: Image.Image, *, short_side: int | None = None) -> Image.Image:
-    """The same of an image that is open already; one that a program has made or changed is upright as it is."""
+    """The same of an image that is open already, or what a program made of one: its EXIF tag stands for what is to be
+    done, and `PIL.ImageOps.exif_transpose` takes it away with the turn.
+    """
     try:
         return _finished(image, short_side)
     except Exception as error:  # it may not have been decoded yet, or be closed
@@ -160,10 +162,8 @@ def _finished(image: Image.Image, short_side: int | None) -> Image.Image:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What the EXIF tag asks to be done to the image; nothing where the tag cannot be read, as the pixels can."""
-    # Pillow has done so when it loaded a TIFF's pixels; older releases leave the tag as it was. What a program made of
-    # an image has no format, and keeps the tag.
-    if image.format in ("TIFF", None):
-        return None
+    if image.format == "TIFF":
+        return None  # Pillow has done so when it loaded the pixels; older releases leave the tag as it was
     try:
         return _TURN.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - the parser raises whatever a broken block trips over

@@ -61,6 +61,14 @@ def test_half_a_first_line_is_begun_again(path: Path, kept: int) -> None:
     assert path.read_bytes() == whole
 
 
+def test_half_a_letter_at_the_end_is_half_a_line(tmp_path: Path) -> None:
+    fill(path := tmp_path / "a.jsonl", answer("Öl.jpg"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"\xc3") + 1])
+    fill(path, answer("Öl.jpg"))
+    assert path.read_bytes() == whole
+
+
 def test_another_packs_answers_are_not_gone_on_with(path: Path) -> None:
     fill(path, answer("a.jpg"))
     before = path.read_bytes()

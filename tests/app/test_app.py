@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from signing import KeyFiles
 from tiny import FEATURES, saved_tiny_bundle, tiny_bundle, tiny_pack
 
@@ -92,13 +92,14 @@ def test_a_large_open_image_is_reduced_as_its_file_is(app: App, tmp_path: Path) 
     assert len(set(app.predict([tmp_path / "photo.png", Image.open(tmp_path / "photo.png"), pixels]))) == 1
 
 
-def test_an_image_that_a_program_has_turned_is_not_turned_again(app: App, tmp_path: Path) -> None:
+def test_what_a_program_made_of_an_image_is_turned_by_the_tag_that_it_kept(app: App, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.random.default_rng(1).integers(0, 255, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
     with Image.open(tmp_path / "photo.png") as image:
-        assert app.predict(image.rotate(-90, expand=True)) == app.predict(np.rot90(pixels, -1).copy())
+        turned = app.predict(np.rot90(pixels, -1).copy())
+        assert app.predict(image.convert("RGB")) == app.predict(ImageOps.exif_transpose(image)) == turned
 
 
 def test_an_open_image_that_is_cut_short_is_refused(app: App, tmp_path: Path) -> None:
