@@ -140,13 +140,13 @@ def prepared(
     Raises DataError, BudgetError, UnsupportedError.
     """
     use_compact_heap()
+    _require_text(images.name, *images.classes)
     observer = observer or Observer()
     before = read_identity(checkpoint) if resume else {}
     descent = None if parent is None else Descent.of(parent, images.classes)
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, skipped = cache.prepare(images.train, observer.reading)
         _require_every_class(images, items, skipped)
-        _require_text(images.name, *images.classes)
         train, held_out = stratified_split([item.label for item in items], settings.validation, settings.seed)
         settings = replace(settings, batch=min(settings.batch, len(train)))
         plan = make_plan(

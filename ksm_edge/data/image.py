@@ -152,12 +152,14 @@ def _decode(data: bytes, short_side: int | None) -> Image.Image:
 
 
 def _finished(image: Image.Image, short_side: int | None) -> Image.Image:
-    """Upright, RGB, and no larger than asked for."""
+    """Upright, RGB, and no larger than asked for; a new image without the tag, so that nobody turns it again."""
     image.load()
     turn = _turn(image)  # only now: some formats have the tag behind the pixels
     pixels = _eight_bits(image)
     rgb = _reduced(pixels, short_side) if short_side else _rgb(pixels)
-    return rgb.transpose(turn) if turn is not None else rgb
+    upright = rgb.transpose(turn) if turn is not None else rgb
+    upright.info = {}
+    return upright
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

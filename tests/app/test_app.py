@@ -11,6 +11,7 @@ from signing import KeyFiles
 from tiny import FEATURES, saved_tiny_bundle, tiny_bundle, tiny_pack
 
 from ksm_edge.app.app import App, Prediction
+from ksm_edge.app.images import opened
 from ksm_edge.app.residents import Resident
 from ksm_edge.data.image import open_rgb, to_input
 from ksm_edge.errors import (
@@ -82,8 +83,9 @@ def test_an_open_image_is_taken_as_its_file_is(app: App, tmp_path: Path, kind: s
         image = Image.fromarray(pixels[..., :3]).convert("P" if kind == "palette" else "CMYK")
         path = path.with_suffix(".tif")
     image.save(path, **options)
-    with Image.open(path) as opened:
-        assert app.predict(opened) == app.predict(path)
+    with Image.open(path) as image:
+        assert app.predict(image) == app.predict(path)
+    assert app.predict(opened(path, app.bundle.input)) == app.predict(path)  # as the command line reads it
 
 
 def test_a_large_open_image_is_reduced_as_its_file_is(app: App, tmp_path: Path) -> None:
