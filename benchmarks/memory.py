@@ -171,7 +171,8 @@ def _run(
 def _expected(path: Path, words: list[str]) -> int:
     """What the planner says of that command; the graphs that it makes on the way are then there."""
     from ksm_edge.bundle.load import load_bundle
-    from ksm_edge.cli.adapt import budget_of, settings_of
+    from ksm_edge.cli.adapt import budget_of
+    from ksm_edge.cli.adapt_options import settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import this_machine
     from ksm_edge.training.planner import make_plan

@@ -218,7 +218,7 @@ def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_by(words: Iterable[str]) -> dict[str, Any]:
     """What `ksm-edge adapt` makes of these options, epochs and batch among them, the seed aside."""
-    from ksm_edge.cli.adapt import settings_of
+    from ksm_edge.cli.adapt_options import settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import Device
 

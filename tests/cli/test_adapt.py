@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import saved_tiny_bundle, tiny_pack
 
 from ksm_edge import native
-from ksm_edge.cli.adapt import settings_of
+from ksm_edge.cli.adapt_options import settings_of
 from ksm_edge.cli.main import build_parser, main
 from ksm_edge.device import Device
 from ksm_edge.errors import UsageError

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from ksm_edge.cli import adapt
+from ksm_edge.cli import adapt_options
 from ksm_edge.errors import UnsupportedError, UsageError
 from ksm_edge.runtimes import engine as module
 from ksm_edge.runtimes.engine import ENGINES, Engine
@@ -34,7 +34,7 @@ def test_threads_that_are_no_workers_own_help_all(
 
 
 def test_the_command_offers_every_engine() -> None:
-    assert adapt.ENGINES == ENGINES
+    assert adapt_options.ENGINES == ENGINES
 
 
 def test_another_runtime_cannot_learn() -> None:
