@@ -58,7 +58,10 @@ def _named_tensor(graph: Incoming, name: str) -> str:
     if name not in tensors:
         last = ", ".join(node.name or node.outputs[0] for node in graph.nodes[-8:])
         raise UsageError(f"--features {name}: the graph has no node or tensor of that name; its last nodes are {last}")
-    return tensors[name]
+    if (tensor := tensors[name]) in graph.static or tensor == graph.image:
+        what = "the image itself" if tensor == graph.image else f"the constant {tensor}, whatever the image"
+        raise UsageError(f"--features {name}: that is {what}; features are what a backbone makes of an image")
+    return tensor
 
 
 def _is_linear(graph: Incoming, node: Node) -> bool:

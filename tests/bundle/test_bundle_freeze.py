@@ -259,3 +259,11 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 def test_an_unknown_end_is_answered_with_the_last_nodes() -> None:
     with pytest.raises(UsageError, match=r"--features nowhere: .* its last nodes are .*/f, /logits"):
         freeze(graph(), {}, "nowhere")
+
+
+@pytest.mark.parametrize("weightless", [False, True])
+@pytest.mark.parametrize(("source", "what"), [("conv1.weight", "the constant conv1.weight"), ("image", "the image")])
+def test_features_that_no_backbone_made_are_refused(source: str, what: str, weightless: bool) -> None:
+    model = graph([node("Identity", source, "same"), *CLASSIFIER], weightless=weightless)
+    with pytest.raises(UsageError, match=f"--features same: that is {what}"):
+        freeze(model, weights() if weightless else {}, features="same")
