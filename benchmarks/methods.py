@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CROPS = ("crop_scale", "crop_start")
-# On runs that differ from today's in nothing, in crops throughout, in those at first, in more.
-REMARKS = ("", " (crops of 35 %)", " (crops from 80 %)", " (earlier settings)")
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
 IN_RIVALS = {"reference": "ksm"}
 SCRIPTS = {"linear": "linear.py"}  # of this folder; all others that are not `ksm-edge adapt` run in rivals.py
@@ -158,7 +156,7 @@ def _shared_with_rivals() -> dict[str, Any]:
     """Settings of today that rivals, which have none of their own, share with the default."""
     from ksm_edge.training.settings import Settings
 
-    return {name: getattr(Settings(), name) for name in ("head_start", *CROPS)}
+    return {name: getattr(Settings(), name) for name in ("head_start", "head_rate", *CROPS)}
 
 
 def title(name: str, earlier: Iterable[str]) -> str:
@@ -167,11 +165,17 @@ def title(name: str, earlier: Iterable[str]) -> str:
 
 
 def remark(earlier: Iterable[str]) -> str:
-    """One of `REMARKS`."""
+    """How runs differ from today's, by names of settings: in crops throughout or at first, in the head's rate, in more.
+
+    >>> remark(["crop_scale", "head_rate"])
+    ' (crops of 35 %, head at 2e-3)'
+    """
     changed = set(earlier)
-    if not changed <= set(CROPS):
-        return REMARKS[3]
-    return REMARKS[1 if "crop_scale" in changed else 2 if changed else 0]
+    if not changed <= {"head_rate", *CROPS}:
+        return " (earlier settings)"
+    crops = "crops of 35 %" if "crop_scale" in changed else "crops from 80 %" if "crop_start" in changed else ""
+    parts = [part for part in (crops, "head at 2e-3" if "head_rate" in changed else "") if part]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def learn(identity: dict[str, Any], bundle: Bundle, images: ImageSet, data: Path, pack: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import grid
 from accuracy import STANDING, summary
 from drawing import pyplot
 from measure import RESULTS, ROOT
-from methods import METHODS, REMARKS, title
+from methods import METHODS, title
 from tasks import FIVE
 
 LEGEND_COLUMNS = 3
@@ -72,8 +72,8 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
     shown = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    known = (method.title + remark for method in METHODS.values() for remark in REMARKS)
-    titles = [label for label in known if label in shown]
+    plain = [method.title for method in METHODS.values()]
+    titles = [label for known in plain for label in sorted(shown) if label == known or label.startswith(f"{known} (")]
     figure.legend([shown[label] for label in titles], titles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False)
     legend_inches = 0.25 * (1 + -(-len(titles) // LEGEND_COLUMNS))
     figure.tight_layout(rect=(0, legend_inches / size[1], 1, 1))

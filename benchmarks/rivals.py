@@ -215,9 +215,9 @@ def learn(
         train, held_out = stratified_split([item.label for item in items], settings.validation, settings.seed)
         learned_from, judged_on = ([items[i] for i in part] for part in (train, held_out))
         steps = settings.epochs * math.ceil(len(learned_from) / settings.batch)
-        rates = {"head": settings.head_rate, "norms": rate}
+        scale = rate_scale(bundle)
+        rates = {"head": settings.head_rate * scale.head, "norms": rate}
         if _is_masked(network):
-            scale = rate_scale(bundle)
             rate, rates["norms"] = rate * scale.score, settings.norm_rate * scale.norm
         groups: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in network.named_parameters():

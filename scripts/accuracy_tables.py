@@ -111,9 +111,9 @@ def _by_crops(runs: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> di
     for run in runs:
         learned = run["identity"]
         task = tasks.get(learned["task"])
-        if task and learned["method"] in CROPPED and outdated(learned).keys() <= set(CROPS):
+        if task and learned["method"] in CROPPED and (changed := outdated(learned).keys()) <= {"head_rate", *CROPS}:
             settings = BEFORE | learned["settings"]
-            label = _crops(settings["crop_scale"], settings["crop_start"])
+            label = _crops(settings["crop_scale"], settings["crop_start"]) + remark(changed - set(CROPS))
             found.setdefault(label, {}).setdefault(task, {})[learned["seed"]] = run["test_accuracy"]
     return found
 

@@ -29,7 +29,7 @@ LAYERS = (
     Layer("grouped", (6, 4, 3, 3), 2, 1e-5, True),
     Layer("plain", (10, 6, 3, 3), 1, 0.0, False),
 )
-FEATURES = 10
+FEATURES, FEATURE_SUM = 10, 510.0  # rates are the usual ones
 INPUT = InputContract(size=16, resize=18, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
@@ -89,7 +89,7 @@ def tiny_bundle(folder: Path, seed: int = 0) -> Bundle:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "backbone.onnx").write_bytes(tiny_graph().SerializeToString())
     digest = f"{seed:064x}"
-    return Bundle(folder, "tiny", "CC0-1.0", digest, LAYERS, tiny_weights(seed), FEATURES, INPUT)
+    return Bundle(folder, "tiny", "CC0-1.0", digest, LAYERS, tiny_weights(seed), FEATURES, INPUT, FEATURE_SUM)
 
 
 def saved_tiny_bundle(folder: Path, seed: int = 0) -> Bundle:

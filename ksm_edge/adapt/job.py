@@ -229,7 +229,7 @@ class Job:
             rates = self.trainer.rates
             raise KsmEdgeError(
                 f"the loss is {result.loss} at step {progress.steps_done}: the learning rates are too high for this "
-                f"task (scores {rates['score']:g}, batch-norm {rates['gamma']:g}, head {settings.head_rate:g})"
+                f"task (scores {rates['score']:g}, batch-norm {rates['gamma']:g}, head {rates['head']:g})"
             )
         self._losses = [*self._losses[1 - SHOWN_STEPS :], result.loss]
         shown = float(np.mean(self._losses))

@@ -58,6 +58,11 @@ def read_golden(record: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(record["features"]), "<f4").reshape(record["shape"])
 
 
+def feature_sum(features: np.ndarray) -> float:
+    """How much of a feature vector there is for a head to weigh: its absolute values, the mean over images (n, F)."""
+    return float(np.abs(features).sum(axis=1, dtype=np.float64).mean())
+
+
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference over the largest expected magnitude."""
     return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-30))

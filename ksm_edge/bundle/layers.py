@@ -73,6 +73,7 @@ class Bundle:
     weights: Mapping[str, LayerWeights]  # by layer name, memory-mapped
     features: int  # F, length of the pooled feature vector
     input: InputContract
+    feature_sum: float  # of a feature vector's absolute values, the mean over the golden images
 
     @property
     def graph_path(self) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ksm_edge.bundle import manifest
 from ksm_edge.bundle.digest import file_sha256
+from ksm_edge.bundle.golden import feature_sum, read_golden
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
 from ksm_edge.bundle.manifest import GRAPH_NAME, WEIGHTS_NAME
 from ksm_edge.bundle.tensorfile import map_tensors
@@ -44,8 +45,9 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
             weights,
             content["features"],
             manifest.read_contract(content),
+            feature_sum(read_golden(content["golden"])),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{folder / manifest.NAME}: an entry is missing or malformed ({error!r})") from error
 
 

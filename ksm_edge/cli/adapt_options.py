@@ -163,8 +163,8 @@ def _add_how(group: Options) -> None:
     group.add_argument(
         "--absolute-rates",
         action="store_true",
-        help="take the rates of scores and batch-norm as they are: usually they are scaled from MobileNetV2 to the "
-        "backbone's depth and gammas",
+        help="take the rates of scores, batch-norm and head as they are: usually they are scaled from MobileNetV2's "
+        "depth, gammas and features to the backbone's",
     )
 
 

@@ -44,8 +44,8 @@ class Settings:
     batch: int = 16  # images per optimizer step
     score_rate: float = 2e-4
     norm_rate: float = 5e-4
-    scaled_rates: bool = True  # these two are MobileNetV2's, others have theirs: see `suited`
-    head_rate: float = 2e-3
+    head_rate: float = 5e-4
+    scaled_rates: bool = True  # these three are MobileNetV2's, others have theirs: see `suited`
     head_start: str = "zero"  # or random, as torch starts a Linear layer
     cut_penalty: float = 0.0  # every step pulls scores back towards keeping, by this share of the score rate
     mask_bits: float = 0.25  # of the pack for each weight of the backbone, see `suited`: cut kernels go back until then

@@ -4,6 +4,8 @@
 rate has to suit. Adam moves every number of a layer by about the rate: a gamma by rate / gamma of its size, and a score
 a step nearer to the threshold where its kernel is cut. The layers' changes add up. So rates are given for a backbone of
 52 layers whose gammas are about 0.21, MobileNetV2's numbers, and grow where layers are fewer and gammas larger.
+A step of the head moves an answer by its rate times the sum of all features, which is 510 there. Where that is less the
+rate is as much larger: a head that runs ahead of the layers in front of it, or lags behind, leaves them less to learn.
 
 **Cut kernels** make a pack large where nearly every kernel is a single weight, and a mask has as many scores as its
 layer has weights. So masks are thinned to what a pack has room for that takes a hundredth of the backbone's bytes: of
@@ -22,24 +24,26 @@ from ksm_edge.bundle.layers import Bundle, LayerWeights
 from ksm_edge.coding.keep import entropy
 from ksm_edge.training.settings import Settings
 
-LAYERS, GAMMA = 52, 0.21
+LAYERS, GAMMA, FEATURE_SUM = 52, 0.21, 510.0
 LEAST, MOST = 0.2, 10.0
 CLASSES = 10  # from which on a pack may grow
 
 
 @dataclass(frozen=True)
 class RateScale:
-    """Factors of the scores' rate and of batch-norm's, to a tenth: rates are not known better."""
+    """Factors of the scores' rate, batch-norm's and the head's, to a tenth: rates are not known better."""
 
     score: float = 1.0
     norm: float = 1.0
+    head: float = 1.0
 
 
 def rate_scale(bundle: Bundle) -> RateScale:
-    """Those of this backbone, (1, 1) for MobileNetV2. Biases of one without batch-norm are as if gammas were 0.21."""
+    """Those of this backbone, 1 for MobileNetV2. Biases of one without batch-norm are as if gammas were 0.21."""
     depth = LAYERS / len(bundle.layers)
     names = [layer.name for layer in bundle.layers if layer.has_norm]
-    return RateScale(_tenths(depth), _tenths(depth * _typical_gamma(bundle.weights, names) / GAMMA))
+    gammas = _typical_gamma(bundle.weights, names) / GAMMA
+    return RateScale(_tenths(depth), _tenths(depth * gammas), _tenths(FEATURE_SUM / max(bundle.feature_sum, 1e-9)))
 
 
 def most_cut(bundle: Bundle, scores: int, classes: int, settings: Settings) -> int:

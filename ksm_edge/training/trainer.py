@@ -79,7 +79,12 @@ class Trainer:
         scale = rate_scale(bundle) if settings.scaled_rates else RateScale()
         norm_rate = settings.norm_rate * scale.norm
         # Each at its full value; what `update` takes follows the schedule.
-        self.rates = {"score": settings.score_rate * scale.score, "gamma": norm_rate, "beta": norm_rate}
+        self.rates = {
+            "score": settings.score_rate * scale.score,
+            "gamma": norm_rate,
+            "beta": norm_rate,
+            "head": settings.head_rate * scale.head,
+        }
         _, masked = learning_layers(bundle.layers, settings)
         self.layers = {
             layer.name: TrainedLayer(
@@ -177,7 +182,7 @@ class Trainer:
 
     def update(self) -> None:
         """The second half: new parameters from the gradients, and the weights that they make."""
-        settings, factor = self.settings, rate_factor(self.count, self.steps, self.settings.warmup)
+        factor = rate_factor(self.count, self.steps, self.settings.warmup)
         if self._graph.halved:
             self._require_finite()
         self.count += 1
@@ -185,7 +190,7 @@ class Trainer:
         for layer in self.layers.values():
             layer.step(rates, self.count)
         for name, adam in self.head_learning.items():
-            adam.step(self._head_gradients[name], settings.head_rate * factor, self.count)
+            adam.step(self._head_gradients[name], rates["head"], self.count)
         if self._is_to_be_thinned:
             surplus = self._cut - self._most_cut if self._share is None else int(self._share * self._cut)
             thin(self.layers.values(), surplus)

@@ -29,7 +29,7 @@ def random_bundle(name: str, size: int, folder: Path, seed: int = 0) -> Bundle:
     frozen = freeze_recipe(recipe, random_state(name, seed))
     (folder / "backbone.onnx").write_bytes(frozen.model.SerializeToString())
     contract = at_size(recipe.input, size)
-    return Bundle(folder, name, "", f"{seed:064x}", frozen.layers, frozen.weights, frozen.features, contract)
+    return Bundle(folder, name, "", f"{seed:064x}", frozen.layers, frozen.weights, frozen.features, contract, 510.0)
 
 
 class Case:

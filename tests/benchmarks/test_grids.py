@@ -113,6 +113,7 @@ def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str
             "head_start": "random" if method == "full" else "zero",
             "crop_scale": None,
             "crop_start": None,
+            "head_rate": 5e-4,
         },
         "test_accuracy": accuracy,
         "validation_accuracy": accuracy,
@@ -406,13 +407,15 @@ def test_crops_are_compared_over_runs_that_differ_in_nothing_else(pages: Any, lo
     two = [run("ksm", 0.8), run("ksm", 0.6, seed=1)]
     others = [run("ksm", 0.5, crop_scale=0.35, warmup=0.05), run("ksm", 0.1, task="gtsrb43@10"), run("binary", 0.2)]
     few = run("ksm", 0.3, task="gtsrb43@10", crop_scale=0.35)
-    runs = [run("ksm", 0.7, crop_scale=0.35), *two, run("crop-wide", 0.9), *others]
+    before = run("ksm", 0.4, head_rate=2e-3)
+    runs = [before, run("ksm", 0.7, crop_scale=0.35), *two, run("crop-wide", 0.9), *others]
     table = pages.accuracy_tables.crop_tables({"runs": runs}).splitlines()
     assert table[0] == "mobilenet_v2, 96 px, all images a class:"
     assert table[4:] == [
         "| 35 % or more |  |  |  | 70.0 |  |  |",
         "| 65 % or more |  |  |  | 90.0 |  |  |",
         "| 80 % of what evaluation sees at first, then by training accuracy |  |  |  | 70.0 (2 seeds) |  |  |",
+        "| 80 % of what evaluation sees at first, then by training accuracy (head at 2e-3) |  |  |  | 40.0 |  |  |",
     ]
     assert not pages.accuracy_tables.crop_tables({"runs": [*two, *others]})  # nothing to compare
     tables = pages.accuracy_tables.crop_tables({"runs": [few, *runs]}).split("\n\n")
@@ -428,6 +431,9 @@ def test_a_remark_says_what_has_another_default_since(load: Any, tmp_path: Path)
     assert methods.title("ksm", {"crop_scale": 0.35}) == "KSM, default (crops of 35 %)"
     assert methods.title("full", {"crop_scale": 0.35, "crop_start": 0.8}) == "full fine-tuning, fp16 (crops of 35 %)"
     assert methods.title("ksm", {"crop_start": 0.8}) == "KSM, default (crops from 80 %)"
+    assert methods.title("full", {"head_rate": 2e-3}) == "full fine-tuning, fp16 (head at 2e-3)"
+    both = methods.title("ksm", {"crop_scale": 0.35, "head_rate": 2e-3})
+    assert both == "KSM, default (crops of 35 %, head at 2e-3)"
     assert methods.title("ksm", {"crop_scale": 0.35, "warmup": 0.05}) == "KSM, default (earlier settings)"
     for name, given in {"crop-wide": ["crop_scale", "crop_start"], "binary": ["soft"], "ksm": [], "full": []}.items():
         assert methods.given(methods.identity(name, tiny_bundle(tmp_path / name), digits(), 0)) == given

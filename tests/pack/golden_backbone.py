@@ -13,7 +13,7 @@ from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
 
 def golden_backbone() -> Bundle:
     weights = {layer.name: _weights(layer) for layer in LAYERS}
-    return Bundle(Path(), "golden", "CC0-1.0", f"{0:064x}", LAYERS, weights, FEATURES, INPUT)
+    return Bundle(Path(), "golden", "CC0-1.0", f"{0:064x}", LAYERS, weights, FEATURES, INPUT, 1.0)
 
 
 def _weights(layer: Layer) -> LayerWeights:

@@ -1,4 +1,4 @@
-"""Learning rates that suit a backbone of another depth and other gammas."""
+"""Learning rates that suit a backbone of another depth, other gammas and other features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ksm_edge.bundle.recipe import load_recipe
 from ksm_edge.bundle.statedict import read_state_dict
 from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.suited import GAMMA, LAYERS, MOST, RateScale, mask_bits, most_cut, rate_scale
+from ksm_edge.training.suited import FEATURE_SUM, GAMMA, LAYERS, MOST, RateScale, mask_bits, most_cut, rate_scale
 from ksm_edge.training.trainer import Trainer, gradient_spec
 
 
@@ -53,17 +53,26 @@ def test_a_backbone_without_batch_norm_is_scaled_by_its_depth_alone(tmp_path: Pa
     assert rate_scale(replace(bundle, layers=tuple(plain))) == RateScale(2.6, 2.6)
 
 
+@pytest.mark.parametrize(
+    ("features", "expected"), [(FEATURE_SUM, 1.0), (FEATURE_SUM / 3, 3.0), (4 * FEATURE_SUM, 0.2), (0.0, MOST)]
+)
+def test_the_head_learns_faster_where_features_are_few_or_small(
+    tmp_path: Path, features: float, expected: float
+) -> None:
+    assert rate_scale(replace(tiny_bundle(tmp_path), feature_sum=features)).head == expected
+
+
 def test_mobilenet_v2_is_what_rates_are_given_for(shared_data: Path, tmp_path: Path) -> None:
     recipe = load_recipe("mobilenet_v2")
     state = read_state_dict(shared_data / "mobilenet_v2_imagenet.safetensors")
     frozen = freeze_recipe(recipe, state)
     bundle = save_bundle(frozen, tmp_path / "bundle", recipe=recipe.name, input_contract=recipe.input)
-    assert rate_scale(bundle) == RateScale(1.0, 1.0)
+    assert rate_scale(bundle) == RateScale()
     assert most_cut(bundle, kernels_of(bundle), 10, Settings()) / kernels_of(bundle) == pytest.approx(0.0303, abs=1e-4)
 
 
 def test_the_embedded_backbone_is_nearly_one_of_those() -> None:
-    assert rate_scale(load_bundle("embedded")) == RateScale(1.0, 1.3)
+    assert rate_scale(load_bundle("embedded")) == RateScale(1.0, 1.3, 2.2)
 
 
 def kernels_of(bundle: Bundle) -> int:
@@ -112,14 +121,16 @@ def test_bits_of_masks_are_their_entropy_and_a_scale_each() -> None:
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_first_step_is_as_long_as_its_rate(tmp_path: Path, scaled: bool) -> None:
-    bundle = tiny_bundle(tmp_path)
+    bundle = replace(tiny_bundle(tmp_path), feature_sum=FEATURE_SUM / 2)
     settings = Settings(batch=2, warmup=0.0, head_start="random", scaled_rates=scaled)
     graph = compile_graph(bundle, gradient_spec(bundle, 3, settings, 1), tmp_path)
     trainer, scale = Trainer(bundle, graph, settings, steps=10), rate_scale(bundle) if scaled else RateScale()
     rng = np.random.default_rng(0)
     images, targets = rng.standard_normal((2, 3, 16, 16), np.float32), np.eye(3, dtype=np.float32)[:2] / 2
     before = {name: (x.beta.copy(), x.score.copy()) for name, x in trainer.layers.items()}
+    head = trainer.head_weight.copy()
     trainer.step(images, targets)
+    assert abs(trainer.head_weight - head).max() == pytest.approx(5e-4 * scale.head, rel=1e-2)
     for name, layer in trainer.layers.items():  # Adam's first step has the length of its rate
         moved = abs(layer.beta - before[name][0]).max(), abs(layer.score - before[name][1]).max()
         assert moved == pytest.approx((5e-4 * scale.norm, 2e-4 * scale.score), rel=1e-2)
