@@ -254,6 +254,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[KsmEdgeError], str]] = {
         lambda b: rewrite(b, lambda c: c.update(format_version=2)), UnsupportedVersionError,
         r"format version 2, this release reads 1; install a newer",
     ),
+    "golden features of another shape": (
+        lambda b: rewrite(b, lambda c: c["golden"].update(shape=[2, 7])), DamagedFileError, "missing or malformed"
+    ),
     "no layers": (lambda b: rewrite(b, lambda c: c.pop("layers")), DamagedFileError, "missing or malformed"),
     "a layer the weights lack": (
         lambda b: rewrite(b, lambda c: c["layers"][0].update(name="x")), DamagedFileError, r"x\.weight is missing",

@@ -44,6 +44,7 @@ def test_a_bundle_answers_its_golden_images(tmp_path: Path) -> None:
     stored = read_golden(manifest.read_manifest(bundle.path / manifest.NAME)["golden"])
     assert stored.shape == (2, bundle.features)
     assert plain.check_golden(bundle) == 0
+    assert bundle.feature_sum == pytest.approx(np.abs(stored).sum() / 2)
 
 
 def test_other_features_are_refused_with_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
