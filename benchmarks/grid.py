@@ -13,8 +13,8 @@ from typing import Any
 
 from measure import FORMAT_VERSION, read, write
 
-# Settings that did something else than their default now does, before there was a choice: without a share of their own
-# (`thin`) masks were thinned by half, whatever bits they took.
+# Settings that did something else than their default now does, before there was a choice or, of rivals, a record of it:
+# without a share of their own (`thin`) masks were thinned by half, whatever bits they took.
 BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3, "mask_bits": None, "crop_scale": 0.35,
           "crop_start": 0.8, "head_rate": 2e-3}  # fmt: skip
 Run = dict[str, Any]  # its `identity` is what makes two runs the same
