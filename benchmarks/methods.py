@@ -83,7 +83,6 @@ ABLATIONS = {
     "score-fast": Method("scores at 2e-3", _always("--score-rate", "2e-3"), ours=True),
     "norm-slow": Method("batch-norm at 2.5e-4", _always("--norm-rate", "2.5e-4"), ours=True),
     "norm-fast": Method("batch-norm at 1e-3", _always("--norm-rate", "1e-3"), ours=True),
-    "head-fast": Method("head at 2e-3", _always("--head-rate", "2e-3"), ours=True),
     "warmup-short": Method("a warm-up of 5 %", _always("--warmup", "0.05"), ours=True),
     "head-random": Method("a head that starts at random", _always("--head-start", "random"), ours=True),
     "moments-8": Method("moments of Adam in 8 bits", _always("--moment-bits", "8"), ours=True),

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from ksm_edge.bundle.layers import Bundle, InputContract, Layer, LayerWeights
 from ksm_edge.mask import score_shape, soft_mask
 from ksm_edge.pack.record import LayerState, Pack
+from ksm_edge.training.suited import FEATURE_SUM
 
 LAYERS = (
     Layer("stem", (8, 3, 3, 3), 1, 1e-5, True),
@@ -29,7 +30,7 @@ LAYERS = (
     Layer("grouped", (6, 4, 3, 3), 2, 1e-5, True),
     Layer("plain", (10, 6, 3, 3), 1, 0.0, False),
 )
-FEATURES, FEATURE_SUM = 10, 510.0  # rates are the usual ones
+FEATURES = 10
 INPUT = InputContract(size=16, resize=18, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 

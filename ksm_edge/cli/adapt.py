@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ksm_edge.data.image_set import ImageSet
     from ksm_edge.device import Device
 
-__all__ = ["HELP", "add_arguments", "run"]  # a verb
+__all__ = ["HELP", "add_arguments", "run"]  # what `main` takes of a verb
 
 HELP = "learn a task from a folder or zip of images, on this device, and write its task pack"
 INTERRUPTED = 130

@@ -16,6 +16,7 @@ from ksm_edge.mask import keep_gradient
 from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training.settings import Settings
+from ksm_edge.training.suited import FEATURE_SUM
 from ksm_edge.training.trainer import ONE_THREAD, Trainer, gradient_spec
 
 CLASSES = 5
@@ -29,7 +30,9 @@ def random_bundle(name: str, size: int, folder: Path, seed: int = 0) -> Bundle:
     frozen = freeze_recipe(recipe, random_state(name, seed))
     (folder / "backbone.onnx").write_bytes(frozen.model.SerializeToString())
     contract = at_size(recipe.input, size)
-    return Bundle(folder, name, "", f"{seed:064x}", frozen.layers, frozen.weights, frozen.features, contract, 510.0)
+    return Bundle(
+        folder, name, "", f"{seed:064x}", frozen.layers, frozen.weights, frozen.features, contract, FEATURE_SUM
+    )
 
 
 class Case:
