@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))  # this checkout is measured, whatever else is installed
 
 FORMAT_VERSION = 1
-KSM_EDGE = (sys.executable, "-c", "from ksm_edge.cli.main import entry; entry()")  # as the command `ksm-edge` does
+KSM_EDGE = (sys.executable, "-m", "ksm_edge")
 POOLS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")  # libraries with threads of their own: each has X_NUM_THREADS
 WEIGHTS = {  # of the data folder, by recipe
     "mobilenet_v2": "mobilenet_v2_imagenet.safetensors",

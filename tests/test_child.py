@@ -12,7 +12,7 @@ from ksm_edge.child import module_command
 
 
 def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = module_command("ksm_edge.cli.main", *words)
+    command = module_command("ksm_edge", *words)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

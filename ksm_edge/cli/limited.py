@@ -24,7 +24,7 @@ def emulation(args: argparse.Namespace) -> Device | None:
 def run_emulated(args: argparse.Namespace, device: Device) -> int:
     """The command's exit status; BudgetError where it took more memory than the board gives it."""
     budget = getattr(args, "memory_budget", None) or device.memory_budget_bytes
-    outcome = run_limited(module_command("ksm_edge.cli.main", *args.command_line), budget)
+    outcome = run_limited(module_command("ksm_edge", *args.command_line), budget)
     if outcome.exceeded and outcome.exit_status:
         raise BudgetError(
             f"stopped, as it took more than {device.title} has: {budget >> 20} MiB, held by a {outcome.enforced}. "

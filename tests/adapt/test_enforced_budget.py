@@ -94,7 +94,6 @@ def assert_kept(bundle: Bundle, photos: Path, *given: object, threads: int, budg
     pack = bundle.path / "a.ksm"
     words = ("adapt", photos, "--bundle", bundle.path, "--out", pack, "--epochs", 2, "--batch", 4,
              "--threads", threads, "--memory-budget", budget_bytes, "--json", *given)  # fmt: skip
-    code = "from ksm_edge.cli.main import entry; entry()"
-    outcome = run_limited([sys.executable, "-c", code, *map(str, words)], budget_bytes)
+    outcome = run_limited([sys.executable, "-m", "ksm_edge", *map(str, words)], budget_bytes)
     assert (outcome.exit_status, outcome.exceeded) == (0, False)
     assert pack.exists()
