@@ -22,6 +22,7 @@ from ksm_edge.errors import UsageError
 
 THRESHOLD = 5e-3
 INITIAL_SCORE = 1e-2
+AMPLIFIED = 2 * INITIAL_SCORE - THRESHOLD  # above it, where masks amplify: as far from the initial score
 SCALE_LIMIT = 0.5
 SMALLEST_RANGE = 1e-30  # of scores; below it float32 cannot hold 0.5 / range, and the range counts as none
 # The authors' beta 1200 over their temperature 100: softmax over (log p, log(1 - p)) / T is sigmoid(x / T).
@@ -33,10 +34,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SoftMask:
-    """What a layer's scores say, told by what is cut, a few hundredths of it, and the range it was made from."""
+    """What a layer's scores say, told by what is cut, a few hundredths of it, and the range it was made from.
+
+    Where masks amplify, amplified kernels stand among the cut ones: they too are not kept as they are.
+    """
 
     cut: np.ndarray  # (n,) int32: flat places of the cut scores, ascending
-    cut_scale: np.ndarray  # (n,) float32: their scales, in [0, 0.5]
+    cut_scale: np.ndarray  # (n,) float32: their scales, in [0, 0.5], or in [1.5, 2] if amplified
     shape: Shape  # of the scores
     low: float
     high: float
@@ -57,7 +61,7 @@ class SoftMask:
 
     @property
     def values(self) -> np.ndarray:
-        """The soft mask M = keep + scale, score-shaped: 1 where kept, elsewhere in [0, 0.5]."""
+        """The soft mask M = keep + scale, score-shaped: 1 where kept, elsewhere in [0, 0.5] or [1.5, 2]."""
         values = np.ones(self.shape, self.cut_scale.dtype)
         values.reshape(-1)[self.cut] = self.cut_scale
         return values
@@ -87,14 +91,20 @@ def group_size(granularity: str) -> int:
     return int(size)
 
 
-def soft_mask(score: np.ndarray, *, soft: bool = True) -> SoftMask:
+def soft_mask(score: np.ndarray, *, soft: bool = True, amplify: bool = False) -> SoftMask:
     """Turn a layer's scores into keep bits and scales; `soft=False` is the binary form, all scales 0.
 
     The range is taken over the WHOLE layer of score * (1 - keep), so the zeros of kept kernels take part.
+    `amplify`, this project's own: a score d above the initial one gives 2 - M, with M what d below it gives.
     """
     number = score.dtype.type
-    places = np.flatnonzero(~(score >= number(THRESHOLD))).astype(np.int32)
+    apart = ~(score >= number(THRESHOLD))
+    if amplify:
+        apart |= score > number(AMPLIFIED)
+    places = np.flatnonzero(apart).astype(np.int32)
     cut = score.reshape(-1)[places]
+    amplified = cut > number(INITIAL_SCORE)
+    cut[amplified] = number(2 * INITIAL_SCORE) - cut[amplified]
     scale = np.zeros_like(cut)
     low, high = (float(cut.min()), float(cut.max())) if cut.size else (0.0, 0.0)
     if cut.size < score.size:
@@ -102,13 +112,17 @@ def soft_mask(score: np.ndarray, *, soft: bool = True) -> SoftMask:
     if soft and high - low > SMALLEST_RANGE:
         # Rounding may pass the ends by an ulp.
         scale = np.clip((cut - number(low)) * number(SCALE_LIMIT / (high - low)), 0, SCALE_LIMIT)
+    scale[amplified] = 2 - scale[amplified]
     return SoftMask(places, scale.astype(score.dtype, copy=False), score.shape, low, high)
 
 
 def score_from_scale(mask: SoftMask) -> np.ndarray:
     """Scores that would give this mask: cut ones back from their scale, kept ones at the initial score."""
+    amplified = mask.cut_scale > 1
+    scale = np.where(amplified, 2 - mask.cut_scale, mask.cut_scale)
+    cut = mask.low + (mask.high - mask.low) / SCALE_LIMIT * scale
     score = np.full(mask.shape, INITIAL_SCORE, np.float32)
-    score.reshape(-1)[mask.cut] = mask.low + (mask.high - mask.low) / SCALE_LIMIT * mask.cut_scale
+    score.reshape(-1)[mask.cut] = np.where(amplified, 2 * INITIAL_SCORE - cut, cut)
     return score
 
 

@@ -68,7 +68,8 @@ def busy() -> bytes:
         share = 0.02 * np.where(np.arange(O) % 6 == 1, rows, 1)[:, None] * np.where(np.arange(I) % 5 == 2, columns, 1)
         keep = rng.random((O, I)) >= share * (rows > 0)
         scale = np.where(keep, np.float32(0), np.float32(0.5) * rng.integers(0, 2, keep.shape, np.uint8))
-        mask = SoftMask(keep, scale.astype(np.float32), -0.25, 0.0)
+        cut = np.flatnonzero(~keep).astype(np.int32)
+        mask = SoftMask(cut, scale.astype(np.float32).reshape(-1)[cut], keep.shape, -0.25, 0.0)
         layers[name] = LayerState(mask, *[np.zeros(O, np.float32)] * 2)
     changes = {"layers": layers, "weight_shapes": {name: (*shape, 1, 1) for name, shape in shapes.items()}}
     return encode(tiny_pack(changes=changes), scale_bits=1, norm_bits=3, head_bits=4)
@@ -101,6 +102,7 @@ PACKS: dict[str, Callable[[], bytes]] = {
     "group3-binary-batch": lambda: fused(tiny_pack("group:3", soft=False, statistics="batch", cut=0.3), 1, 4, 6),
     "channel-soft-batch": lambda: fused(tiny_pack("channel", statistics="batch", classes=1, cut=0.4), 7, 3, 5),
     "element-soft-frozen": lambda: fused(tiny_pack("element", cut=0.04), 3, 5, 2),
+    "amplified": lambda: fused(tiny_pack(cut=0.3, amplify=True), 2, 4, 5),
     "all-kept": all_kept,
     "busy-rows-and-columns": busy,
     "bits-deflate": deflated,

@@ -142,6 +142,32 @@ def test_scores_come_back_from_a_mask_that_has_been_made(case: tuple) -> None:
         assert (back[~mask.keep] == np.float32(mask.low)).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_what_is_as_far_above_the_initial_score_is_amplified_as_what_is_below_is_cut(case: tuple) -> None:
+    below = np.minimum(case[0], np.float32(0.006))
+    below[abs(below - ksm.THRESHOLD) < 1e-6] = 0  # as far above may be on the other side by an ulp
+    cut = ksm.soft_mask(below)
+    mixed = np.where(np.arange(below.size).reshape(below.shape) % 2, np.float32(0.02) - below, below)
+    mask = ksm.soft_mask(mixed, amplify=True)
+    above = mixed > ksm.INITIAL_SCORE
+    np.testing.assert_array_equal(mask.keep, cut.keep)
+    resolution = 4e-9 / max(cut.high - cut.low, 1e-30)  # of scores that were subtracted from 0.02
+    np.testing.assert_allclose(mask.values, np.where(above, 2 - cut.values, cut.values), atol=1e-6 + resolution)
+    assert ((mask.cut_scale <= 0.5) | ((mask.cut_scale >= 1.5) & (mask.cut_scale <= 2))).all()
+    assert ksm.soft_mask(mixed).keep[above].all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_amplified_scores_come_back_from_a_mask_too(case: tuple) -> None:
+    mask = ksm.soft_mask(case[0], amplify=True)
+    back = ksm.score_from_scale(mask)
+    assert (back[mask.keep] == np.float32(ksm.INITIAL_SCORE)).all()
+    if mask.high - mask.low > 1e-6:
+        np.testing.assert_allclose(back[~mask.keep], case[0][~mask.keep], atol=1e-6)
+
+
 def test_keep_gradient_is_that_of_the_soft_binarisation() -> None:
     score = np.linspace(-0.5, 0.5, 101)
     sigmoid = lambda s: 1 / (1 + np.exp(-12 * (s - 5e-3)))  # noqa: E731

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ksm_edge.bundle.layers import Bundle, InputContract, Layer, LayerWeights
-from ksm_edge.mask import score_shape, soft_mask
+from ksm_edge.mask import INITIAL_SCORE, score_shape, soft_mask
 from ksm_edge.pack.record import LayerState, Pack
 from ksm_edge.training.suited import FEATURE_SUM
 
@@ -108,20 +108,26 @@ def tiny_pack(
     granularity: str = "kernel",
     *,
     soft: bool = True,
+    amplify: bool = False,
     statistics: str = "frozen",
     classes: int = 3,
     cut: float = 0.1,
     seed: int = 1,
     changes: Mapping[str, object] | None = None,
 ) -> Pack:
-    """A pack for `tiny_bundle(seed=0)` with about the share `cut` of the kernels not kept; the stem has no mask."""
+    """A pack for `tiny_bundle(seed=0)` with about the share `cut` of the kernels not kept; the stem has no mask.
+
+    `amplify`: every other one of them is amplified, if masks are soft.
+    """
     rng = np.random.default_rng(seed)
     small = lambda O: rng.normal(0, 0.02, O).astype(np.float32)  # noqa: E731
     layers = {}
     for layer in LAYERS:
         O = layer.weight_shape[0]
         score = rng.uniform(5e-3 - cut * 1e-2, 1.5e-2 - cut * 1e-2, score_shape(layer.weight_shape, granularity))
-        mask = None if layer.name == "stem" else soft_mask(score.astype(np.float32), soft=soft)
+        if amplify := amplify and soft:
+            score.flat[::2] = 2 * INITIAL_SCORE - score.flat[::2]
+        mask = None if layer.name == "stem" else soft_mask(score.astype(np.float32), soft=soft, amplify=amplify)
         gamma_delta = small(O) if layer.has_norm else np.zeros(O, np.float32)
         own = (small(O), (1 + small(O)) ** 2) if statistics == "batch" and layer.has_norm else (None, None)
         layers[layer.name] = LayerState(mask, gamma_delta, small(O), *own)

@@ -24,9 +24,18 @@ def run(
 class KsmTask:
     """One task's parameters as torch leaves, its loss, and so the gradients by autograd."""
 
-    def __init__(self, bundle: Bundle, scores: dict[str, np.ndarray], granularity: str, *, soft: bool = True,
-                 batch_statistics: bool = False, dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
-        self.bundle, self.granularity, self.soft = bundle, granularity, soft
+    def __init__(
+        self,
+        bundle: Bundle,
+        scores: dict[str, np.ndarray],
+        granularity: str,
+        *,
+        soft: bool = True,
+        amplify: bool = False,
+        batch_statistics: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.bundle, self.granularity, self.soft, self.amplify = bundle, granularity, soft, amplify
         self.batch_statistics, self.dtype = batch_statistics, dtype
         leaf = lambda array: torch.tensor(np.array(array), dtype=dtype, requires_grad=True)  # noqa: E731
         self.score = {name: leaf(score) for name, score in scores.items()}
@@ -61,7 +70,8 @@ class KsmTask:
     def _mask(self, layer) -> torch.Tensor:
         """Hard forward, soft backward; the scale carries no gradient."""
         score = self.score[layer.name]
-        values = torch.tensor(soft_mask(score.detach().numpy(), soft=self.soft).values, dtype=self.dtype)
+        mask = soft_mask(score.detach().numpy(), soft=self.soft, amplify=self.amplify)
+        values = torch.tensor(mask.values, dtype=self.dtype)
         surrogate = torch.sigmoid(SHARPNESS * (score - THRESHOLD))
         mask = values + surrogate - surrogate.detach()
         if self.granularity == "element":

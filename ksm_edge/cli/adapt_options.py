@@ -37,7 +37,17 @@ PACK_BITS = {
     "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
     "head_bits": "bits of each weight of the head, 2 to 8",
 }
-OF_MASKS = ("masked", "granularity", "binary", "score_rate", "cut_penalty", "mask_bits", "thin", "scale_bits")
+OF_MASKS = (
+    "masked",
+    "granularity",
+    "binary",
+    "amplify",
+    "score_rate",
+    "cut_penalty",
+    "mask_bits",
+    "thin",
+    "scale_bits",
+)
 LEARNING_BITS = {
     "moment_bits": "bits of each of a score's moments while learning, 32 or 8; 8 also where memory is short",
     "activation_bits": "bits of what the forward pass keeps for gradients, 32 or 16: in MobileNets half as much",
@@ -113,6 +123,11 @@ def _add_what_learns(group: Options) -> None:
     group.add_argument("--masked", metavar="NAMES", help="of those the ones that get a mask (default: all)")
     group.add_argument("--granularity", metavar="G", help="kernel, group:N, channel or element (default: kernel)")
     group.add_argument("--binary", action="store_true", help="masks of 0 and 1 only")
+    group.add_argument(
+        "--amplify",
+        action=argparse.BooleanOptionalAction,
+        help="kernels may also grow, to 1.5 to 2 times (default: where --mask-bits leave room for many)",
+    )
     group.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
     group.add_argument("--head-start", choices=("zero", "random"), help="what the head begins with (default: zero)")
 
@@ -203,7 +218,7 @@ def settings_of(args: argparse.Namespace, device: Device, images: int) -> Settin
         if options:
             raise UsageError(f"--method {args.method} learns no masks: leave out {', '.join(map(_option, options))}")
     names = ("epochs", "batch", "method", "layers", "train_scale", "whole_at", "views", "crop_scale", "crop_start",
-             "masked", "granularity", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS,
+             "masked", "granularity", "amplify", "statistics", "head_start", "seed", *RATES, *CUTS, *PACK_BITS,
              *LEARNING_BITS)  # fmt: skip
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     epochs = DEMO_EPOCHS if args.data is None else usual_epochs(images)

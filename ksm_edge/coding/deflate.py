@@ -9,6 +9,7 @@ import numpy as np
 from ksm_edge.errors import DamagedFileError
 
 DEFLATE = "deflate"  # of codes, several to a byte
+MIRRORED = "mirrored-deflate"  # of scales, with one bit more that says which of them amplify
 
 
 def deflate(data: bytes) -> bytes:

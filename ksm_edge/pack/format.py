@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ksm_edge.coding.deflate import DEFLATE, encode_codes
+from ksm_edge.coding.deflate import DEFLATE, MIRRORED, encode_codes
 from ksm_edge.coding.keep import encode_keep, table_shape
 from ksm_edge.errors import UsageError
 from ksm_edge.mask import SoftMask, score_shape
@@ -40,14 +40,16 @@ def encode(
     """The file's bytes; the same for the same pack, and for what `decode` makes of them.
 
     Bits that are not given are those of the file that the pack was read from, or else SCALE_BITS, NORM_BITS, HEAD_BITS.
-    Raises UsageError for bits out of range (scales 1 to 8, others 2 to 8), values that are not finite, or shapes that
-    do not fit each other.
+    Raises UsageError for bits out of range (scales 1 to 8, or 7 where some amplify, others 2 to 8), values that are not
+    finite, or shapes that do not fit each other.
     """
     given = {"scale": scale_bits, "norm": norm_bits, "head": head_bits}
     usual = {"scale": SCALE_BITS, "norm": NORM_BITS, "head": HEAD_BITS} | dict(pack.bits)
     bits = {name: usual[name] if number is None else number for name, number in given.items()}
     if not all((1 if name == "scale" else 2) <= number <= 8 for name, number in bits.items()):
         raise UsageError(f"bits {bits}: expected 1 to 8 for scale, 2 to 8 for norm and head")
+    if pack.amplifies and bits["scale"] == 8:
+        raise UsageError("bits of a scale: where some amplify, which takes one more, 7 at most")
     _check_shapes(pack)
     states = list(pack.layers.values())
     codec, keep_bits = encode_keep(*_cuts(pack))
@@ -58,7 +60,7 @@ def encode(
     own = [part for state in states for part in (state.mean, state.var) if part is not None]
     coded = {
         "bits": keep_bits,
-        "scales": encode_codes(_joined(scales, np.uint8), bits["scale"]),
+        "scales": encode_codes(_joined(scales, np.uint8), bits["scale"] + pack.amplifies),
         "norm": _encode_signed((codes for codes, step in norm if step), bits["norm"]),
         "head": _encode_signed((codes for codes, _ in head), bits["head"]),
     }
@@ -85,7 +87,7 @@ def encode(
         own_statistics=tuple(i for i, state in enumerate(states) if state.mean is not None),
         features=pack.head_weight.shape[1],
         bits=bits,
-        codecs=dict.fromkeys(coded, DEFLATE) | {"bits": codec},
+        codecs=dict.fromkeys(coded, DEFLATE) | {"bits": codec} | ({"scales": MIRRORED} if pack.amplifies else {}),
         checksums={name: checksum(stream.tobytes()) for name, stream in streams.items()},
         fused_digest=pack.fused_digest,
         record=dict(pack.record),

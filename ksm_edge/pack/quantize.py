@@ -10,13 +10,20 @@ SMALLEST_STEP = np.float32(1e-30)  # below it, 24 bits of mantissa are no longer
 
 
 def quantize_scale(scale: np.ndarray, bits: int) -> np.ndarray:
-    """Scales in [0, 0.5] -> uint8 codes in [0, 2^bits - 1], 0 standing for 0 and the greatest for 0.5."""
-    return np.rint(scale * np.float32(_levels(bits) / SCALE_LIMIT)).astype(np.uint8)
+    """Scales in [0, 0.5] -> uint8 codes in [0, 2^bits - 1], 0 standing for 0 and the greatest for 0.5.
+
+    One in [1.5, 2] has the code of 2 - scale, and the next bit set; `bits` must be less than 8 then.
+    """
+    amplified = scale > 1
+    scale = np.where(amplified, 2 - scale, scale)
+    codes = np.rint(scale * np.float32(_levels(bits) / SCALE_LIMIT)).astype(np.uint8)
+    return codes | np.left_shift(amplified, bits, dtype=np.uint8)
 
 
 def dequantize_scale(codes: np.ndarray, bits: int) -> np.ndarray:
     """The float32 scales that the codes stand for."""
-    return codes.astype(np.float32) * np.float32(SCALE_LIMIT / _levels(bits))
+    scale = (codes & np.uint8(_levels(bits))).astype(np.float32) * np.float32(SCALE_LIMIT / _levels(bits))
+    return np.where(codes > _levels(bits), 2 - scale, scale)
 
 
 def quantize_difference(difference: np.ndarray, bits: int) -> tuple[np.ndarray, np.float32]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ksm_edge.coding.deflate import DEFLATE, decode_codes
+from ksm_edge.coding.deflate import DEFLATE, MIRRORED, decode_codes
 from ksm_edge.coding.keep import decode_keep, table_shape
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError
 from ksm_edge.mask import SoftMask
@@ -79,10 +79,17 @@ def _check_streams(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> Non
         if stream.dtype == np.float32 and not np.isfinite(stream).all():
             raise DamagedFileError(f"stream {name!r} holds values that are not finite")
     for name in ("scales", "norm", "head"):
-        if metadata.codecs.get(name) != DEFLATE:
+        known = (DEFLATE, MIRRORED) if name == "scales" else (DEFLATE,)
+        if (codec := metadata.codecs.get(name)) not in known:
             raise UnsupportedVersionError(
-                f"stream {name!r} is coded as {metadata.codecs.get(name)!r}; this release knows {DEFLATE}"
+                f"stream {name!r} is coded as {codec!r}; this release knows {' and '.join(known)}"
             )
+    if _amplifying(metadata) and metadata.bits["scale"] == 8:
+        raise DamagedFileError(f"scales of 8 bits leave none for {MIRRORED}")
+
+
+def _amplifying(metadata: Metadata) -> bool:
+    return metadata.codecs["scales"] == MIRRORED
 
 
 def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[SoftMask | None]:
@@ -94,7 +101,8 @@ def _read_masks(metadata: Metadata, streams: Mapping[str, np.ndarray]) -> list[S
     if (ranges[:, 0] > ranges[:, 1]).any():
         raise DamagedFileError("stream 'ranges' holds one whose least score is above its greatest")
     bits = metadata.bits["scale"]
-    codes = decode_codes(streams["scales"].tobytes(), bits, sum(counts) if metadata.soft else 0)
+    each = bits + _amplifying(metadata)
+    codes = decode_codes(streams["scales"].tobytes(), each, sum(counts) if metadata.soft else 0)
     scales = dequantize_scale(codes, bits)
     masks: list[SoftMask | None] = []
     of_layers, first = iter(ranges.tolist()), 0

@@ -55,3 +55,9 @@ class Pack:
     bits: Mapping[str, int] = field(
         default_factory=dict
     )  # `scale`, `norm` and `head` of the file that it was read from
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether any kernel is amplified."""
+        masks = (state.mask for state in self.layers.values())
+        return self.soft and any(mask is not None and (mask.cut_scale > 1).any() for mask in masks)

@@ -20,7 +20,7 @@ from ksm_edge.bundle.tensorfile import write_tensors
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError, UsageError
 from ksm_edge.training.choice import as_good
 
-VERSION = 18
+VERSION = 19
 BEST = "best_pack"
 
 

@@ -24,7 +24,6 @@ from ksm_edge.bundle.tensorfile import let_go
 from ksm_edge.fuse import fuse_layer, fuse_norm, fuse_weight_into, fused_bias, norm_factor
 from ksm_edge.mask import (
     INITIAL_SCORE,
-    THRESHOLD,
     SoftMask,
     expand,
     reduce_kernels,
@@ -109,7 +108,8 @@ class TrainedLayer:
             if name in self.learning:
                 self.learning[name].step(gradient, rates[name], count)
         if "score" in self.learning and self.settings.cut_penalty:
-            pull_to_keeping(self.score, self.settings.cut_penalty * rates["score"])
+            distance = self.settings.cut_penalty * rates["score"]
+            pull_to_keeping(self.score, distance, from_above=bool(self.settings.amplify))
         if kept is not None:
             self.score[kept] = INITIAL_SCORE
         self.fuse()
@@ -119,9 +119,10 @@ class TrainedLayer:
 
         All others are at the initial score from here on, and to be at that score is to stay there.
         """
-        cut = self.score < THRESHOLD
-        cut[cut] = stays
-        self.score[~cut] = INITIAL_SCORE
+        staying = self.mask().cut[stays]
+        scores = self.score.reshape(-1)[staying]
+        self.score[...] = INITIAL_SCORE
+        self.score.reshape(-1)[staying] = scores
         self.settled = True
         self.fuse()
 
@@ -173,7 +174,7 @@ class TrainedLayer:
 
     def mask(self) -> SoftMask:
         """The layer's soft mask, from its scores as they are now."""
-        return soft_mask(self.score, soft=self.settings.soft)
+        return soft_mask(self.score, soft=self.settings.soft, amplify=bool(self.settings.amplify))
 
     def _factor(self) -> np.ndarray:
         """What the graph's weight carries of batch-norm: f, or ones with batch statistics."""
@@ -253,11 +254,13 @@ class TrainedLayer:
         self.var += RUNNING * (var * np.float32(count / max(1, count - 1)) - self.var)
 
 
-def pull_to_keeping(score: np.ndarray, distance: float) -> None:
+def pull_to_keeping(score: np.ndarray, distance: float, *, from_above: bool = False) -> None:
     """Move scores below the initial one up to it by at most `distance`, in place; others stay as they are.
 
-    That is a step of an L1 penalty on what is below, taken beside Adam's as weight decay is in AdamW (Loshchilov and
-    Hutter 2019): in the gradient, Adam would divide it away. A score then sinks only if its gradient keeps its sign.
+    `from_above`: those above it as well, down to it. That is a step of an L1 penalty on how far they are from it, taken
+    beside Adam's as weight decay is in AdamW (Loshchilov and Hutter 2019): in the gradient, Adam would divide it away.
+    A score then moves away only if its gradient keeps its sign.
     """
+    down = np.float32(distance if from_above else 0)
     for (part,) in blocks(score):
-        np.minimum(part + np.float32(distance), np.maximum(part, np.float32(INITIAL_SCORE)), out=part)
+        np.clip(np.float32(INITIAL_SCORE), part - down, part + np.float32(distance), out=part)

@@ -39,6 +39,7 @@ class Settings:
     masked: str = "*"  # of those the ones that get a mask; the others learn batch-norm alone
     granularity: str = "kernel"  # kernel, group:N, channel, element
     soft: bool = True  # False: binary masks
+    amplify: bool | None = None  # kernels may also grow, to 1.5 to 2 times; None: where a pack has room, see `suited`
     statistics: str = "frozen"  # or batch: normalise with the batch's own, and let the pack have the running ones
     epochs: int = 8
     batch: int = 16  # images per optimizer step
@@ -76,6 +77,10 @@ class Settings:
         _one_of("head_start", self.head_start, HEAD_STARTS)
         if self.granularity not in ("kernel", "channel", "element"):
             group_size(self.granularity)
+        if self.amplify and not self.soft:
+            raise UsageError("masks of 0 and 1 do not amplify: leave out one of --binary and --amplify")
+        if self.amplify and self.scale_bits == 8:
+            raise UsageError("scale_bits 8: where masks amplify, which takes one more, 7 at most")
         bits_known = {"moment_bits": MOMENT_BITS, "activation_bits": ACTIVATION_BITS, "product_bits": PRODUCT_BITS}
         for name, known in bits_known.items():
             if (bits := getattr(self, name)) not in known:

@@ -10,6 +10,9 @@ rate is as much larger: a head that runs ahead of the layers in front of it, or 
 **Cut kernels** make a pack large where nearly every kernel is a single weight, and a mask has as many scores as its
 layer has weights. So masks are thinned to what a pack has room for that takes a hundredth of the backbone's bytes: of
 32 bits a weight that is 0.32, and batch-norm and head need some of it. Beyond ten classes a pack may grow with them.
+
+**Amplified kernels** are as many again as cut ones, and each of both takes a bit more. Where a pack has room for them
+they are worth it: on a small backbone, and for many classes. Where it has not, they push cut ones out.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from ksm_edge.training.settings import Settings
 LAYERS, GAMMA, FEATURE_SUM = 52, 0.21, 510.0
 LEAST, MOST = 0.2, 10.0
 CLASSES = 10  # from which on a pack may grow
+MOST_BITS = 8  # of a scale, which leave none for what amplifies
+AMPLIFYING_ROOM = 1.0  # bits a score, from which on masks amplify: those of a fifth of the kernels
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ def rate_scale(bundle: Bundle) -> RateScale:
 
 def most_cut(bundle: Bundle, scores: int, classes: int, settings: Settings) -> int:
     """How many of so many scores may be cut in the end, by `mask_bits`; all of them where that is never too much."""
-    weights = sum(math.prod(layer.weight_shape) for layer in bundle.layers)
-    scale_bits = settings.scale_bits if settings.soft else 0
-    room = settings.mask_bits * weights * max(1.0, classes / CLASSES)
+    amplify = amplifies(bundle, scores, classes, settings)
+    scale_bits = settings.scale_bits + amplify if settings.soft else 0
+    room = _room(bundle, classes, settings)
     low, high = 0, round(scores / (1 + 2**-scale_bits))  # up to there every one more takes more bits
     if mask_bits(high, scores, scale_bits) <= room:
         return scores
@@ -58,6 +63,20 @@ def most_cut(bundle: Bundle, scores: int, classes: int, settings: Settings) -> i
         middle = (low + high) // 2
         low, high = (middle, high) if mask_bits(middle, scores, scale_bits) <= room else (low, middle)
     return low
+
+
+def amplifies(bundle: Bundle, scores: int, classes: int, settings: Settings) -> bool:
+    """Whether kernels may grow: as asked for, or else where `mask_bits` limits a pack, and leaves room."""
+    if settings.amplify is not None:
+        return settings.amplify
+    possible = settings.soft and settings.scale_bits < MOST_BITS and scores > 0
+    return possible and settings.thin is None and _room(bundle, classes, settings) >= AMPLIFYING_ROOM * scores
+
+
+def _room(bundle: Bundle, classes: int, settings: Settings) -> float:
+    """Bits that masks may take."""
+    weights = sum(math.prod(layer.weight_shape) for layer in bundle.layers)
+    return settings.mask_bits * weights * max(1.0, classes / CLASSES)
 
 
 def mask_bits(cut: int, scores: int, scale_bits: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from ksm_edge import native
 from ksm_edge.autodiff.spec import FRONT, REST, WHOLE, GradientSpec
 from ksm_edge.bundle.layers import Bundle, Layer, select
 from ksm_edge.errors import KsmEdgeError, UsageError
+from ksm_edge.mask import score_shape
 from ksm_edge.pack.quantize import dequantize_difference, quantize_difference
 from ksm_edge.runtimes.compile import CompiledGraph
 from ksm_edge.runtimes.engine import Engine
@@ -19,7 +21,7 @@ from ksm_edge.training.adam import Adam, rate_factor
 from ksm_edge.training.layer import TrainedLayer
 from ksm_edge.training.settings import ACTIVATION_BITS, PRODUCT_BITS, Settings
 from ksm_edge.training.stages import stages
-from ksm_edge.training.suited import RateScale, most_cut, rate_scale
+from ksm_edge.training.suited import RateScale, amplifies, most_cut, rate_scale
 from ksm_edge.training.thinning import late_step, thin
 
 ONE_THREAD = Engine()
@@ -74,6 +76,13 @@ class Trainer:
                 f"batch statistics need the whole batch in one micro-batch: batch {settings.batch}, "
                 f"micro-batch {micro_batch}. Make them equal, or keep the statistics frozen."
             )
+        _, masked = learning_layers(bundle.layers, settings)
+        scores = sum(
+            math.prod(score_shape(layer.weight_shape, settings.granularity))
+            for layer in bundle.layers
+            if layer.name in masked
+        )
+        settings = replace(settings, amplify=amplifies(bundle, scores, classes, settings))
         self.bundle, self.settings, self.steps, self.micro_batch = bundle, settings, steps, micro_batch
         self.count = 0  # optimizer steps done
         scale = rate_scale(bundle) if settings.scaled_rates else RateScale()
@@ -85,7 +94,6 @@ class Trainer:
             "beta": norm_rate,
             "head": settings.head_rate * scale.head,
         }
-        _, masked = learning_layers(bundle.layers, settings)
         self.layers = {
             layer.name: TrainedLayer(
                 layer,
@@ -99,7 +107,6 @@ class Trainer:
             if layer.name in graph.spec.trained
         }
         self._settled = np.zeros(1, np.uint8)  # 1: masks were thinned, and what is kept stays
-        scores = sum(layer.score.size for layer in self.layers.values())
         self._share = settings.thin if scores else 0.0  # of the cut ones, that is put back; None: down to so many
         self._most_cut = most_cut(bundle, scores, classes, settings) if self._share is None else scores
         self.head_weight = _first_head(settings, classes, bundle.features)

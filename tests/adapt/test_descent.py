@@ -39,7 +39,8 @@ SETTINGS = Settings(
     label_smoothing=0.0,
     validation=0.2,
     crop_scale=0.35,  # with the default's three steps come out one unit of their 16 bits higher: 1.06e-6 in a bias
-    scale_bits=8,
+    amplify=True,
+    scale_bits=7,
     norm_bits=8,
     head_bits=8,
 )
@@ -123,7 +124,8 @@ def test_a_class_without_images_is_refused(bundle: Bundle, folder: Path, parent:
     ("changes", "message"),
     [
         ({"granularity": "group:3"}, "soft kernel masks, asked for are soft group:3 ones: give --granularity kernel"),
-        ({"soft": False}, "asked for are binary kernel ones"),
+        ({"soft": False, "amplify": False}, "asked for are binary kernel ones"),
+        ({"amplify": False}, "amplifies kernels: give --amplify"),
         ({"statistics": "batch"}, "leave out --statistics batch"),
         ({"layers": "plain"}, "changes layer .* which is not to be learned"),
         ({"masked": "plain"}, "changes layer .* which is not to be learned"),

@@ -163,6 +163,7 @@ VARIANTS = {
     "channel": {"granularity": "channel"},
     "element": {"granularity": "element"},
     "binary": {"soft": False},
+    "amplified": {"amplify": True},
     "batch statistics": {"statistics": "batch"},
     "element, batch statistics": {"granularity": "element", "statistics": "batch"},
     "norm, batch statistics": {"method": "norm", "statistics": "batch"},

@@ -56,9 +56,10 @@ class Case:
         self.trainer = Trainer(bundle, graph, settings, steps=10, engine=engine)
         rng = np.random.default_rng(seed)
         for layer in self.trainer.layers.values():
-            # About a sixth is cut, and where scores are below 0 the soft mask is exactly 0.
+            # About a sixth is cut, and where scores are below 0 the soft mask is exactly 0; some may be amplified.
             layer.score[...] = rng.normal(8e-3, 3e-3, layer.score.shape)
             layer.score.flat[: layer.score.size // 3 : 7] = -1e-3
+            layer.score.flat[1 : layer.score.size // 3 : 7] = 1.8e-2
             layer.fuse()
         head = self.trainer.head_weight  # at 0 nothing would flow back
         head[:] = np.random.default_rng([seed, 1]).uniform(-1, 1, head.shape) / np.sqrt(bundle.features)
@@ -90,6 +91,7 @@ class Case:
             {name: layer.score for name, layer in layers.items()} if settings.method == "ksm" else {},
             settings.granularity,
             soft=settings.soft,
+            amplify=bool(self.trainer.settings.amplify),
             batch_statistics=settings.statistics == "batch",
             dtype=torch.float64,
         )

@@ -249,8 +249,13 @@ REFUSED = {
     "negative seed": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--seed", "-1"], "seed -1"),
     "masks of a head": (
         2,
-        ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--method", "head", "--binary", "--mask-bits", "1"],
-        "--method head learns no masks: leave out --binary, --mask-bits",
+        ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--method", "head", "--binary", "--amplify", "--mask-bits", "1"],
+        "--method head learns no masks: leave out --binary, --amplify, --mask-bits",
+    ),
+    "binary masks that amplify": (
+        2,
+        ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--binary", "--amplify"],
+        "leave out one",
     ),
     "no name for the pack": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", ""], "is a folder"),
     "views of nothing": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--views", "2"], "give --layers NAME.."),

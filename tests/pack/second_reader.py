@@ -199,8 +199,11 @@ def check_fields(m: dict[str, Any]) -> None:
     require(m["features"] >= 1, "features (13)")
     for name, least in (("scale", 1), ("norm", 2), ("head", 2)):
         require(is_count(m["bits"].get(name)) and least <= m["bits"][name] <= 8, f"bits {name} (13)")
-    for name in ("scales", "norm", "head"):
+    for name in ("norm", "head"):
         require(m["codecs"].get(name) == "deflate", f"codec {m['codecs'].get(name)} (3)")
+    scales = m["codecs"].get("scales")
+    require(scales in ("deflate", "mirrored-deflate"), f"codec {scales} (3)")
+    require(scales == "deflate" or m["bits"]["scale"] <= 7, "bits scale (27)")
     require(m["codecs"].get("bits") in ("groups-golomb", "bits-deflate"), f"codec {m['codecs'].get('bits')} (3)")
     scores = sum(math.prod(score_shape(m, layer)) for layer in m["layers"])
     room = scores + sum(O for _, O, *_ in m["layers"]) + len(m["classes"]) * m["features"]
@@ -226,9 +229,10 @@ def read_masks(m: dict[str, Any], streams: dict[str, Any]) -> list[dict[str, np.
     cuts = [int((~keep).sum()) for keep in keeps]
     ranges = shaped(streams, "ranges", (sum(cut > 0 for cut in cuts), 2))
     require(bool((ranges[:, 0] <= ranges[:, 1]).all()), "ranges (10)")
-    b = m["bits"]["scale"]
-    codes = read_codes(streams["scales"], b, sum(cuts) if m["soft"] else 0)
-    scales = codes.astype(F32) * F32.type(0.5 / (2**b - 1))
+    b, amplifies = m["bits"]["scale"], m["codecs"]["scales"] == "mirrored-deflate"
+    codes = read_codes(streams["scales"], b + amplifies, sum(cuts) if m["soft"] else 0).astype(int)
+    scales = (codes % 2**b).astype(F32) * F32.type(0.5 / (2**b - 1))
+    scales[codes >= 2**b] = F32.type(2) - scales[codes >= 2**b]
     masks: list[dict[str, np.ndarray]] = []
     row = first = 0
     for keep, cut in zip(keeps, cuts, strict=True):

@@ -74,6 +74,7 @@ def test_between_them_they_have_each_form_of_the_format() -> None:
     assert {metadata["statistics"] for metadata in found} == {"frozen", "batch"}
     assert {metadata["soft"] for metadata in found} == {True, False}
     assert {metadata["codecs"]["bits"] for metadata in found} == {"groups-golomb", "bits-deflate"}
+    assert {metadata["codecs"]["scales"] for metadata in found} == {"deflate", "mirrored-deflate"}
     header, body = second_reader.read_header((FOLDER / f"{OTHER_BACKBONE}.ksm").read_bytes())
     contents = body[slice(*header["bits"]["data_offsets"])]
     kinds, position = [], 0

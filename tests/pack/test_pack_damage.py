@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny import tiny_pack
 
+from ksm_edge.coding.deflate import MIRRORED
 from ksm_edge.coding.keep import PACKED
 from ksm_edge.errors import DamagedFileError, FileError, UnsupportedVersionError
 from ksm_edge.pack.container import MAX_FILE_BYTES, MAX_HEADER_BYTES, read_container, write_container
@@ -190,6 +191,14 @@ def test_another_format_version_is_told_from_damage(version: object) -> None:
 def test_an_unknown_codec_is_told_from_damage(name: str) -> None:
     with pytest.raises(UnsupportedVersionError, match="coded as 'rans'; this release knows"):
         decode(rewritten(lambda metadata: metadata["codecs"].update({name: "rans"})))
+
+
+def test_eight_bits_of_a_scale_and_one_that_amplifies_are_too_many() -> None:
+    def many(metadata: dict[str, Any]) -> None:
+        metadata["codecs"]["scales"], metadata["bits"]["scale"] = MIRRORED, 8
+
+    with pytest.raises(DamagedFileError, match="leave none for mirrored-deflate"):
+        decode(rewritten(many))
 
 
 def change(key: str, value: object) -> Callable[[dict[str, Any]], object]:

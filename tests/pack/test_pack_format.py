@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import safetensors.numpy
+import second_reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import LAYERS, tiny_bundle, tiny_pack
@@ -43,6 +44,7 @@ packs = st.builds(
     tiny_pack,
     st.sampled_from(["kernel", "group:3", "channel", "element"]),
     soft=st.booleans(),
+    amplify=st.booleans(),
     statistics=st.sampled_from(["frozen", "batch"]),
     classes=st.integers(1, 5),
     cut=st.sampled_from([0.0, 0.03, 0.5, 0.97, 1.2]),
@@ -53,9 +55,15 @@ all_bits = st.fixed_dictionaries(
 )
 
 
+def possible(pack: Pack, bits: dict[str, int]) -> dict[str, int]:
+    """Those bits, or one less of a scale where 8 are too many."""
+    return bits | {"scale_bits": min(bits["scale_bits"], 7)} if pack.amplifies else bits
+
+
 @settings(max_examples=100, deadline=None)
 @given(packs, all_bits)
 def test_decoding_and_encoding_again_gives_the_same_bytes(pack: Pack, bits: dict[str, int]) -> None:
+    bits = possible(pack, bits)
     data = encode(pack, **bits)
     assert encode(decode(data)) == data
     assert encode(decode(data), **bits) == data
@@ -91,6 +99,30 @@ def test_scores_at_the_ends_of_the_range_come_back_exactly() -> None:
     mask = back.layers["project"].mask
     assert mask is not None
     assert mask.scale[~mask.keep].max() == 0.5
+
+
+@pytest.mark.parametrize("bits", [1, 2, 7])
+def test_amplified_kernels_come_back(bits: int) -> None:
+    pack = tiny_pack(cut=0.5, amplify=True)
+    back = quantized(pack, scale_bits=bits)
+    assert pack.amplifies
+    assert back.amplifies
+    for name, state in pack.layers.items():
+        if state.mask is not None:
+            scale, found = state.mask.cut_scale, back.layers[name].mask.cut_scale
+            np.testing.assert_array_equal(found > 1, scale > 1)
+            assert np.abs(found - scale).max() <= 0.25 / (2**bits - 1) + 1e-6
+
+
+def test_a_pack_that_amplifies_nothing_is_coded_as_ever() -> None:
+    names = [second_reader.read_pack(encode(tiny_pack(amplify=amplify)))["metadata"]["codecs"]["scales"]
+             for amplify in (False, True)]  # fmt: skip
+    assert names == ["deflate", "mirrored-deflate"]
+
+
+def test_eight_bits_leave_none_for_what_amplifies() -> None:
+    with pytest.raises(UsageError, match="7 at most"):
+        encode(tiny_pack(amplify=True), scale_bits=8)
 
 
 def test_fusing_what_was_read_back_gives_the_digest_in_the_pack(tmp_path) -> None:

@@ -46,6 +46,15 @@ def test_every_scale_code_comes_back(bits: int) -> None:
     np.testing.assert_array_equal(quantize_scale(scales, bits), codes)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7])
+def test_every_code_of_one_that_amplifies_comes_back_and_is_a_mirror_image(bits: int) -> None:
+    codes = np.arange(2**bits, dtype=np.uint8)
+    scales = dequantize_scale(codes + np.uint8(2**bits), bits)
+    np.testing.assert_array_equal(scales, 2 - dequantize_scale(codes, bits))
+    assert scales.dtype == np.float32
+    np.testing.assert_array_equal(quantize_scale(scales, bits), codes + 2**bits)
+
+
 @settings(max_examples=100, deadline=None)
 @given(hnp.arrays(np.float32, 8, elements=st.floats(0, 0.5, width=32)), st.integers(1, 8))
 def test_a_scale_is_off_by_half_a_code_at_most(scale: np.ndarray, bits: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,17 @@ from ksm_edge.bundle.recipe import load_recipe
 from ksm_edge.bundle.statedict import read_state_dict
 from ksm_edge.runtimes.compile import compile_graph
 from ksm_edge.training.settings import Settings
-from ksm_edge.training.suited import FEATURE_SUM, GAMMA, LAYERS, MOST, RateScale, mask_bits, most_cut, rate_scale
+from ksm_edge.training.suited import (
+    FEATURE_SUM,
+    GAMMA,
+    LAYERS,
+    MOST,
+    RateScale,
+    amplifies,
+    mask_bits,
+    most_cut,
+    rate_scale,
+)
 from ksm_edge.training.trainer import Trainer, gradient_spec
 
 
@@ -82,11 +93,15 @@ def kernels_of(bundle: Bundle) -> int:
 @pytest.mark.parametrize("classes", [2, 10, 15, 30])
 @pytest.mark.parametrize("soft_bits", [0, 1, 2, 8])
 @pytest.mark.parametrize("given", [0.3, 1.5])
-def test_as_many_may_be_cut_as_there_are_bits_for(classes: int, soft_bits: int, given: float) -> None:
+@pytest.mark.parametrize("amplify", [False, True])
+def test_as_many_may_be_cut_as_there_are_bits_for(classes: int, soft_bits: int, given: float, amplify: bool) -> None:
+    if amplify and soft_bits in (0, 8):
+        return  # that has no such masks
     bundle = load_bundle("embedded")
     scores, weights = kernels_of(bundle), sum(math.prod(layer.weight_shape) for layer in bundle.layers)
-    chosen = Settings(mask_bits=given, scale_bits=max(1, soft_bits), soft=soft_bits > 0)
+    chosen = Settings(mask_bits=given, scale_bits=max(1, soft_bits), soft=soft_bits > 0, amplify=amplify)
     most, room = most_cut(bundle, scores, classes, chosen), given * weights * max(1, classes / 10)
+    soft_bits += amplify
     shares = np.linspace(0, 1, 200)
     if most == scores:  # no share of them is too much
         assert max(mask_bits(int(share * scores), scores, soft_bits) for share in shares) <= room
@@ -99,17 +114,42 @@ def test_as_many_may_be_cut_as_there_are_bits_for(classes: int, soft_bits: int, 
 def test_where_every_pack_is_small_all_may_be_cut(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path)
 
-    def most(side: int) -> int:
+    def most(side: int, amplify: bool | None = None) -> int:
         layers = [replace(layer, weight_shape=(*layer.weight_shape[:2], side, side)) for layer in bundle.layers]
-        return most_cut(replace(bundle, layers=tuple(layers)), kernels_of(bundle), 2, Settings())
+        return most_cut(replace(bundle, layers=tuple(layers)), kernels_of(bundle), 2, Settings(amplify=amplify))
 
     assert most(4) == kernels_of(bundle)
-    assert most(3) > kernels_of(bundle) / 2  # and no task cuts as much
+    assert most(3, amplify=False) > kernels_of(bundle) / 2  # and no task cuts as much
+    assert most(3) > kernels_of(bundle) * 0.4
     assert most(1) < kernels_of(bundle) / 10
     assert most_cut(load_bundle("embedded"), 1000, 1000, Settings()) == 1000
     assert most_cut(load_bundle("embedded"), 0, 2, Settings()) == 0
     for scores in (1, 2, 1000):
         assert most_cut(load_bundle("embedded"), scores, 2, Settings(mask_bits=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, False),
+        ({"classes": 39}, False),
+        ({"classes": 40}, True),
+        ({"mask_bits": 1.0}, True),
+        ({"mask_bits": 1.0, "soft": False}, False),
+        ({"mask_bits": 1.0, "scale_bits": 8}, False),
+        ({"mask_bits": 1.0, "thin": 0.0}, False),
+        ({"mask_bits": 1.0, "amplify": False}, False),
+        ({"amplify": True}, True),
+    ],
+)
+def test_masks_amplify_where_a_pack_has_a_bit_for_each_score_unless_that_is_said(
+    tmp_path: Path, changed: dict[str, Any], expected: bool
+) -> None:
+    bundle = tiny_bundle(tmp_path)
+    layers = tuple(replace(layer, weight_shape=(*layer.weight_shape[:2], 1, 1)) for layer in bundle.layers)
+    bundle, classes = replace(bundle, layers=layers), changed.pop("classes", 2)
+    assert amplifies(bundle, kernels_of(bundle), classes, Settings(**changed)) is expected
+    assert amplifies(bundle, 0, classes, Settings(**changed)) is bool(changed.get("amplify"))
 
 
 def test_bits_of_masks_are_their_entropy_and_a_scale_each() -> None:

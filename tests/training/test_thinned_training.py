@@ -96,7 +96,8 @@ def test_what_may_be_cut_is_that_of_the_task(bundle: Bundle, monkeypatch: pytest
     monkeypatch.setattr("ksm_edge.training.trainer.most_cut", lambda *of: asked.append(of) or 5)
     usual = replace(SETTINGS, thin=None)
     subject = trainer(bundle, usual)
-    assert asked == [(bundle, sum(layer.score.size for layer in subject.layers.values()), CLASSES, usual)]
+    assert asked == [(bundle, sum(layer.score.size for layer in subject.layers.values()), CLASSES, subject.settings)]
+    assert subject.settings == replace(usual, amplify=True)
 
 
 @pytest.mark.parametrize("thin_at", [0.05, 0.5])
@@ -119,7 +120,7 @@ def test_without_masks_every_epoch_may_be_the_one_to_end_with(bundle: Bundle, me
 def test_masks_within_the_limit_are_those_without_one(
     bundle: Bundle, limited: Callable[..., tuple[Trainer, int]]
 ) -> None:
-    subject, whole = limited(1.5)[0], trainer(bundle, replace(SETTINGS, thin=0.0))
+    subject, whole = limited(1.5)[0], trainer(bundle, replace(SETTINGS, thin=0.0, amplify=True))
     for other in (subject, whole):
         train(other, 0, STEPS)
     assert same_bits(subject, whole)
