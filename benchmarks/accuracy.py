@@ -34,12 +34,15 @@ SIZES = {"mobilenet_v2": 160, "resnet20_cifar10": 32}
 
 
 def _way(run: Mapping[str, Any]) -> dict[str, Any]:
-    """How it was learned; how often each image was shown depends on how many there are, and is left out."""
+    """How it was learned; how often each image was shown depends on how many there are, and is left out.
+
+    So does whether kernels are amplified: on how many classes there are.
+    """
     given = ("task", "data_digest", "seed", "epochs")
     found = {name: value for name, value in run["identity"].items() if name not in given}
     if "settings" in found:
         found["settings"] = {
-            name: value for name, value in found["settings"].items() if name not in ("epochs", "batch")
+            name: value for name, value in found["settings"].items() if name not in ("epochs", "batch", "amplify")
         }
     # Which of its strengths is best, logistic regression chooses for each task.
     return found if found["method"] == "linear" else {**found, "rate": run.get("rate")}

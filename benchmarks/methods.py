@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CROPS = ("crop_scale", "crop_start")
+REMARKED = {"head_rate", "amplify", *CROPS}  # settings that tables have words for, where they had another default
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
 IN_RIVALS = {"reference": "ksm"}
 SCRIPTS = {"linear": "linear.py"}  # of this folder; all others that are not `ksm-edge adapt` run in rivals.py
@@ -139,7 +140,7 @@ def outdated(identity: Mapping[str, Any]) -> dict[str, Any]:
     if identity["method"] in SCRIPTS:
         return {}
     now = _settings(identity) if "settings" in identity else _shared_with_rivals()
-    then = BEFORE | identity.get("settings", identity)
+    then = BEFORE | {"amplify": None} | identity.get("settings", identity)
     changed = {name for name, value in now.items() if name not in ("epochs", "batch") and then[name] != value}
     return {name: then[name] for name in sorted(changed)}
 
@@ -165,16 +166,18 @@ def title(name: str, earlier: Iterable[str]) -> str:
 
 
 def remark(earlier: Iterable[str]) -> str:
-    """How runs differ from today's, by names of settings: in crops throughout or at first, in the head's rate, in more.
+    """How runs differ from today's, by names of settings: in crops throughout or at first, in the head's rate, in what
+    is amplified, in more.
 
     >>> remark(["crop_scale", "head_rate"])
     ' (crops of 35 %, head at 2e-3)'
     """
     changed = set(earlier)
-    if not changed <= {"head_rate", *CROPS}:
+    if not changed <= REMARKED:
         return " (earlier settings)"
     crops = "crops of 35 %" if "crop_scale" in changed else "crops from 80 %" if "crop_start" in changed else ""
-    parts = [part for part in (crops, "head at 2e-3" if "head_rate" in changed else "") if part]
+    head, cut = "head at 2e-3" * ("head_rate" in changed), "nothing amplified" * ("amplify" in changed)
+    parts = [part for part in (crops, head, cut) if part]
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -12,7 +12,7 @@ from readme_table import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from accuracy import backbone_name  # found by the line above
 from grid import BEFORE
-from methods import ABLATIONS, ALL, CROPS, METHODS, outdated, remark
+from methods import ABLATIONS, ALL, METHODS, REMARKED, outdated, remark
 from tasks import FIVE
 
 from ksm_edge.training.crops import WIDE_CROPS
@@ -111,9 +111,9 @@ def _by_crops(runs: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> di
     for run in runs:
         learned = run["identity"]
         task = tasks.get(learned["task"])
-        if task and learned["method"] in CROPPED and (changed := outdated(learned).keys()) <= {"head_rate", *CROPS}:
+        if task and learned["method"] in CROPPED and (changed := outdated(learned).keys()) <= REMARKED:
             settings = BEFORE | learned["settings"]
-            label = _crops(settings["crop_scale"], settings["crop_start"]) + remark(changed - set(CROPS))
+            label = _crops(settings["crop_scale"], settings["crop_start"]) + remark(changed & {"head_rate"})
             found.setdefault(label, {}).setdefault(task, {})[learned["seed"]] = run["test_accuracy"]
     return found
 
