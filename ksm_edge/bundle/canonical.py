@@ -18,6 +18,10 @@ from ksm_edge.bundle.incoming import Incoming, Node
 from ksm_edge.errors import UnsupportedError
 
 ADVICE = "Replace it in the network and export again, or end the backbone before it with --features NODE"
+OF_CONSTANTS = (
+    "where only image-dependent tensors are supported; if it normalises the image, leave it out and say so with --mean "
+    "and --std. Else: " + ADVICE
+)
 NO_BORDER = (0, 0, 0, 0)  # top, left, bottom, right
 
 
@@ -77,12 +81,11 @@ class Draft:
     def bare_value(self, node: Node, index: int = 0) -> Value:
         """As `value`, its border left to who asks."""
         name = node.input(index)
-        if name not in self.values:
-            raise UnsupportedError(
-                f"{node.label} takes the constant {name!r} where only image-dependent tensors are supported; "
-                "if it normalises the image, leave it out and say so with --mean and --std. Else: " + ADVICE
-            )
-        return self.values[name]
+        if name in self.values:
+            return self.values[name]
+        if name in self.source.declared:
+            raise UnsupportedError(f"{node.label} takes the graph's input {name!r}; a backbone has one, the image")
+        raise UnsupportedError(f"{node.label} takes the constant {name!r} {OF_CONSTANTS}")
 
     def static(self, node: Node, index: int, attribute: str) -> np.ndarray | None:
         """A setting that is an attribute in old opsets and an input in new ones; None where it is left out."""
@@ -100,6 +103,11 @@ def canonicalise(draft: Draft, node: Node) -> None:
     """Write `node` into the draft; raises UnsupportedError naming it where its operator or form is not supported."""
     rewrite = REWRITES.get(node.op)
     if rewrite is None:
+        constants = [name for name in node.inputs if name in draft.source.constants]
+        if constants and node.op in ("Sub", "Div"):
+            raise UnsupportedError(
+                f"{node.label}: {node.op} is not supported. It takes the constant {constants[0]!r} {OF_CONSTANTS}"
+            )
         raise UnsupportedError(f"{node.label}: {node.op} is not supported; supported are {_supported()}. {ADVICE}")
     draft.values[node.outputs[0]] = rewrite(draft, node)
 
@@ -130,16 +138,21 @@ def _elementwise(draft: Draft, node: Node) -> Value:
 
 def _clip(draft: Draft, node: Node) -> Value:
     x = draft.value(node)
-    low, high = draft.static(node, 1, "min"), draft.static(node, 2, "max")
-    if low is not None and float(low) == 0 and (high is None or float(high) > 1e30):
+    low, high = _number(draft.static(node, 1, "min")), _number(draft.static(node, 2, "max"))
+    if low == 0 and (high is None or high > 1e30):
         return draft.emit("Relu", [x.name], x.kind, x.channels)
     limits = np.finfo(np.float32)
     name = draft.next_name("Clip")
     ends = [
-        draft.inline(f"{name}.{end}", np.array(default if given is None else float(given), np.float32))
+        draft.inline(f"{name}.{end}", np.array(default if given is None else given, np.float32))
         for end, given, default in (("min", low, limits.min), ("max", high, limits.max))
     ]
     return draft.emit("Clip", [x.name, *ends], x.kind, x.channels)
+
+
+def _number(setting: np.ndarray | None) -> float | None:
+    """A setting of one element, whatever its shape: exporters write scalars as (1,) too."""
+    return None if setting is None else float(setting.item())
 
 
 def _add(draft: Draft, node: Node) -> Value:
@@ -177,6 +190,8 @@ def _window_pool(draft: Draft, node: Node) -> Value:
     attributes = {"strides": [1, 1], "pads": [0, 0, 0, 0]} | attributes
     if len(attributes["kernel_shape"]) != 2 or node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise _refuse(node, "only 2-D windows with explicit pads are supported")
+    if node.op == "MaxPool" and attributes.get("ceil_mode") and _may_begin_outside(attributes):
+        raise _refuse(node, "with ceil_mode, and strides and pads larger than its kernel, a window may lie outside")
     if node.op == "AveragePool":
         uneven = any(attributes["pads"]) and not attributes.get("count_include_pad")
         if uneven or attributes.get("ceil_mode"):
@@ -184,6 +199,17 @@ def _window_pool(draft: Draft, node: Node) -> Value:
         if set(attributes.pop("dilations", [1, 1])) != {1}:  # this graph's opset has none
             raise _refuse(node, "dilated windows are not supported")
     return draft.emit(node.op, [x.name], "map", x.channels, **attributes)
+
+
+def _may_begin_outside(window: Mapping[str, Any]) -> bool:
+    """Whether, rounding up, the last window would begin behind the image, where runtimes leave it out.
+
+    onnx's shape inference counts it all the same, and so nobody knows how large the map is.
+    """
+    sides = zip(
+        window["kernel_shape"], window.get("dilations", [1, 1]), window["strides"], window["pads"][2:], strict=True
+    )
+    return any(stride + behind > (k - 1) * dilation + 1 for k, dilation, stride, behind in sides)
 
 
 def _global_pool(draft: Draft, node: Node) -> Value:
@@ -202,8 +228,7 @@ def _reduce_mean(draft: Draft, node: Node) -> Value:
 def _flatten(draft: Draft, node: Node) -> Value:
     """Flatten, Reshape or Squeeze of pooled features. A map is pooled first where that cannot change its length."""
     x = draft.value(node)
-    target = draft.source.constants.get(node.input(1)) if node.op == "Reshape" else None
-    if target is not None and len(target) != 2:
+    if node.op == "Reshape" and _target_axes(draft, node) not in (2, None):
         raise _refuse(node, "only a Reshape of pooled features to (N, C) is supported")
     if x.kind == "map" and x.channels == draft.flat_length:
         x = pool(draft, x)  # as many values as channels: the map is 1 x 1 at the size the net was made for
@@ -213,6 +238,15 @@ def _flatten(draft: Draft, node: Node) -> Value:
             f"end the backbone at the map with --features {node.inputs[0]!r}: its mean over the pixels is then taken"
         )
     return x if x.kind == "vector" else flatten(draft, x)
+
+
+def _target_axes(draft: Draft, node: Node) -> int | None:
+    """How many axes a Reshape makes; None where that is not told by a constant, or by the numbers it is joined from."""
+    name = node.input(1)
+    if name in draft.source.constants:
+        return len(draft.source.constants[name])
+    joined = next((other for other in draft.source.nodes if name in other.outputs), None)
+    return len(joined.inputs) if joined is not None and joined.op == "Concat" else None
 
 
 def _slice(draft: Draft, node: Node) -> Value:
@@ -238,7 +272,7 @@ def _slice(draft: Draft, node: Node) -> Value:
 def _pad(draft: Draft, node: Node) -> Value:
     x = draft.bare_value(node)
     pads, fill, axes = draft.static(node, 1, "pads"), draft.static(node, 2, "value"), draft.static(node, 3, "axes")
-    if node.attributes.get("mode", "constant") != "constant" or pads is None or (fill is not None and float(fill) != 0):
+    if node.attributes.get("mode", "constant") != "constant" or pads is None or _number(fill) not in (0, None):
         raise _refuse(node, "only padding with the constant 0 is supported")
     whole = np.zeros((2, 4), np.int64)
     whole[:, slice(None) if axes is None else np.asarray(axes) % 4] = np.asarray(pads).reshape(2, -1)

@@ -96,7 +96,7 @@ class Convs:
                 f"{node.label}: the output of its Conv {layer} is used elsewhere as well, so the batch-norm cannot "
                 "be taken up by the Conv's weights. Change the network so that only the batch-norm reads it"
             )
-        if node.attributes.get("training_mode"):
+        if node.attributes.get("training_mode") or any(node.outputs[1:]):  # as opsets below 14 say it
             raise UnsupportedError(f"{node.label} is in training mode; export the network in eval mode")
         eps = float(str(np.float32(node.attributes.get("epsilon", 1e-5))))  # 1e-05, not 9.999999747378752e-06
         gamma, beta, mean, var = node.inputs[1:5]

@@ -161,7 +161,7 @@ def _max_pool(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:
     )
     if not fits:
         image, top, left = functional.pad(image, (left, right, top, bottom), value=-torch.inf), 0, 0
-    return functional.max_pool2d(image, kernel, a.get("strides", 1), (top, left), 1, ceil)
+    return functional.max_pool2d(image, kernel, a.get("strides", 1), (top, left), a.get("dilations", 1), ceil)
 
 
 def _average_pool(torch: Any, x: Tensors, a: Attributes) -> torch.Tensor:

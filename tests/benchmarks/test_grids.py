@@ -47,11 +47,32 @@ def test_two_processes_that_fill_one_file_lose_nothing(load: Any, tmp_path: Path
 
 def test_a_run_from_before_a_setting_had_its_default(load: Any, tmp_path: Path) -> None:
     grid, path = load("grid"), tmp_path / "x.json"
-    old = {"identity": {"settings": {"epochs": 8}}, "machine": {}, "after": {}, "warnings": []}
+    which = {"task": "flowers5", "recipe": "mobilenet_v2"}
+    old = {"identity": {**which, "settings": {"epochs": 8}}, "machine": {}, "after": {}, "warnings": []}
     grid.keep(path, {}, old, lambda runs: {})
-    assert grid.has(path, {"settings": {"epochs": 8, "learn_in_bits": False}})
+    assert grid.has(path, {**which, "settings": {"epochs": 8, "learn_in_bits": False}})
     assert grid.runs(path)[0]["identity"]["settings"]["head_start"] == "random"  # as it was then
-    assert not grid.has(path, {"settings": {"epochs": 8, "learn_in_bits": True}})
+    assert not grid.has(path, {**which, "settings": {"epochs": 8, "learn_in_bits": True}})
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "words", "expected"),
+    [
+        ("flowers5", "mobilenet_v2", {}, None),
+        ("flowers5", "resnet20_cifar10", {}, False),
+        ("gtsrb43@10", "mobilenet_v2", {}, False),
+        ("gtsrb43", "mobilenet_v2", {"thin": 0.7}, None),
+        ("gtsrb43", "mobilenet_v2", {"method": "norm"}, None),
+        ("gtsrb43", "mobilenet_v2", {"amplify": True}, True),
+    ],
+)
+def test_runs_from_before_kernels_could_grow_are_told_where_they_would_now(
+    load: Any, tmp_path: Path, task: str, recipe: str, words: dict[str, Any], expected: bool | None
+) -> None:
+    grid, path = load("grid"), tmp_path / "x.json"
+    identity = {"task": task, "recipe": recipe, "settings": {"mask_bits": 0.25, "thin": None, **words}}
+    grid.keep(path, {}, {"identity": identity, "machine": {}, "after": {}, "warnings": []}, lambda runs: {})
+    assert grid.runs(path)[0]["identity"]["settings"]["amplify"] is expected
 
 
 def test_runs_that_were_thinned_by_half_are_earlier_ones(load: Any, tmp_path: Path) -> None:

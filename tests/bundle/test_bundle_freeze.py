@@ -80,6 +80,7 @@ MIDDLES = {
     "Clip": [node("Clip", "r1 zero six", "x")],
     "Clip below": [node("Clip", "r1 - six", "x")],
     "Clip at 0": [node("Clip", "r1 zero", "x")],
+    "Clip between arrays of one": [node("Clip", "r1 a0 a6", "x")],
     "HardSwish": [node("HardSwish", "r1", "x")],
     "HardSigmoid": [node("HardSigmoid", "r1", "x", alpha=0.25)],
     "SiLU": [node("Sigmoid", "r1", "s"), node("Mul", "r1 s", "x")],
@@ -91,11 +92,15 @@ MIDDLES = {
     ],
     "Slice": [node("Slice", "r1 i0 i9 i2 i2", "s"), node("Slice", "s i1 i9 i3", "x")],
     "Pad": [node("Pad", "r1 pads", "x")],
+    "Pad with an array of one": [node("Pad", "r1 pads a0", "x")],
+    "MaxPool that rounds up": [node("MaxPool", "r1", "x", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)],
     "Sum": [node("Sum", "r1 n1", "x")],
     "MaxPool without strides": [node("MaxPool", "r1", "x", kernel_shape=[2, 2])],
 }  # fmt: skip
 CONSTANTS = {
-    "zero": np.float32(0), "six": np.float32(0.6), "i0": np.array([0], INT), "i1": np.array([1], INT),
+    "zero": np.float32(0), "six": np.float32(0.6),
+    "a0": np.zeros(1, np.float32), "a6": np.full(1, 0.6, np.float32),
+    "i0": np.array([0], INT), "i1": np.array([1], INT),
     "i2": np.array([2], INT), "i3": np.array([3], INT), "i9": np.array([999], INT),
     "pads": np.array([0, 0, 1, 2, 0, 0, 0, 1], INT),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from incoming_nets import CLASSIFIER, CONV1, CONV2, FLAT, LINEAR, NORM1, POOL, RELU1, graph, node, weights
 
@@ -76,6 +77,55 @@ def test_a_flattened_map_names_the_map_to_end_at() -> None:
 def test_normalisation_inside_the_graph_belongs_into_the_input_contract() -> None:
     nodes = [node("Mul", "image two", "i"), node("Conv", "i conv1.weight", "c1"), *CLASSIFIER[1:]]
     refused(nodes, r"node '/i' \(Mul\) takes the constant 'two' .* --mean and --std", constants=TWO)
+
+
+@pytest.mark.parametrize("op", ["Sub", "Div"])
+def test_so_does_normalisation_by_operators_that_are_not_supported(op: str) -> None:
+    nodes = [node(op, "image two", "i"), node("Conv", "i conv1.weight", "c1"), *CLASSIFIER[1:]]
+    refused(nodes, rf"node '/i' \({op}\): {op} is not supported. It takes the constant 'two' .*--std", constants=TWO)
+
+
+def test_a_second_input_is_told_from_a_constant() -> None:
+    model = graph([CONV1, NORM1, RELU1, CONV2, POOL, node("Concat", "p place", "q", axis=1), node("Flatten", "q", "f"),
+                   LINEAR])  # fmt: skip
+    model.graph.input.append(onnx.helper.make_tensor_value_info("place", onnx.TensorProto.FLOAT, ["N", 2, 1, 1]))
+    with pytest.raises(UnsupportedError, match=r"\(Concat\) takes the graph's input 'place'; a backbone has one"):
+        freeze(model, {})
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+def test_batch_norm_in_training_mode_as_older_opsets_say_it_is_refused(opset: int) -> None:
+    norm = node("BatchNormalization", "c1 bn1.weight bn1.bias bn1.running_mean bn1.running_var", "n1")
+    norm.output.extend(["mean", "var", "saved_mean", "saved_var"])
+    refused([CONV1, norm, *CLASSIFIER[2:]], "is in training mode", opset=opset)
+
+
+def test_a_reshape_to_more_axes_is_refused_also_where_the_number_of_images_is_computed() -> None:
+    nodes = [CONV1, NORM1, RELU1, node("Shape", "image", "s"), node("Gather", "s zero", "n"),
+             node("Concat", "n two2 two2 minus minus", "target", axis=0), node("Reshape", "r1 target", "x"),
+             node("Conv", "x conv2.weight", "c2"), POOL, FLAT, LINEAR]  # fmt: skip
+    constants = {"zero": np.array([0]), "two2": np.array([2]), "minus": np.array([-1])}
+    refused(nodes, r"'/x' \(Reshape\): only a Reshape of pooled features", constants=constants)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "is_refused"),
+    [
+        ({"kernel_shape": [1, 1], "strides": [2, 2]}, True),
+        ({"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 1, 1, 1]}, True),
+        ({"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0, 0, 0, 1]}, True),
+        ({"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 1, 0, 0]}, False),
+        ({"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 1, 1, 1], "dilations": [2, 2]}, False),
+        ({"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}, False),
+    ],
+)
+def test_a_max_pool_whose_last_window_may_begin_outside_is_refused(geometry: dict, is_refused: bool) -> None:
+    window = node("MaxPool", "c1", "x", ceil_mode=1, **geometry)
+    nodes = [CONV1, window, node("Conv", "x conv2.weight", "c2"), POOL, FLAT, LINEAR]
+    if is_refused:
+        refused(nodes, r"\(MaxPool\): with ceil_mode, and strides and pads larger")
+    else:
+        assert freeze(graph(nodes), {}).features == 6
 
 
 @pytest.mark.parametrize(
