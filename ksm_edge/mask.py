@@ -24,6 +24,7 @@ THRESHOLD = 5e-3
 INITIAL_SCORE = 1e-2
 AMPLIFIED = 2 * INITIAL_SCORE - THRESHOLD  # above it, where masks amplify: as far from the initial score
 SCALE_LIMIT = 0.5
+GROUP_DIGITS = 9  # of the N in group:N; in-channels beyond a layer's own change nothing
 SMALLEST_RANGE = 1e-30  # of scores; below it float32 cannot hold 0.5 / range, and the range counts as none
 # The authors' beta 1200 over their temperature 100: softmax over (log p, log(1 - p)) / T is sigmoid(x / T).
 SHARPNESS = 12.0
@@ -86,8 +87,12 @@ def score_shape(weight_shape: Shape, granularity: str) -> Shape:
 def group_size(granularity: str) -> int:
     """N of `group:N`; raises UsageError for what is no granularity at all."""
     kind, _, size = granularity.partition(":")
-    if kind != "group" or not (size.isascii() and size.isdecimal()) or int(size) < 1:
-        raise UsageError(f"granularity {granularity!r}: expected kernel, group:N with N >= 1, channel or element")
+    is_number = size.isascii() and size.isdecimal() and len(size) <= GROUP_DIGITS
+    if kind != "group" or not is_number or int(size) < 1:
+        raise UsageError(
+            f"granularity {granularity[:40]!r}: expected kernel, group:N with N >= 1 and of at most {GROUP_DIGITS} digits, "
+            "channel or element"
+        )
     return int(size)
 
 
@@ -132,7 +137,8 @@ def expand(mask: np.ndarray, weight_shape: Shape, granularity: str) -> np.ndarra
         return mask
     if granularity.startswith("group"):
         # group:3 over I = 8, score (O, 3): the columns stand for 3, 3 and the last 2 in-channels.
-        mask = np.repeat(mask, group_size(granularity), axis=1)[:, : weight_shape[1]]
+        I = weight_shape[1]
+        mask = np.repeat(mask, min(group_size(granularity), I), axis=1)[:, :I]
     return mask[:, :, None, None]
 
 

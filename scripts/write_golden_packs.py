@@ -8,6 +8,7 @@ them. A new one gets a new name.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -124,6 +125,7 @@ def as_text(held: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = FOLDER / "golden.json"
     held = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {}
     for name, make in PACKS.items():
@@ -136,7 +138,8 @@ def main() -> None:
         path.write_bytes(data)
         held[name] = {"sha256": hashlib.sha256(data).hexdigest(), "values": values, "arrays": digests(arrays)}
         print(f"{name}: {len(data)} bytes")
-    table.write_text(as_text(held), encoding="utf-8")
+    if not table.exists() or as_text(held) != table.read_text(encoding="utf-8"):
+        table.write_text(as_text(held), encoding="utf-8")
     public = FOLDER / "public.pem"
     if not public.exists():
         public.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))

@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 from ksm_edge import mask as ksm
 from ksm_edge.errors import UsageError
 
-GRANULARITIES = ["kernel", "channel", "element", "group:1", "group:2", "group:3", "group:100"]
+# The last is more in-channels than any layer has, or memory holds copies of a score.
+GRANULARITIES = ["kernel", "channel", "element", "group:1", "group:2", "group:3", "group:100", "group:999999999"]
 # (O, I per group, kh, kw): dense, 1x1, grouped (an I smaller than the input's channels looks the same), depthwise
 SHAPES = [(4, 5, 3, 3), (3, 7, 1, 1), (6, 2, 3, 3), (8, 1, 3, 3), (2, 8, 1, 5), (1, 1, 1, 1)]
 
@@ -207,7 +208,8 @@ def test_a_range_too_small_for_float32_counts_as_none(greatest: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "granularity", ["", "kernels", "group", "group:", "group:0", "group:-2", "group:x", "group:²", "layer"]
+    "granularity",
+    ["", "kernels", "group", "group:", "group:0", "group:-2", "group:x", "group:²", "group:1000000000", "layer"],
 )
 def test_what_is_no_granularity_is_refused_by_name(granularity: str) -> None:
     with pytest.raises(UsageError, match="expected kernel, group:N"):

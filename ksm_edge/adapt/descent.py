@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ksm_edge.errors import DataError
 from ksm_edge.pack.files import load_pack_and_bytes
 from ksm_edge.pack.record import Pack
+from ksm_edge.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,10 @@ class Descent:
                 "Give images of them too, or start anew without the pack"
             )
         return Descent(pack, hashlib.sha256(data).hexdigest())
+
+    def settings(self, settings: Settings) -> Settings:
+        """Those for a child: with fewer bits for batch-norm than the parent has, part of what it knows would be lost.
+
+        That is most of it where the parent learned with batch statistics, which are folded into gamma and beta.
+        """
+        return replace(settings, norm_bits=max(settings.norm_bits, self.pack.bits["norm"]))

@@ -144,6 +144,8 @@ def prepared(
     observer = observer or Observer()
     before = read_identity(checkpoint) if resume else {}
     descent = None if parent is None else Descent.of(parent, images.classes)
+    if descent is not None:
+        settings = descent.settings(settings)
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
         items, skipped = cache.prepare(images.train, observer.reading)
         _require_every_class(images, items, skipped)

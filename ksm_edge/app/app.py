@@ -147,7 +147,7 @@ class App:
                 raise UsageError(f"a task {name!r} is loaded already: unload it first, or give another name=")
             self._tasks[name] = loaded
             self._fresh = name, pack
-            self._current = self._current or name
+            self._current = name if self._current is None else self._current
         return name
 
     def unload(self, name: str) -> None:
@@ -221,9 +221,17 @@ class App:
         return predictions
 
     def logits(self, inputs: np.ndarray, task: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Preprocessed images (N, 3, S, S) float32 -> logits (N, C) float32, and the C class names."""
+        """Preprocessed images (N, 3, S, S) float32 -> logits (N, C) float32, and the C class names.
+
+        Raises UsageError for anything else: the backbone would take images of some other sizes, and say nothing.
+        """
+        found, side = np.asarray(inputs), self.bundle.input.size
+        if found.dtype != np.float32 or found.ndim != 4 or found.shape[1:] != (3, side, side):
+            raise UsageError(
+                f"inputs {found.dtype} {found.shape}: needed are float32 (N, 3, {side}, {side}); `predict` takes images"
+            )
         with self._residents.use(self._named(task)) as resident:
-            return resident.logits(inputs), resident.classes
+            return resident.logits(found), resident.classes
 
     def calibration(self, task: str | None = None) -> Calibration:
         """What turns the task's logits into probabilities, and which of them are too low to be known."""

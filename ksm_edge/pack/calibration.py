@@ -45,7 +45,13 @@ class Calibration:
         if not isinstance(found, dict):
             return Calibration()
         temperature, threshold = (_number(found.get(name)) for name in ("temperature", "threshold"))
-        return Calibration(temperature, threshold) if temperature > 0 and 0 <= threshold <= 1 else Calibration()
+        if not (temperature > 0 and 0 <= threshold <= 1):
+            return Calibration()
+        error, error_before = (
+            number if 0 <= (number := _number(found.get(name))) <= 1 else None for name in ("error", "error_before")
+        )
+        images = found.get("images")
+        return Calibration(temperature, threshold, error, error_before, images if type(images) is int else 0)
 
 
 def _number(value: Any) -> float:

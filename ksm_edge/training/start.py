@@ -27,7 +27,7 @@ def start_from(trainer: Trainer, pack: Pack, classes: tuple[str, ...]) -> None:
         raise UsageError(
             f"pack {pack.task!r} has {_kind(pack.granularity, pack.soft)} masks, asked for are "
             f"{_kind(settings.granularity, settings.soft)} ones: give --granularity {pack.granularity}"
-            f"{'' if pack.soft else ' --binary'}"
+            f"{', and leave out --binary' if pack.soft else ' --binary'}"
         )
     if pack.amplifies and not settings.amplify:
         raise UsageError(f"pack {pack.task!r} amplifies kernels: give --amplify, or that would be lost")

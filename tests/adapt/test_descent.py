@@ -94,6 +94,22 @@ def test_before_its_first_step_a_child_is_its_parent(
     np.testing.assert_allclose(child.head_weight, pack.head_weight, rtol=1e-5)
 
 
+def test_a_child_has_no_fewer_bits_for_batch_norm_than_its_parent(
+    bundle: Bundle, folder: Path, parent: Path, tmp_path: Path
+) -> None:
+    """A parent of batch statistics has eight, and a grandchild's parent is of frozen ones."""
+    images, few = open_image_set(folder / "two"), replace(SETTINGS, norm_bits=4, epochs=1)
+    batch, child = tmp_path / "batch.ksm", tmp_path / "child.ksm"
+    adapt(bundle, images, batch, replace(few, statistics="batch"))
+    still = replace(few, score_rate=0, norm_rate=0, head_rate=0)
+    adapt(bundle, images, child, still, parent=batch)
+    grandchild = adapt(bundle, images, tmp_path / "grandchild.ksm", still, parent=child).pack_path
+    weights = [fuse(bundle, load_pack(path)) for path in (batch, child, grandchild)]
+    for name, array in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], array, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights[2][name], array, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_the_head_follow_their_classes_and_a_new_class_has_one_of_its_own(
     bundle: Bundle, folder: Path, parent: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +140,7 @@ def test_a_class_without_images_is_refused(bundle: Bundle, folder: Path, parent:
     ("changes", "message"),
     [
         ({"granularity": "group:3"}, "soft kernel masks, asked for are soft group:3 ones: give --granularity kernel"),
-        ({"soft": False, "amplify": False}, "asked for are binary kernel ones"),
+        ({"soft": False, "amplify": False}, "asked for are binary kernel ones: .* kernel, and leave out --binary"),
         ({"amplify": False}, "amplifies kernels: give --amplify"),
         ({"statistics": "batch"}, "leave out --statistics batch"),
         ({"layers": "plain"}, "changes layer .* which is not to be learned"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,14 @@ def test_many_images_are_predicted_in_order(app: App) -> None:
     assert [p.label for p in together] == [app.predict(image)[0].label for image in images]
 
 
+def test_the_first_task_is_current_whatever_its_name(tmp_path: Path) -> None:
+    with App(tiny_bundle(tmp_path / "bundle"), threads=1) as app:
+        for name in ("", "b"):
+            app.load(tiny_pack(changes={"task": "a"}), name=name)
+        app.predict(np.zeros((20, 20, 3), np.uint8))
+        assert app.ready == ("",)
+
+
 def test_the_first_task_is_current_until_another_is(app: App, photo: Path) -> None:
     assert app.tasks == ("a", "b", "c")
     a, b = app.predict(photo, task="a"), app.predict(photo, task="b")
@@ -210,6 +219,21 @@ def test_an_image_that_is_not_there_is_named(app: App) -> None:
 
 def test_no_images_give_no_predictions(app: App) -> None:
     assert app.predict([]) == []
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        np.zeros((1, 3, 18, 18), np.float32),
+        np.zeros((1, 3, 16, 20), np.float32),
+        np.zeros((3, 16, 16), np.float32),
+        np.zeros((1, 3, 16, 16)),
+        [[0.0]],
+    ],
+)
+def test_logits_of_anything_but_preprocessed_images_are_refused(app: App, inputs: Any) -> None:
+    with pytest.raises(UsageError, match=r"needed are float32 \(N, 3, 16, 16\)"):
+        app.logits(inputs)
 
 
 def test_logits_are_the_heads(app: App) -> None:

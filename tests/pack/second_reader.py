@@ -180,7 +180,10 @@ def check_fields(m: dict[str, Any]) -> None:
         require(type(m.get(field)) is kind, f"{field} (13)")
     image, L = m["input"], len(m["layers"])
     require(len(m["classes"]) >= 1 and all(type(name) is str for name in m["classes"]), "classes (13)")
-    require(bool(re.fullmatch("kernel|channel|element|group:0*[1-9][0-9]*", m["granularity"])), "granularity (13)")
+    require(
+        bool(re.fullmatch("kernel|channel|element|group:(?=[0-9]{1,9}$)0*[1-9][0-9]*", m["granularity"])),
+        "granularity (13)",
+    )
     require(m["statistics"] in ("frozen", "batch"), "statistics (13)")
     require(is_count(image.get("size")) and is_count(image.get("resize")), "input (13)")
     require(0 < image["size"] <= image["resize"] <= 4096, "input (13)")

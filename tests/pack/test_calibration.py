@@ -64,5 +64,7 @@ def test_a_record_that_says_something_else_counts_as_none(record: dict) -> None:
 
 def test_a_record_says_it_again() -> None:
     found = calibrate(*drawn(2.0))
-    again = Calibration.from_record({"calibration": found.as_record()})
-    assert (again.temperature, again.threshold) == (found.temperature, found.threshold)
+    assert found.images > 0
+    assert Calibration.from_record({"calibration": found.as_record()}) == found
+    odd = found.as_record() | {"images": "many", "error": -1, "error_before": None}
+    assert Calibration.from_record({"calibration": odd}) == Calibration(found.temperature, found.threshold)

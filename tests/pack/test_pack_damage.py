@@ -216,6 +216,8 @@ def change(key: str, value: object) -> Callable[[dict[str, Any]], object]:
         ("layers", [["a", 1, 1]]),
         ("layers", 5),
         ("granularity", "group:0"),
+        ("granularity", "group:1000000000"),
+        ("granularity", "group:" + "9" * 5000),
         ("granularity", "tensor"),
         ("granularity", "group:\u0663"),
         ("statistics", "running"),
