@@ -90,8 +90,8 @@ def group_size(granularity: str) -> int:
     is_number = size.isascii() and size.isdecimal() and len(size) <= GROUP_DIGITS
     if kind != "group" or not is_number or int(size) < 1:
         raise UsageError(
-            f"granularity {granularity[:40]!r}: expected kernel, group:N with N >= 1 and of at most {GROUP_DIGITS} digits, "
-            "channel or element"
+            f"granularity {granularity[:40]!r}: expected kernel, group:N with N >= 1 (of at most {GROUP_DIGITS} "
+            "digits), channel or element"
         )
     return int(size)
 

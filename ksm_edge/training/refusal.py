@@ -26,7 +26,7 @@ def require_compiling(bundle: Bundle, settings: Settings, spec: GradientSpec, bu
 def _compiling_over_budget(bundle: Bundle, need: int, budget_bytes: int, more: str) -> str:
     return (
         f"compiling the graphs of {bundle.recipe}, which is done before they are first used, needs about "
-        f"{_mib(need)} MiB, {more}; the budget is {budget_bytes // 2**20} MiB. Give --memory-budget {_mib(need)}MiB or "
+        f"{_mib(need)} MiB, {more}; the budget is {_given(budget_bytes)}. Give --memory-budget {_mib(need)}MiB or "
         "more, or take a smaller backbone."
     )
 
@@ -56,9 +56,14 @@ def over_budget(
     return (
         f"adapting {bundle.recipe} at {graph.spec.size}x{graph.spec.size} px in steps of {settings.batch} images "
         f"needs about {_mib(need)} MiB ({_mib(activation_bytes(graph, workers))} of it for the activations of "
-        f"{workers * graph.spec.micro_batch}), the budget is {budget_bytes // 2**20} MiB. Give --memory-budget "
+        f"{workers * graph.spec.micro_batch}), the budget is {_given(budget_bytes)}. Give --memory-budget "
         f"{_mib(need)}MiB or more, {other}."
     )
+
+
+def _given(budget_bytes: int) -> str:
+    """A budget in bytes may be that because its unit was forgotten."""
+    return f"{budget_bytes} bytes" if budget_bytes < 2**20 else f"{budget_bytes // 2**20} MiB"
 
 
 def _mib(count: float) -> int:

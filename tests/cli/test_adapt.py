@@ -263,6 +263,7 @@ REFUSED = {
     "nowhere to write": (2, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--out", "absent/a.ksm"], "no folder absent"),
     "budget too small": (5, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--memory-budget", "1MiB"], "--memory-budget"),
     "no budget at all": (5, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--memory-budget", "0"], "--memory-budget"),
+    "a unit forgotten": (5, ["adapt", "PHOTOS", "--bundle", "BUNDLE", "--memory-budget", "256"], "budget is 256 bytes"),
 }
 
 
