@@ -44,7 +44,7 @@ def _filled(run: Run) -> Run:
 def _amplifies(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a run like this one amplifies kernels today."""
     limited = settings["method"] == "ksm" and settings["soft"] and settings["thin"] is None
-    return limited and (identity["task"].partition("@")[0] in MANY_CLASSES or identity["recipe"] in LARGE_KERNELS)
+    return limited and (identity["task"].partition("@")[0] in MANY_CLASSES or identity.get("recipe") in LARGE_KERNELS)
 
 
 def latest(alike: Callable[[Run], Any], same: Callable[[Run], Any]) -> Callable[[list[Run]], list[Run]]:
