@@ -50,7 +50,9 @@ KINDS = {"layers": str, "views": int, "product_bits": int, "train_scale": float,
 # Runs with the same settings as the last one, but for what a way gives.
 STANDING = grid.latest(
     lambda run: "all of them",
-    lambda run: {name: value for name, value in run["identity"].get("settings", {}).items() if name not in (*KINDS, "amplify")},
+    lambda run: {
+        name: value for name, value in run["identity"].get("settings", {}).items() if name not in (*KINDS, "amplify")
+    },
 )
 QUESTION = __doc__.split("\n")[0]
 

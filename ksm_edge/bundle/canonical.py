@@ -138,7 +138,7 @@ def _elementwise(draft: Draft, node: Node) -> Value:
 
 def _clip(draft: Draft, node: Node) -> Value:
     x = draft.value(node)
-    low, high = _number(draft.static(node, 1, "min")), _number(draft.static(node, 2, "max"))
+    low, high = _number(draft, node, 1, "min"), _number(draft, node, 2, "max")
     if low == 0 and (high is None or high > 1e30):
         return draft.emit("Relu", [x.name], x.kind, x.channels)
     limits = np.finfo(np.float32)
@@ -150,8 +150,11 @@ def _clip(draft: Draft, node: Node) -> Value:
     return draft.emit("Clip", [x.name, *ends], x.kind, x.channels)
 
 
-def _number(setting: np.ndarray | None) -> float | None:
-    """A setting of one element, whatever its shape: exporters write scalars as (1,) too."""
+def _number(draft: Draft, node: Node, index: int, attribute: str) -> float | None:
+    """A setting that is a number, of whatever shape: exporters write scalars as (1,) too. None where it is left out."""
+    setting = draft.static(node, index, attribute)
+    if setting is not None and setting.size != 1:
+        raise _refuse(node, f"its {attribute} has {setting.size} elements; one is supported")
     return None if setting is None else float(setting.item())
 
 
@@ -271,8 +274,8 @@ def _slice(draft: Draft, node: Node) -> Value:
 
 def _pad(draft: Draft, node: Node) -> Value:
     x = draft.bare_value(node)
-    pads, fill, axes = draft.static(node, 1, "pads"), draft.static(node, 2, "value"), draft.static(node, 3, "axes")
-    if node.attributes.get("mode", "constant") != "constant" or pads is None or _number(fill) not in (0, None):
+    pads, fill, axes = draft.static(node, 1, "pads"), _number(draft, node, 2, "value"), draft.static(node, 3, "axes")
+    if node.attributes.get("mode", "constant") != "constant" or pads is None or fill not in (0, None):
         raise _refuse(node, "only padding with the constant 0 is supported")
     whole = np.zeros((2, 4), np.int64)
     whole[:, slice(None) if axes is None else np.asarray(axes) % 4] = np.asarray(pads).reshape(2, -1)

@@ -56,6 +56,7 @@ def describe(path: str, pack: Pack, data: bytes) -> dict[str, Any]:
         "part_bytes": parts,
         "kernels": kernels,
         "kept_share": sum(layer["kept"] for layer in layers) / scores if scores else 1.0,
+        "amplified_share": sum(layer["amplified"] for layer in layers) / scores if scores else 0.0,
         "bits_per_kernel": 8 * (parts["keep_bits"] + parts["scales"]) / kernels if kernels else 0.0,
         "keep_bits_per_kernel": 8 * parts["keep_bits"] / kernels if kernels else 0.0,
         "layers": layers,
@@ -71,7 +72,15 @@ def _layer(pack: Pack, name: str) -> dict[str, Any]:
     mask = pack.layers[name].mask
     scores = math.prod(score_shape(shape, pack.granularity))
     kept = scores - (0 if mask is None else mask.cut.size)
-    return {"name": name, "weight_shape": list(shape), "kernels": O * I, "scores": scores, "kept": kept}
+    amplified = 0 if mask is None else int((mask.cut_scale > 1).sum())
+    return {
+        "name": name,
+        "weight_shape": list(shape),
+        "kernels": O * I,
+        "scores": scores,
+        "kept": kept,
+        "amplified": amplified,
+    }
 
 
 def _as_text(report: dict[str, Any], verbose: bool) -> str:
@@ -102,8 +111,9 @@ def _as_text(report: dict[str, Any], verbose: bool) -> str:
 def _mask_lines(report: dict[str, Any]) -> list[str]:
     if not report["kernels"]:
         return ["  kept         everything: the pack names no layer, only its head is its own"]
+    amplified = f", {report['amplified_share']:.2%} amplified" if report["amplified_share"] else ""
     return [
-        f"  kept         {report['kept_share']:.2%} of the masks' entries, in {report['kernels']:,} kernels",
+        f"  kept         {report['kept_share']:.2%} of the masks' entries, in {report['kernels']:,} kernels{amplified}",
         f"  coded in     {report['bits_per_kernel']:.3f} bits per kernel, "
         f"{report['keep_bits_per_kernel']:.3f} of them for keep bits, the rest for scales",
     ]

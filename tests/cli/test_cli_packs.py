@@ -90,6 +90,18 @@ def test_inspect_tells_bits_per_kernel(pack: Path, capsys: pytest.CaptureFixture
     assert expected in capsys.readouterr().out
 
 
+def test_inspect_tells_what_is_amplified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_pack(tiny_pack(cut=0.5, amplify=True), path := tmp_path / "a.ksm")
+    assert call(inspect, path, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    masks = [state.mask for state in load_pack(path).layers.values() if state.mask is not None]
+    amplified = sum(int((mask.values > 1).sum()) for mask in masks)
+    assert 0 < amplified < sum(mask.cut.size for mask in masks)
+    assert sum(layer["amplified"] for layer in report["layers"]) == amplified
+    assert call(inspect, path) == 0
+    assert f"{report['kernels']:,} kernels, {amplified / report['kernels']:.2%} amplified" in capsys.readouterr().out
+
+
 def test_inspect_needs_no_runtime(pack: Path) -> None:
     code = (
         "import argparse, sys\nfrom ksm_edge.cli import inspect\n"
