@@ -367,7 +367,7 @@ def test_names_that_no_terminal_can_show_are_printed_all_the_same(bundle: Path, 
         os.rename(folder / "a.png", name)
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
-    command = [sys.executable, "-m", "ksm_edge.cli.main", "predict", pack, folder, "--bundle", bundle]
+    command = [sys.executable, "-m", "ksm_edge", "predict", pack, folder, "--bundle", bundle]
     for encoding in ("utf-8:strict", "ascii:strict"):
         environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
         done = subprocess.run([*map(str, command)], env=environment, capture_output=True, check=False)
