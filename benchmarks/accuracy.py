@@ -36,7 +36,7 @@ SIZES = {"mobilenet_v2": 160, "resnet20_cifar10": 32}
 def _way(run: Mapping[str, Any]) -> dict[str, Any]:
     """How it was learned; how often each image was shown depends on how many there are, and is left out.
 
-    So does whether kernels are amplified: on how many classes there are.
+    So is whether kernels are amplified, which follows from how many classes there are.
     """
     given = ("task", "data_digest", "seed", "epochs")
     found = {name: value for name, value in run["identity"].items() if name not in given}
@@ -56,7 +56,7 @@ def _where(run: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 # Of each method and backbone the runs that are like the last one in all but task and seed.
-STANDING = grid.latest(_where, _way)
+STANDING = grid.latest(_where, _way, task=lambda run: (_where(run), run["identity"]["task"]))
 QUESTION = __doc__.split("\n")[0]
 KEPT = ("test_accuracy", "test_images", "validation_accuracy", "best_epoch", "steps", "pack_bytes", "coded_bytes",
         "rate", "step_ms_p50", "peak_rss_bytes", "wall_seconds", "history", "skipped")  # fmt: skip

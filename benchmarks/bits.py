@@ -42,6 +42,7 @@ STANDING = grid.latest(
         run["identity"]["size"],
         run["identity"]["backbone_digest"],
     ),
+    task=lambda run: (run["setting"], run["identity"]["task"]),
 )
 QUESTION = __doc__.split("\n")[0]
 

@@ -17,7 +17,8 @@ from measure import FORMAT_VERSION, read, write
 # without a share of their own (`thin`) masks were thinned by half, whatever bits they took.
 BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3, "mask_bits": None, "crop_scale": 0.35,
           "crop_start": 0.8, "head_rate": 2e-3}  # fmt: skip
-# Where masks amplify since, these being of a single weight nearly all (`ksm_edge.training.suited`).
+# What `ksm_edge.training.suited` makes of amplifying: with a score for each kernel these tasks have room for it on any
+# backbone, and these backbones with any task; filters and groups have it always, single weights with these tasks alone.
 MANY_CLASSES, LARGE_KERNELS = ("gtsrb43", "omniglot_small1"), ("resnet20_cifar10",)
 Run = dict[str, Any]  # its `identity` is what makes two runs the same
 
@@ -43,18 +44,32 @@ def _filled(run: Run) -> Run:
 
 def _amplifies(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a run like this one amplifies kernels today."""
-    limited = settings["method"] == "ksm" and settings["soft"] and settings["thin"] is None
-    return limited and (identity["task"].partition("@")[0] in MANY_CLASSES or identity.get("recipe") in LARGE_KERNELS)
+    if settings["method"] != "ksm" or not settings["soft"] or settings["thin"] is not None:
+        return False
+    large = identity.get("recipe") in LARGE_KERNELS and settings["granularity"] == "kernel"
+    shared = settings["granularity"] not in ("kernel", "element")
+    return shared or large or identity["task"].partition("@")[0] in MANY_CLASSES
 
 
-def latest(alike: Callable[[Run], Any], same: Callable[[Run], Any]) -> Callable[[list[Run]], list[Run]]:
-    """A filter for runs: of those that are `alike` only the ones that are the `same` as the last of them."""
+def latest(
+    alike: Callable[[Run], Any], same: Callable[[Run], Any], task: Callable[[Run], Any] | None = None
+) -> Callable[[list[Run]], list[Run]]:
+    """A filter for runs: of those that are `alike` only the ones that are the `same` as the last of them.
+
+    `task`: of each of these moreover only those that amplify as the last one does. Whether they do follows from the
+    task, so runs of several tasks that differ in it were learned one way, and runs of one task were not.
+    """
 
     def standing(given: list[Run]) -> list[Run]:
         last = {alike(run): same(run) for run in given}
-        return [run for run in given if same(run) == last[alike(run)]]
+        found = [run for run in given if same(run) == last[alike(run)]]
+        return found if task is None else latest(task, _amplify)(found)
 
     return standing
+
+
+def _amplify(run: Run) -> bool | None:
+    return run["identity"].get("settings", {}).get("amplify")
 
 
 def has(path: Path, identity: dict[str, Any]) -> bool:

@@ -53,6 +53,7 @@ STANDING = grid.latest(
     lambda run: {
         name: value for name, value in run["identity"].get("settings", {}).items() if name not in (*KINDS, "amplify")
     },
+    task=lambda run: run["identity"]["task"],
 )
 QUESTION = __doc__.split("\n")[0]
 

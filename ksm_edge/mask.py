@@ -35,7 +35,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SoftMask:
-    """What a layer's scores say, told by what is cut, a few hundredths of it, and the range it was made from.
+    """What a layer's scores say, told by what is cut, mostly a few hundredths of it, and the range it was made from.
 
     Where masks amplify, amplified kernels stand among the cut ones: they too are not kept as they are.
     """
@@ -100,15 +100,15 @@ def soft_mask(score: np.ndarray, *, soft: bool = True, amplify: bool = False) ->
     """Turn a layer's scores into keep bits and scales; `soft=False` is the binary form, all scales 0.
 
     The range is taken over the WHOLE layer of score * (1 - keep), so the zeros of kept kernels take part.
-    `amplify`, this project's own: a score d above the initial one gives 2 - M, with M what d below it gives.
+    `amplify`, this project's own, of soft masks: a score d above the initial one gives 2 - M, M that of d below it.
     """
     number = score.dtype.type
     apart = ~(score >= number(THRESHOLD))
-    if amplify:
+    if amplify and soft:
         apart |= score > number(AMPLIFIED)
     places = np.flatnonzero(apart).astype(np.int32)
     cut = score.reshape(-1)[places]
-    amplified = cut > number(INITIAL_SCORE)
+    amplified = cut > number(INITIAL_SCORE)  # none but where that was asked for
     cut[amplified] = number(2 * INITIAL_SCORE) - cut[amplified]
     scale = np.zeros_like(cut)
     low, high = (float(cut.min()), float(cut.max())) if cut.size else (0.0, 0.0)

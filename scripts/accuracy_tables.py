@@ -111,7 +111,8 @@ def _by_crops(runs: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> di
     for run in runs:
         learned = run["identity"]
         task = tasks.get(learned["task"])
-        if task and learned["method"] in CROPPED and (changed := outdated(learned).keys()) <= REMARKED:
+        changed = set(outdated(learned)) if task and learned["method"] in CROPPED else {"another method"}
+        if changed <= REMARKED and changed != {"amplify"}:  # those were done again
             settings = BEFORE | learned["settings"]
             label = _crops(settings["crop_scale"], settings["crop_start"]) + remark(changed & {"head_rate"})
             found.setdefault(label, {}).setdefault(task, {})[learned["seed"]] = run["test_accuracy"]

@@ -33,8 +33,13 @@ class Descent:
         return Descent(pack, hashlib.sha256(data).hexdigest())
 
     def settings(self, settings: Settings) -> Settings:
-        """Those for a child: with fewer bits for batch-norm than the parent has, part of what it knows would be lost.
+        """Those for a child, without which it would lose something of the parent.
 
-        That is most of it where the parent learned with batch statistics, which are folded into gamma and beta.
+        It amplifies if the parent does, where nothing else was asked for. And it has no fewer bits for batch-norm: what
+        a parent of batch statistics has folded into gamma and beta would be rounded away.
         """
-        return replace(settings, norm_bits=max(settings.norm_bits, self.pack.bits["norm"]))
+        amplify = settings.amplify
+        if self.pack.amplifies and amplify is None and settings.method == "ksm" and settings.soft:
+            amplify = True
+        norm_bits = max(settings.norm_bits, self.pack.bits["norm"])
+        return replace(settings, norm_bits=norm_bits, amplify=amplify)

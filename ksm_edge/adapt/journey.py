@@ -184,6 +184,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         "epoch": progress.best_epoch,
         "steps": progress.steps_done,
         "settings": asdict(job.settings),
+        "amplify": bool(job.trainer.settings.amplify),  # where that was left to the backbone and the task
         "calibration": job.calibration(best).as_record(),
         **({} if job.descent is None else {"parent": {"task": job.descent.pack.task, "sha256": job.descent.sha256}}),
         **provenance,

@@ -244,12 +244,14 @@ def _flatten(draft: Draft, node: Node) -> Value:
 
 
 def _target_axes(draft: Draft, node: Node) -> int | None:
-    """How many axes a Reshape makes; None where that is not told by a constant, or by the numbers it is joined from."""
-    name = node.input(1)
-    if name in draft.source.constants:
-        return len(draft.source.constants[name])
+    """How many axes a Reshape makes; None where that is not told by a constant, or by what it is joined from."""
+    name, constants = node.input(1), draft.source.constants
+    if name in constants:
+        return constants[name].size
     joined = next((other for other in draft.source.nodes if name in other.outputs), None)
-    return len(joined.inputs) if joined is not None and joined.op == "Concat" else None
+    if joined is None or joined.op != "Concat":
+        return None
+    return sum(constants[part].size if part in constants else 1 for part in joined.inputs)  # 1: the number of images
 
 
 def _slice(draft: Draft, node: Node) -> Value:

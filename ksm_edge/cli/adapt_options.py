@@ -33,8 +33,8 @@ CUTS = {
     "thin_at": "when, as a share of all steps; --learn-in-bits begins there too",
 }
 PACK_BITS = {
-    "scale_bits": "bits of each mask scale in the pack, 1 to 8",
-    "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8)",
+    "scale_bits": "bits of each mask scale in the pack, 1 to 8, or 7 where masks amplify",
+    "norm_bits": "bits of each batch-norm difference, 2 to 8 (with batch statistics 8, with --from no fewer)",
     "head_bits": "bits of each weight of the head, 2 to 8",
 }
 OF_MASKS = (
@@ -126,7 +126,7 @@ def _add_what_learns(group: Options) -> None:
     group.add_argument(
         "--amplify",
         action=argparse.BooleanOptionalAction,
-        help="kernels may also grow, to 1.5 to 2 times (default: where --mask-bits leave room for many)",
+        help="kernels may also grow, to 1.5 to 2 times (default: without --thin, where --mask-bits has room for many)",
     )
     group.add_argument("--statistics", choices=("frozen", "batch"), help="batch-norm's statistics (default: frozen)")
     group.add_argument("--head-start", choices=("zero", "random"), help="what the head begins with (default: zero)")

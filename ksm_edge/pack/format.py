@@ -24,7 +24,7 @@ import numpy as np
 from ksm_edge.coding.deflate import DEFLATE, MIRRORED, encode_codes
 from ksm_edge.coding.keep import encode_keep, table_shape
 from ksm_edge.errors import UsageError
-from ksm_edge.mask import SoftMask, score_shape
+from ksm_edge.mask import SCALE_LIMIT, SoftMask, score_shape
 from ksm_edge.pack.container import write_container
 from ksm_edge.pack.metadata import MAX_STEP, Metadata, checksum, write_metadata
 from ksm_edge.pack.quantize import quantize_difference, quantize_scale, unsigned
@@ -139,7 +139,11 @@ def _check_mask(name: str, mask: SoftMask, shape: tuple[int, ...]) -> None:
     cut = mask.cut
     if mask.shape != shape or (cut.size and (cut[0] < 0 or cut[-1] >= math.prod(shape) or (np.diff(cut) <= 0).any())):
         raise UsageError(f"{name}: a mask of shape {mask.shape} with {cut.size} scores cut does not fit {shape}")
-    _check(f"{name}: mask scale", mask.cut_scale, cut.shape)
+    scale = mask.cut_scale
+    _check(f"{name}: mask scale", scale, cut.shape)
+    folded = np.where(scale > 1, 2 - scale, scale)
+    if cut.size and not 0 <= folded.min() <= folded.max() <= SCALE_LIMIT:
+        raise UsageError(f"{name}: scales of a mask lie in [0, 0.5], or where it amplifies in [1.5, 2]")
 
 
 def _check(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:

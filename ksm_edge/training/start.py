@@ -29,8 +29,8 @@ def start_from(trainer: Trainer, pack: Pack, classes: tuple[str, ...]) -> None:
             f"{_kind(settings.granularity, settings.soft)} ones: give --granularity {pack.granularity}"
             f"{', and leave out --binary' if pack.soft else ' --binary'}"
         )
-    if pack.amplifies and not settings.amplify:
-        raise UsageError(f"pack {pack.task!r} amplifies kernels: give --amplify, or that would be lost")
+    if pack.amplifies and settings.method == "ksm" and not settings.amplify:
+        raise UsageError(f"pack {pack.task!r} amplifies kernels: leave out --no-amplify, or that would be lost")
     for name, state in pack.layers.items():
         layer = trainer.layers.get(name)
         changed = state.mask is not None or state.gamma_delta.any() or state.beta_delta.any()

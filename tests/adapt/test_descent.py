@@ -141,7 +141,7 @@ def test_a_class_without_images_is_refused(bundle: Bundle, folder: Path, parent:
     [
         ({"granularity": "group:3"}, "soft kernel masks, asked for are soft group:3 ones: give --granularity kernel"),
         ({"soft": False, "amplify": False}, "asked for are binary kernel ones: .* kernel, and leave out --binary"),
-        ({"amplify": False}, "amplifies kernels: give --amplify"),
+        ({"amplify": False}, "amplifies kernels: leave out --no-amplify"),
         ({"statistics": "batch"}, "leave out --statistics batch"),
         ({"layers": "plain"}, "changes layer .* which is not to be learned"),
         ({"masked": "plain"}, "changes layer .* which is not to be learned"),

@@ -151,7 +151,8 @@ def test_the_rest_accumulates_what_the_whole_graph_does(
 def test_as_many_views_as_epochs_are_what_is_learned_from_otherwise(
     bundle: Bundle, images: ImageSet, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    chosen = settings(crop_scale=0.5, **changes)  # by default those of views narrow in another way
+    # By default crops of views narrow in another way; and a score that is amplified a step later changes a lot.
+    chosen = settings(crop_scale=0.5, amplify=False, **changes)
     plain = adapt(bundle, images, tmp_path / "plain.ksm", chosen)
     for views in (3, 9):
         kept = adapt(bundle, images, tmp_path / "kept.ksm", replace(chosen, views=views))

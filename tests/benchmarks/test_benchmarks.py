@@ -340,13 +340,25 @@ def test_layers_are_compared_run_by_run(load: Any) -> None:
 
 def test_layers_are_not_compared_across_settings(load: Any) -> None:
     def run(way: str, **settings: Any) -> dict[str, Any]:
-        return {"identity": {"way": way, "settings": {"score_rate": 1, "views": 0, **settings}}}
+        return {"identity": {"task": "a", "way": way, "settings": {"score_rate": 1, "views": 0, **settings}}}
 
-    without, slow, few = {"identity": {"way": ""}}, run("", score_rate=0.5), run("views=4", views=4)
+    without, slow, few = {"identity": {"task": "a", "way": ""}}, run("", score_rate=0.5), run("views=4", views=4)
     layers = load("layers")
     assert layers.STANDING([without, slow, run(""), few]) == [run(""), few]
-    together = [{"identity": {"settings": layers.settings_by(list(layers._words(way)))}} for way in layers.WAYS]
+    together = [
+        {"identity": {"task": "a", "settings": layers.settings_by(list(layers._words(way)))}} for way in layers.WAYS
+    ]
     assert layers.STANDING(together) == together
+
+
+def test_runs_of_one_task_amplify_alike_and_those_of_others_need_not(load: Any) -> None:
+    def run(task: str, seed: int, amplify: bool | None) -> dict[str, Any]:
+        identity = {"method": "ksm", "recipe": "r", "size": 1, "task": task, "seed": seed}
+        return {"identity": {**identity, "settings": {"epochs": 8, "amplify": amplify}}}
+
+    old, other, new = [run("many", seed, False) for seed in (0, 1)], run("few", 0, None), run("many", 0, None)
+    assert load("accuracy").STANDING([*old, other, new]) == [other, new]
+    assert load("accuracy").STANDING([*old, other]) == [*old, other]
 
 
 def test_a_way_is_what_adapt_takes(load: Any) -> None:

@@ -64,6 +64,8 @@ def test_a_run_from_before_a_setting_had_its_default(load: Any, tmp_path: Path) 
         ("gtsrb43", "mobilenet_v2", {"thin": 0.7}, None),
         ("gtsrb43", "mobilenet_v2", {"method": "norm"}, None),
         ("gtsrb43", "mobilenet_v2", {"amplify": True}, True),
+        ("flowers5", "mobilenet_v2", {"granularity": "group:4"}, False),
+        ("flowers5", "resnet20_cifar10", {"granularity": "element"}, None),
     ],
 )
 def test_runs_from_before_kernels_could_grow_are_told_where_they_would_now(
