@@ -92,7 +92,7 @@ def test_predictions_are_one_table_that_says_what_it_is(bundle: Path, capsys: py
         (("--out", "/nowhere/at/all.json"), 2, "cannot be written"),
         (("--plot", "/dev/null/plots"), 2, "cannot be written"),
         (("--memory-budget", "1MiB"), 5, "the budget is 1 MiB"),
-        (("--memory-budget", "0"), 5, "the budget is 0 MiB"),
+        (("--memory-budget", "0"), 5, "the budget is 0 bytes"),
         (("--images", "20"), 2, "are of --predict"),
     ],
 )

@@ -52,6 +52,8 @@ def test_a_graph_is_compiled_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
 def test_half_a_graph_is_made_again(bundle: Bundle, name: str, left: bytes | None) -> None:
     first = compiled(bundle, SPEC)
     path = first.path.with_name(name)
+    if name == "constants" and left is None and not path.exists():
+        pytest.skip("without AVX-512 this network's constants are few enough to stay in the graph")
     path.unlink() if left is None else path.write_bytes(left)
     assert compiled(bundle, SPEC) == first
     assert onnx.load(first.path).graph.node
