@@ -10,6 +10,7 @@ import ksm_edge
 ROOT = Path(ksm_edge.__file__).parent
 # From the top. What stands on one line must not import each other, and nothing imports a line above its own.
 FLOORS = """
+__main__
 cli
 exporter
 adapt app profiler
