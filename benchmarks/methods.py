@@ -76,7 +76,8 @@ METHODS = {
 # The default with one thing changed.
 ABLATIONS = {
     "binary": Method("binary masks", _always("--binary"), ours=True),
-    "channel": Method("one score per filter", _always("--granularity", "channel"), ours=True),
+    # A pack has room for amplified filters, which would be a second change.
+    "channel": Method("one score per filter", _always("--granularity", "channel", "--no-amplify"), ours=True),
     "element": Method("one score per weight", _always("--granularity", "element"), ours=True),
     "masks-alone": Method("batch-norm as it is", _always("--norm-rate", "0"), ours=True),
     "statistics": Method("the batch's statistics", _always("--statistics", "batch"), ours=True),

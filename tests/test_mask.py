@@ -157,6 +157,8 @@ def test_what_is_as_far_above_the_initial_score_is_amplified_as_what_is_below_is
     np.testing.assert_allclose(mask.values, np.where(above, 2 - cut.values, cut.values), atol=1e-6 + resolution)
     assert ((mask.cut_scale <= 0.5) | ((mask.cut_scale >= 1.5) & (mask.cut_scale <= 2))).all()
     assert ksm.soft_mask(mixed).keep[above].all()
+    assert not ksm.soft_mask(mixed, soft=False, amplify=True).values[~cut.keep & ~above].any()
+    assert ksm.soft_mask(mixed, soft=False, amplify=True).keep[above].all()
 
 
 @settings(max_examples=100, deadline=None)

@@ -31,9 +31,7 @@ LAYERS, GAMMA, FEATURE_SUM = 52, 0.21, 510.0
 LEAST, MOST = 0.2, 10.0
 CLASSES = 10  # from which on a pack may grow
 MOST_BITS = 8  # of a scale, which leave none for what amplifies
-AMPLIFYING_ROOM = (
-    1.0  # bits a score, from which on masks amplify: with scales of 2 bits, those of a seventh of the kernels
-)
+AMPLIFYING_ROOM = 1.0  # bits a score, from which on masks amplify: those of a seventh of the kernels
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,18 @@ def test_before_its_first_step_a_child_is_its_parent(
     np.testing.assert_allclose(child.head_weight, pack.head_weight, rtol=1e-5)
 
 
+def test_a_child_amplifies_as_its_parent_does_where_nothing_else_is_said(
+    bundle: Bundle, folder: Path, parent: Path, tmp_path: Path
+) -> None:
+    """By itself a training with a share to thin by amplifies nothing."""
+    images, unsaid = open_image_set(folder / "two"), replace(SETTINGS, amplify=None)
+    alone, child = tmp_path / "alone.ksm", tmp_path / "child.ksm"
+    adapt(bundle, images, alone, unsaid)
+    adapt(bundle, images, child, unsaid, parent=parent)
+    packs = load_pack(alone), load_pack(parent), load_pack(child)
+    assert [pack.amplifies for pack in packs] == [pack.record["amplify"] for pack in packs] == [False, True, True]
+
+
 def test_a_child_has_no_fewer_bits_for_batch_norm_than_its_parent(
     bundle: Bundle, folder: Path, parent: Path, tmp_path: Path
 ) -> None:

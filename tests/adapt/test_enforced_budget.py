@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from ksm_edge import native
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.make import freeze_recipe, save_bundle
 from ksm_edge.bundle.recipe import at_size, load_recipe, recipe_names
+from ksm_edge.child import module_command
 from ksm_edge.errors import BudgetError
 from ksm_edge.limits import run_limited
 from ksm_edge.training.footprint import compiling_bytes
@@ -94,6 +94,6 @@ def assert_kept(bundle: Bundle, photos: Path, *given: object, threads: int, budg
     pack = bundle.path / "a.ksm"
     words = ("adapt", photos, "--bundle", bundle.path, "--out", pack, "--epochs", 2, "--batch", 4,
              "--threads", threads, "--memory-budget", budget_bytes, "--json", *given)  # fmt: skip
-    outcome = run_limited([sys.executable, "-m", "ksm_edge", *map(str, words)], budget_bytes)
+    outcome = run_limited(module_command("ksm_edge", *map(str, words)), budget_bytes)
     assert (outcome.exit_status, outcome.exceeded) == (0, False)
     assert pack.exists()

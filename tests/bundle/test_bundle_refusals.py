@@ -100,11 +100,17 @@ def test_batch_norm_in_training_mode_as_older_opsets_say_it_is_refused(opset: in
     refused([CONV1, norm, *CLASSIFIER[2:]], "is in training mode", opset=opset)
 
 
-def test_a_reshape_to_more_axes_is_refused_also_where_the_number_of_images_is_computed() -> None:
+@pytest.mark.parametrize("rest", ["two2 two2 minus minus", "four"])
+def test_a_reshape_to_more_axes_is_refused_also_where_the_number_of_images_is_computed(rest: str) -> None:
     nodes = [CONV1, NORM1, RELU1, node("Shape", "image", "s"), node("Gather", "s zero", "n"),
-             node("Concat", "n two2 two2 minus minus", "target", axis=0), node("Reshape", "r1 target", "x"),
+             node("Concat", f"n {rest}", "target", axis=0), node("Reshape", "r1 target", "x"),
              node("Conv", "x conv2.weight", "c2"), POOL, FLAT, LINEAR]  # fmt: skip
-    constants = {"zero": np.array([0]), "two2": np.array([2]), "minus": np.array([-1])}
+    constants = {
+        "zero": np.array([0]),
+        "two2": np.array([2]),
+        "minus": np.array([-1]),
+        "four": np.array([2, 2, -1, -1]),
+    }
     refused(nodes, r"'/x' \(Reshape\): only a Reshape of pooled features", constants=constants)
 
 

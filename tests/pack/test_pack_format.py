@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -118,6 +118,15 @@ def test_a_pack_that_amplifies_nothing_is_coded_as_ever() -> None:
     names = [second_reader.read_pack(encode(tiny_pack(amplify=amplify)))["metadata"]["codecs"]["scales"]
              for amplify in (False, True)]  # fmt: skip
     assert names == ["deflate", "mirrored-deflate"]
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.6, 1.2, 2.5])
+def test_a_scale_that_no_mask_has_is_not_written(scale: float) -> None:
+    pack = tiny_pack(cut=0.5)
+    name, state = next((name, state) for name, state in pack.layers.items() if state.mask is not None)
+    mask = replace(state.mask, cut_scale=np.full_like(state.mask.cut_scale, scale))
+    with pytest.raises(UsageError, match="scales of a mask lie in"):
+        encode(replace(pack, layers={**pack.layers, name: replace(state, mask=mask)}))
 
 
 def test_eight_bits_leave_none_for_what_amplifies() -> None:
