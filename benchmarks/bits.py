@@ -77,7 +77,8 @@ def _run(options: argparse.Namespace, bundle_path: Path, data: Path, seed: int) 
     from ksm_edge.data.image_set import open_image_set
     from ksm_edge.training.settings import SMALL, Settings
 
-    given: dict[str, Any] = {"seed": seed, **(SMALL if options.small else {})}
+    # What is judged here must not have been learned from.
+    given: dict[str, Any] = {"seed": seed, "join_at": 1.0, **(SMALL if options.small else {})}
     given |= {} if options.epochs is None else {"epochs": options.epochs}
     settings, bundle, images = Settings(**given), load_bundle(bundle_path), open_image_set(data)
     identity = {

@@ -16,7 +16,7 @@ from measure import FORMAT_VERSION, read, write
 # Settings that did something else than their default now does, before there was a choice or, of rivals, a record of it:
 # without a share of their own (`thin`) masks were thinned by half, whatever bits they took.
 BEFORE = {"head_start": "random", "scaled_rates": False, "thin_at": 2 / 3, "mask_bits": None, "crop_scale": 0.35,
-          "crop_start": 0.8, "head_rate": 2e-3}  # fmt: skip
+          "crop_start": 0.8, "head_rate": 2e-3, "join_at": 1.0}  # fmt: skip
 # What `ksm_edge.training.suited` makes of amplifying: with a score for each kernel these tasks have room for it on any
 # backbone, and these backbones with any task; filters and groups have it always, single weights with these tasks alone.
 MANY_CLASSES, LARGE_KERNELS = ("gtsrb43", "omniglot_small1"), ("resnet20_cifar10",)

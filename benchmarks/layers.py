@@ -94,7 +94,8 @@ def _learn(options: argparse.Namespace, bundle: Path, task: str, seed: int, way:
 
     digest = json.loads((bundle / "manifest.json").read_text())["backbone_digest"]
     usual = Settings()
-    words = [*_words(way), "--validation", str(HELD_OUT), "--epochs", str(usual.epochs), "--batch", str(usual.batch)]
+    words = [*_words(way), "--validation", str(HELD_OUT), "--join-at", "1", "--epochs", str(usual.epochs),
+             "--batch", str(usual.batch)]  # fmt: skip
     identity = {"task": task, "seed": seed, "way": way, "size": SIZE, "backbone_digest": digest,
                 "settings": settings_by(words)}  # fmt: skip
     if grid.has(options.out, identity):

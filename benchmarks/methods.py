@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CROPS = ("crop_scale", "crop_start")
-REMARKED = {"head_rate", "amplify", *CROPS}  # settings that tables have words for, where they had another default
+# Settings that tables have words for, where they had another default.
+REMARKED = {"head_rate", "amplify", "join_at", *CROPS}
 # "classifier only" beside `--method head`: the same layer, fitted to the end on features that never change.
 IN_RIVALS = {"reference": "ksm"}
 SCRIPTS = {"linear": "linear.py"}  # of this folder; all others that are not `ksm-edge adapt` run in rivals.py
@@ -124,8 +125,8 @@ def identity(name: str, bundle: Bundle, images: ImageSet, seed: int) -> dict[str
     }
     if method.words or name in IN_RIVALS:
         found["settings"] = _settings(found)
-    elif name not in SCRIPTS:
-        found |= _shared_with_rivals()
+    else:
+        found |= _shared_with(name)
     return found
 
 
@@ -138,9 +139,7 @@ def _words(method: Method, bundle: Bundle) -> tuple[str, ...]:
 
 def outdated(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What it was learned with where that has another default since, by setting."""
-    if identity["method"] in SCRIPTS:
-        return {}
-    now = _settings(identity) if "settings" in identity else _shared_with_rivals()
+    now = _settings(identity) if "settings" in identity else _shared_with(identity["method"])
     then = BEFORE | {"amplify": None} | identity.get("settings", identity)
     changed = {name for name, value in now.items() if name not in ("epochs", "batch") and then[name] != value}
     return {name: then[name] for name in sorted(changed)}
@@ -154,11 +153,12 @@ def given(identity: Mapping[str, Any]) -> list[str]:
     return sorted(dict(usual.items() ^ its.items()))
 
 
-def _shared_with_rivals() -> dict[str, Any]:
-    """Settings of today that rivals, which have none of their own, share with the default."""
+def _shared_with(name: str) -> dict[str, Any]:
+    """Settings of today that a rival, which has none of its own, shares with the default."""
     from ksm_edge.training.settings import Settings
 
-    return {name: getattr(Settings(), name) for name in ("head_start", "head_rate", *CROPS)}
+    shared = ("join_at",) if name in SCRIPTS else ("head_start", "head_rate", "join_at", *CROPS)
+    return {name: getattr(Settings(), name) for name in shared}
 
 
 def title(name: str, earlier: Iterable[str]) -> str:
@@ -168,17 +168,18 @@ def title(name: str, earlier: Iterable[str]) -> str:
 
 def remark(earlier: Iterable[str]) -> str:
     """How runs differ from today's, by names of settings: in crops throughout or at first, in the head's rate, in what
-    is amplified, in more.
+    is amplified, in what is never learned from, in more.
 
-    >>> remark(["crop_scale", "head_rate"])
-    ' (crops of 35 %, head at 2e-3)'
+    >>> remark(["crop_scale", "head_rate", "join_at"])
+    ' (crops of 35 %, head at 2e-3, a tenth left out)'
     """
     changed = set(earlier)
     if not changed <= REMARKED:
         return " (earlier settings)"
     crops = "crops of 35 %" if "crop_scale" in changed else "crops from 80 %" if "crop_start" in changed else ""
     head, cut = "head at 2e-3" * ("head_rate" in changed), "nothing amplified" * ("amplify" in changed)
-    parts = [part for part in (crops, head, cut) if part]
+    left = "a tenth left out" * ("join_at" in changed)
+    parts = [part for part in (crops, head, cut, left) if part]
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -5,8 +5,8 @@
     python benchmarks/rivals.py ksm DATA --bundle BUNDLE      # what the device's trainer must agree with
 
 Prints one JSON object. Images, split, order, augmentation, targets, number of steps and the rates' schedule are those
-of `ksm-edge adapt`; the epoch is chosen by the same rule on the same validation split, and the test set is read once,
-at the end. `accuracy.py` runs this.
+of `ksm-edge adapt`; the epoch is chosen by the same rule on the same validation split, which is learned from as well in
+the same last epochs, and the test set is read once, at the end. `accuracy.py` runs this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ksm_edge.app.images import as_input
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.data.augment import Augmentation
-from ksm_edge.data.batches import evaluation_batches, training_batches
+from ksm_edge.data.batches import evaluation_batches, parts_of_batches, training_order, training_views
 from ksm_edge.data.cache import ImageCache
 from ksm_edge.data.image_set import ImageSet, Item, open_image_set
 from ksm_edge.data.split import stratified_split
@@ -225,13 +225,16 @@ def learn(
                 own = next((own for part, own in rates.items() if part in name), rate)
                 groups.setdefault(own, []).append(parameter)
         adam = torch.optim.Adam([{"params": group, "at": own} for own, group in groups.items()])
-        history, best, candidates, chosen, kept = [], -1.0, 0, 0, None
+        history, best, candidates, chosen, kept, joined = [], -1.0, 0, 0, None, False
         for epoch in range(settings.epochs):
+            joined = joined or (epoch >= settings.held_out_until and chosen == epoch)
+            shown = learned_from + judged_on if joined else learned_from
+            order = training_order(len(shown), settings.seed, epoch)[: len(learned_from)]
             network.train(statistics == "batch")
-            losses, right = _epoch(network, adam, cache, learned_from, bundle, settings, history, steps, images)
+            losses, right = _epoch(network, adam, cache, shown, order, bundle, settings, history, steps, images)
             history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)),
                             "train_accuracy": right / len(learned_from)})  # fmt: skip
-            if not is_judged(epoch + 1, settings.epochs):
+            if joined or not is_judged(epoch + 1, settings.epochs):
                 continue
             judged = evaluation_batches(cache, judged_on, bundle.input, batch=EVALUATION_BATCH)
             found = accuracy(network, ((b.images, b.labels) for b in judged))
@@ -239,26 +242,28 @@ def learn(
             print(json.dumps(history[-1]), file=sys.stderr)
             best, candidates = max(best, found), candidates + 1
             if as_good(found, best, len(judged_on), candidates):
-                chosen, kept = epoch, copy.deepcopy(network.state_dict())
-        network.load_state_dict(kept)
-        return {"validation_accuracy": history[chosen]["validation_accuracy"], "best_epoch": chosen + 1,
+                chosen, kept = epoch + 1, copy.deepcopy(network.state_dict())
+        if not joined:
+            network.load_state_dict(kept)
+        return {"validation_accuracy": history[chosen - 1]["validation_accuracy"],
+                "best_epoch": settings.epochs if joined else chosen,
                 "epochs": settings.epochs, "steps": steps, "history": history}  # fmt: skip
 
 
 def _epoch(
-    network: torch.nn.Module, adam: torch.optim.Adam, cache: ImageCache, items: Sequence[Item], bundle: Bundle,
-    settings: Settings, history: Sequence[dict[str, Any]], steps: int, images: ImageSet,
+    network: torch.nn.Module, adam: torch.optim.Adam, cache: ImageCache, items: Sequence[Item], order: np.ndarray,
+    bundle: Bundle, settings: Settings, history: Sequence[dict[str, Any]], steps: int, images: ImageSet,
 ) -> tuple[list[float], int]:  # fmt: skip
-    """One pass over the images: the losses, and how many answers were right.
+    """One pass over the items in `order`: the losses, and how many answers were right.
 
     `history`: a record of each epoch before this one.
     """
     losses, right, epoch = [], 0, len(history)
     first = epoch * steps // settings.epochs
     augmentation = Augmentation(crop_scale(settings, bundle.input, history, 0), flip=settings.flip)
-    batches = training_batches(cache, items, bundle.input, batch=settings.batch, seed=settings.seed, epoch=epoch,
+    for done, indices in enumerate(parts_of_batches(order, settings.batch), first):
+        batch = training_views(cache, items, bundle.input, indices, seed=settings.seed, view=epoch,
                                augmentation=augmentation)  # fmt: skip
-    for done, batch in enumerate(batches, first):
         factor = rate_factor(done, steps, settings.warmup if _is_masked(network) else WARMUP)
         for group in adam.param_groups:
             group["lr"] = group["at"] * factor

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from methods import remark  # noqa: E402
+
 DEMO_COMMAND = "pip install '.[demo]' && ksm-edge adapt --device jetson"
 OURS, FULL = "ksm_edge", "torch, full fine-tuning"
 NARROWER = "adaptation-avx2"  # the same steps on a processor with half as wide registers
@@ -24,7 +28,6 @@ BENCHMARKS = (
 TASKS = ("flowers5", "trashnet", "pacs_sketch7", "gtsrb43", "omniglot_small1")
 SEEDS = (0, 1, 2)  # at least
 BACKBONE = "mobilenet_v2, 160 px"  # as results name it
-EARLIER = ", earlier settings"  # behind what was learned with others than those of today
 FORMAT_VERSION = 1
 
 
@@ -154,7 +157,7 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[Row]:
         spread = f" ({low} to {high}, {len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else " (one seed)"
         value = f"{100 * row['test_accuracy']:.1f} %{spread}"
         beside = "classifier only: " + ("not measured" if linear is None else f"{100 * linear['test_accuracy']:.1f} %")
-        what = f"Test accuracy, {task}, 160 px" + EARLIER * bool(row["earlier"])
+        what = f"Test accuracy, {task}, 160 px" + remark(row["earlier"])
         rows.append((what, value, beside))
     sizes = [tasks[task]["ksm"]["pack_bytes"] / 1e3 for task in TASKS]
     minutes = [tasks[task]["ksm"]["wall_seconds"] / 60 for task in TASKS]
@@ -174,7 +177,7 @@ def _few_rows(tasks: dict[str, Any]) -> list[Row]:
     mean, beside = (100 * sum(row["test_accuracy"] for row in rows) / len(rows) for rows in (ours, linear))
     seeds = min(len(row["seeds"]) for row in ours)
     value = f"{mean:.1f} % ({seeds} seeds)" if seeds > 1 else f"{mean:.1f} % (one seed)"
-    what = "The same five from ten images a class, mean" + EARLIER * any(row["earlier"] for row in ours)
+    what = "The same five from ten images a class, mean" + remark({name for row in ours for name in row["earlier"]})
     return [(what, value, f"classifier only: {beside:.1f} %")]
 
 

@@ -30,6 +30,7 @@ from ksm_edge.data.prefetch import prefetch
 from ksm_edge.errors import KsmEdgeError
 from ksm_edge.pack.calibration import Calibration, calibrate
 from ksm_edge.pack.format import encode
+from ksm_edge.pack.reader import decode
 from ksm_edge.pack.record import Pack
 from ksm_edge.resident import give_back
 from ksm_edge.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -78,6 +79,7 @@ class Job:
         """
         self.bundle, self.images, self.settings, self.plan = bundle, images, plan.settings, plan
         self.train, self.held_out, self.skipped, self.cache = train, held_out, skipped, cache
+        self.items = train + held_out  # in the order that indices count in
         self.checkpoint, self.descent = checkpoint, descent
         self.progress, self.timing = Progress(), Timing()
         self.best: bytes | None = None  # pack
@@ -89,14 +91,20 @@ class Job:
         self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, engine=plan.engine)
         self.judge = Judge(self.trainer, plan.forward, plan.engine)
         fronts = [(each.front, each.stage.views) for each in plan.stages if each.front is not None]
-        self.views = Views(bundle, fronts, plan.engine, len(train)) if fronts else None
-        self._labels = np.array([item.label for item in train])
-        self._class_weights = balanced_weights(self._labels, len(images.classes)) if self.settings.balanced else None
+        self.views = Views(bundle, fronts, plan.engine, self._ever_learned) if fronts else None
+        self._labels = np.array([item.label for item in self.items])
+        learned = self._labels[: len(train)]
+        self._class_weights = balanced_weights(learned, len(images.classes)) if self.settings.balanced else None
 
     def _steps_of_an_epoch(self) -> int:
         count, batch = len(self.train), self.plan.batch
         # With batch statistics an incomplete batch is left out: it has none worth keeping.
         return -(-count // batch) if self.settings.statistics == "frozen" else count // batch
+
+    @property
+    def _ever_learned(self) -> int:
+        """How many of the items are learned from sooner or later."""
+        return len(self.items if self.settings.held_out_until < self.settings.epochs else self.train)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be gone on from."""
@@ -132,11 +140,27 @@ class Job:
         """All epochs that are left; raises KsmEdgeError where the loss is no longer a number."""
         try:
             while self.progress.epoch < self.settings.epochs:
+                self._join_if_due()
                 self._begin_stage()
                 self._learn_epoch()
                 self._end_epoch()
         finally:
             self.close()  # a pack or a checkpoint may need the room on disk
+
+    def _join_if_due(self) -> None:
+        """Have the held-out images join, once they have nothing more to choose: the epoch just ended is the one.
+
+        An epoch still has as many steps, each time of other ones among all images.
+        """
+        progress = self.progress
+        is_due = progress.epoch >= self.settings.held_out_until and progress.step == 0
+        if progress.joined or not self.held_out or not is_due or progress.best_epoch != progress.epoch:
+            return
+        assert self.best is not None  # the chosen epoch's
+        calibration = self.calibration(decode(self.best))
+        give_back()
+        with interrupt_held_back():
+            progress.joined, progress.calibration = True, calibration.as_record()
 
     def _begin_stage(self) -> None:
         """Go on by the graphs of this epoch's stage, where it is another one than before."""
@@ -150,7 +174,8 @@ class Job:
 
     def _learn_epoch(self) -> None:
         progress, batch = self.progress, self.plan.batch
-        order = training_order(len(self.train), self.settings.seed, progress.epoch)
+        images = self.items if progress.joined else self.train
+        order = training_order(len(images), self.settings.seed, progress.epoch)[: len(self.train)]
         if self.views is not None and progress.step < self.per_epoch and not self.views.has(self._view):
             self._see(self.views)
         parts = prefetch(self._parts(order), depth=self._ahead(self.plan.micro_batch))
@@ -178,7 +203,7 @@ class Job:
         augmentation = Augmentation(scale, flip=self.settings.flip)
         return training_views(
             self.cache,
-            self.train,
+            self.items,
             stage.input,
             indices,
             seed=self.settings.seed,
@@ -194,7 +219,7 @@ class Job:
     def _see(self, views: Views) -> None:
         """Put this epoch's view of every image through the front."""
         began = time.perf_counter()
-        everything = parts_of_batches(np.arange(len(self.train)), views.at_once)
+        everything = parts_of_batches(np.arange(self._ever_learned), views.at_once)
         ahead = self._ahead(views.at_once)
         seen = prefetch((self._seen(indices, self._view) for indices in everything), depth=ahead)
         try:
@@ -244,9 +269,14 @@ class Job:
             self._observer.note(f"no checkpoint could be written to {self.checkpoint}: {error.strerror}; going on")
 
     @property
-    def _is_judged(self) -> bool:
-        """This epoch."""
+    def _is_shown(self) -> bool:
+        """This epoch, when it ends."""
         return is_judged(self.progress.epoch + 1, self.settings.epochs)
+
+    @property
+    def _is_judged(self) -> bool:
+        """This epoch; of those that learn from every image only the last, which leaves a pack."""
+        return self._is_shown and (not self.progress.joined or self.progress.epoch + 1 == self.settings.epochs)
 
     @property
     def _something_follows(self) -> bool:
@@ -258,26 +288,33 @@ class Job:
         return following not in stage.epochs or (self.views is not None and not self.views.has(stage.view(following)))
 
     def _end_epoch(self) -> None:
-        """Judge the pack as it would be written, on the validation split; the one to end with is kept."""
-        progress = self.progress
+        progress, is_shown = self.progress, self._is_shown
         if self._something_follows:
             give_back()
-        if not self._is_judged:
+        if self._is_judged:
+            self._judge()
+        else:
             with interrupt_held_back():
                 progress.finish_epoch(None)
-            return
+        if is_shown:
+            self._observer.epoch(progress.history[-1], self.settings.epochs)
+
+    def _judge(self) -> None:
+        """The pack as it would be written, on the validation split; the one to end with is kept."""
+        progress = self.progress
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
-        validation = self._accuracy(pack) if self.held_out else None
+        validation = self._accuracy(pack) if self.held_out and not progress.joined else None
         with interrupt_held_back():
             progress.finish_epoch(validation)
             # None that is not yet thinned: its pack would be larger than was asked for.
             if self.trainer.is_thinned and progress.choose(validation, len(self.held_out)):
                 self.best = encode(pack, **self.settings.pack_bits)
         give_back()
-        self._observer.epoch(progress.history[-1], self.settings.epochs)
 
     def calibration(self, pack: Pack) -> Calibration:
-        """How far the pack's probabilities can be trusted, from the held-out images."""
+        """How far the pack's probabilities can be trusted, from the held-out images while they were held out."""
+        if self.progress.calibration is not None:
+            return Calibration(**self.progress.calibration)
         if not self.held_out:
             return Calibration()
         logits = self.judge.logits(pack, (batch.images for batch in self._held_out_batches()))

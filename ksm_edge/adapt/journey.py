@@ -37,8 +37,9 @@ class Adapted:
 
     pack_path: Path
     pack_bytes: int
-    validation_accuracy: float | None  # fraction, of the pack as written; None without a validation split
-    best_epoch: int  # from 1
+    validation_accuracy: float | None  # fraction, of the pack as it was at `judged_epoch`; None without a split
+    judged_epoch: int | None  # from 1: the pack's own, or the last before held-out images were learned from as well
+    best_epoch: int  # the pack's
     steps: int
     epochs: int
     threads: int  # those it was begun with, where it was gone on from a checkpoint
@@ -181,6 +182,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         "images": len(job.train) + len(job.held_out),
         "validation_images": len(job.held_out),
         "validation_accuracy": progress.best_accuracy,
+        "judged_epoch": progress.judged_epoch,
         "epoch": progress.best_epoch,
         "steps": progress.steps_done,
         "settings": asdict(job.settings),
@@ -196,6 +198,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         pack_path=out,
         pack_bytes=size,
         validation_accuracy=progress.best_accuracy,
+        judged_epoch=progress.judged_epoch,
         best_epoch=progress.best_epoch,
         steps=progress.steps_done,
         epochs=job.settings.epochs,

@@ -29,4 +29,4 @@ class Observer:
         """Something went wrong that training goes on without."""
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        """After an epoch that was judged: its number, loss, train_accuracy and, with a split, validation_accuracy."""
+        """After an epoch, or of many some: its number, loss, train_accuracy and, if judged, validation_accuracy."""

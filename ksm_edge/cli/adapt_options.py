@@ -23,7 +23,9 @@ RATES = {
     "head_rate": "learning rate of the head",
     "warmup": "share of all steps in which the rates rise to their full value",
     "label_smoothing": "label smoothing",
-    "validation": "share of the training images held out for choosing",
+    "validation": "share of the training images held out for choosing (default: 0.1)",
+    "join_at": "share of the epochs behind which these are learned from as well, if the last one is the one to choose; "
+    "1: never (default: 0.75)",
 }
 CUTS = {
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",

@@ -50,6 +50,7 @@ def report_of(device: Device, bundle: Bundle, images: ImageSet, result: Adapted,
         "steps": result.steps,
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
+        "judged_epoch": result.judged_epoch,
         "plan": result.plan,
         "validation_accuracy": result.validation_accuracy,
         "pack_path": str(result.pack_path),
@@ -67,10 +68,6 @@ def report_of(device: Device, bundle: Bundle, images: ImageSet, result: Adapted,
 
 
 def as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) -> str:
-    accuracy = report["validation_accuracy"]
-    chosen = (
-        "no validation split" if accuracy is None else f"{accuracy:.2%} on held-out images (epoch {result.best_epoch})"
-    )
     bundle = [] if args.bundle == "embedded" else ["--bundle", args.bundle]
     seeing = f", {report['views_seconds']:.0f} s to keep features" if report["views_seconds"] else ""
     # In images of two sizes steps are of two kinds, and a median is of one of them.
@@ -82,7 +79,7 @@ def as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) -
     return "\n".join(
         [
             f"Task pack  {report['pack_path']}, {report['pack_bytes'] / 1e3:.1f} kB, {len(report['classes'])} classes",
-            f"Accuracy   {chosen}",
+            f"Accuracy   {_accuracy(result)}",
             f"Training   {report['steps']} steps, {step}, "
             f"{report['images_per_second'] or 0:.0f} images/s{seeing}, {report['wall_seconds']:.0f} s in all",
             f"Memory     {report['peak_rss_bytes'] / 2**20:.0f} MiB peak RSS, device profile {board}",
@@ -94,3 +91,11 @@ def as_text(report: dict[str, Any], args: argparse.Namespace, result: Adapted) -
             ),
         ]
     )
+
+
+def _accuracy(result: Adapted) -> str:
+    if result.validation_accuracy is None:
+        return "no validation split"
+    judged, best = result.judged_epoch, result.best_epoch
+    when = f"epoch {judged}" if judged == best else f"epoch {judged}, then learned from as well"
+    return f"{result.validation_accuracy:.2%} on held-out images ({when})"

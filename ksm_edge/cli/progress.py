@@ -58,13 +58,17 @@ class ProgressBar(Observer):
             if len(skipped) > SHOWN_SKIPS:
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
-        say(f"Images    {train} to learn from, {held_out} held out for choosing, {plan.graph.spec.classes} classes")
+        settings = plan.settings
+        joins = held_out > 0 and settings.held_out_until < settings.epochs
+        until = f" until epoch {settings.held_out_until}" if joins else ""
+        classes = plan.graph.spec.classes
+        say(f"Images    {train} to learn from, {held_out} held out for choosing{until}, {classes} classes")
         say(f"Plan      {steps} steps of {plan.batch} images{_sizes(plan)}, {at_once} at a time{_memory(plan)}")
         if plan.tuned is not None:
             say(f"Forms     {_forms(plan.tuned)}")
         if fronts := [(each.front, each.stage.views) for each in plan.stages if each.front is not None]:
             views = " and ".join(str(count) for _, count in fronts)
-            size = sum(stored_bytes(front, train, count) for front, count in fronts) / 2**20
+            size = sum(stored_bytes(front, train + held_out * joins, count) for front, count in fronts) / 2**20
             say(f"Views     {views} of each image, of which {size:.0f} MiB on disk keep what the layers in front make")
         self._batch = plan.batch
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)

@@ -20,7 +20,7 @@ from ksm_edge.bundle.tensorfile import write_tensors
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError, UsageError
 from ksm_edge.training.choice import as_good
 
-VERSION = 19
+VERSION = 20
 BEST = "best_pack"
 
 
@@ -37,6 +37,8 @@ class Progress:
     candidates: int = 0  # judged epochs that could be chosen
     highest_accuracy: float = -1.0  # theirs on the validation split; below 0: there was none yet
     best_epoch: int = -1  # the chosen one, see `choice`
+    joined: bool = False  # the held-out images: they are learned from as well
+    calibration: dict[str, Any] | None = None  # what they said of probabilities while they were held out
     history: list[dict[str, float]] = field(default_factory=list)  # a record of each epoch that ended
 
     def add(self, loss: float, correct: int, count: int) -> None:
@@ -69,9 +71,16 @@ class Progress:
         return True
 
     @property
+    def judged_epoch(self) -> int | None:
+        """The epoch whose accuracy stands for the chosen one's: itself, or the last before held-out images joined."""
+        judged = (record for record in reversed(self.history[: self.best_epoch]) if "validation_accuracy" in record)
+        return next((int(record["epoch"]) for record in judged), None)
+
+    @property
     def best_accuracy(self) -> float | None:
-        """The chosen epoch's on the validation split."""
-        return self.history[self.best_epoch - 1].get("validation_accuracy")
+        """That epoch's on the validation split."""
+        epoch = self.judged_epoch
+        return None if epoch is None else self.history[epoch - 1]["validation_accuracy"]
 
 
 def save_checkpoint(

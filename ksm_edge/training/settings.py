@@ -66,6 +66,7 @@ class Settings:
     crop_start: float | None = None  # that share at first; None: see `crops` too
     flip: bool = False  # horizontal flips: signs and letters do not survive them
     validation: float = 0.1  # share of the training images held out for choosing
+    join_at: float = 0.75  # from when on these are learned from as well, as a share of the epochs; 1: never
     seed: int = 0
     scale_bits: int = SCALE_BITS  # of each cut kernel's scale in the pack, 1 to 8
     norm_bits: int = NORM_BITS  # of each difference of gamma and beta, 2 to 8; with batch statistics 8
@@ -112,14 +113,20 @@ class Settings:
                 raise UsageError(f"{name} {share}: must lie in (0, 1]")
         if self.crop_start is not None and not NARROW_CROPS <= self.crop_start <= 1:
             raise UsageError(f"crop_start {self.crop_start}: must lie in [{NARROW_CROPS}, 1]: crops narrow to that")
-        if not 0 <= self.whole_at <= 1:
-            raise UsageError(f"whole_at {self.whole_at}: must lie in [0, 1]")
+        for name in ("whole_at", "join_at"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} {getattr(self, name)}: must lie in [0, 1]")
         if not 0 < self.thin_at < 1:
             raise UsageError(f"thin_at {self.thin_at}: must lie in (0, 1)")
         if not 0 <= self.mask_bits < math.inf:
             raise UsageError(f"mask_bits {self.mask_bits}: must be finite and at least 0")
         if self.thin is not None and not 0 <= self.thin < 1:
             raise UsageError(f"thin {self.thin}: must lie in [0, 1)")
+
+    @property
+    def held_out_until(self) -> int:
+        """The epoch, from 1, behind which held-out images are learned from as well, if not later; the last: never."""
+        return math.ceil(self.join_at * self.epochs)
 
     @property
     def pack_bits(self) -> dict[str, int]:

@@ -37,7 +37,8 @@ def journey(
 ) -> tuple[Adapted, Pack, Watcher]:
     watcher = Watcher()
     out = tmp_path_factory.mktemp("out") / "shapes.ksm"
-    found = adapt(bundle, images, out, settings(epochs=6), observer=watcher, provenance={"device": "a board"})
+    chosen = settings(epochs=6, join_at=1.0)
+    found = adapt(bundle, images, out, chosen, observer=watcher, provenance={"device": "a board"})
     return found, load_pack(out), watcher
 
 

@@ -137,6 +137,7 @@ def accuracy_run(method: str, task: str, seed: int, accuracy: float, recipe: str
             "crop_scale": None,
             "crop_start": None,
             "head_rate": 5e-4,
+            "join_at": 0.75,
         },
         "test_accuracy": accuracy,
         "validation_accuracy": accuracy,
@@ -455,6 +456,8 @@ def test_a_remark_says_what_has_another_default_since(load: Any, tmp_path: Path)
     assert methods.title("full", {"crop_scale": 0.35, "crop_start": 0.8}) == "full fine-tuning, fp16 (crops of 35 %)"
     assert methods.title("ksm", {"crop_start": 0.8}) == "KSM, default (crops from 80 %)"
     assert methods.title("full", {"head_rate": 2e-3}) == "full fine-tuning, fp16 (head at 2e-3)"
+    left_out = methods.title("linear", {"join_at": 1.0})
+    assert left_out == "classifier only, logistic regression (a tenth left out)"
     both = methods.title("ksm", {"crop_scale": 0.35, "head_rate": 2e-3})
     assert both == "KSM, default (crops of 35 %, head at 2e-3)"
     assert methods.title("ksm", {"crop_scale": 0.35, "warmup": 0.05}) == "KSM, default (earlier settings)"
