@@ -303,6 +303,7 @@ class Job:
         """The pack as it would be written, on the validation split; the one to end with is kept."""
         progress = self.progress
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
+        give_back()  # what coding took, before the pack's weights are looked at
         validation = self._accuracy(pack) if self.held_out and not progress.joined else None
         with interrupt_held_back():
             progress.finish_epoch(validation)

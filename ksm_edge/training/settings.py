@@ -126,7 +126,7 @@ class Settings:
     @property
     def held_out_until(self) -> int:
         """The epoch, from 1, behind which held-out images are learned from as well, if not later; the last: never."""
-        return math.ceil(self.join_at * self.epochs)
+        return max(1, math.ceil(self.join_at * self.epochs))
 
     @property
     def pack_bits(self) -> dict[str, int]:

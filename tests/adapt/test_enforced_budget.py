@@ -78,6 +78,17 @@ def test_products_in_half_precision_take_what_is_expected_of_them(threads: int, 
     assert_kept(bundle, photos, "--product-bits", 16, threads=threads, budget_bytes=plan.expected_peak_bytes)
 
 
+def test_kernels_that_leave_the_kept_ones_take_what_is_expected_of_them(photos: Path, tmp_path: Path) -> None:
+    """At a rate that has as many of them apart within two epochs as a whole training has in the end."""
+    bundle = random_bundle("mobilenet_v2", tmp_path / "bundle")
+    settings, given = Settings(batch=4, amplify=True, score_rate=5e-3), ("--amplify", "--score-rate", 5e-3)
+    with pytest.raises(BudgetError) as refused:
+        make_plan(bundle, len(CLASSES), settings, threads=1, budget_bytes=64 * MIB)
+    smallest = re.search(r"--memory-budget (\d+)MiB", str(refused.value))
+    assert smallest
+    assert_kept(bundle, photos, *given, threads=1, budget_bytes=int(smallest[1]) * MIB)
+
+
 def test_compiling_keeps_to_what_is_expected(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of graphs that have all weights as constants: three times what learning the head takes beside them."""
     bundle = random_bundle("resnet18", tmp_path / "bundle")

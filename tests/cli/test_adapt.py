@@ -102,11 +102,25 @@ def test_text_ends_in_the_next_command(
     assert main(call(photos, bundle, out)) == 0
     stdout = capsys.readouterr().out
     assert f"Task pack  {out}" in stdout
-    assert "held-out images" in stdout
+    assert re.search(r"^Accuracy .*% on held-out images \(epoch [12]\)$", stdout, re.MULTILINE)
     (following,) = [line.removeprefix("Next ").strip() for line in stdout.splitlines() if line.startswith("Next ")]
     assert shlex.split(following)[0] == "ksm-edge"
     assert main([*shlex.split(following)[1:], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 20
+
+
+def test_it_is_said_until_when_images_are_held_out(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, joining = tmp_path / "a.ksm", ("--epochs", 4, "--join-at", 0.5, "--views", 2, "--layers", "project..")
+    assert main(call(photos, bundle, out, *joining)) == 0
+    stdout, stderr = capsys.readouterr()
+    assert "16 to learn from, 4 held out for choosing until epoch 2, 2 classes" in stderr
+    assert len(re.findall(r"Epoch ./4: [^\r\n]* on held-out images", stderr)) == 2
+    assert re.search(r"^Accuracy .*% on held-out images \(epoch 2, then learned from as well\)$", stdout, re.MULTILINE)
+    assert main(["inspect", str(out), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)["record"]
+    assert (record["judged_epoch"], record["epoch"]) == (2, 4)
 
 
 def test_what_was_chosen_goes_into_the_pack(photos: Path, bundle: Path, tmp_path: Path) -> None:

@@ -16,14 +16,17 @@ from ksm_edge.runtimes.compile import compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training import planner, refusal
 from ksm_edge.training.footprint import (
+    MOST_APART,
     PROCESS_BYTES,
     activation_bytes,
+    apart_share,
     compiling_bytes,
     expected_peak_bytes,
     parameter_bytes,
 )
 from ksm_edge.training.planner import FORMS, Plan, _unmeasured_plan, make_plan
 from ksm_edge.training.settings import MOMENT_BITS, Settings
+from ksm_edge.training.suited import rate_scale
 from ksm_edge.training.trainer import gradient_spec
 
 MIB = 2**20
@@ -343,3 +346,23 @@ def test_an_operator_without_a_rule_comes_out_of_the_compiling_process_by_its_na
     write_bundle(frozen, tmp_path / "b", recipe="odd", licence="CC0-1.0", input_contract=tiny.INPUT)
     with pytest.raises(UnsupportedError, match=r"^operator Softplus \(node soft\) has no gradient rule"):
         plan(load_bundle(tmp_path / "b"), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({"amplify": False}, 1 / 8),
+        ({"amplify": True}, 1 / 4),
+        ({"amplify": False, "score_rate": 1e-4}, 1 / 16),
+        ({"amplify": True, "score_rate": 4e-4}, 1 / 2),
+        ({"amplify": True, "score_rate": 1e-2}, MOST_APART),
+    ],
+    ids=str,
+)
+def test_the_faster_scores_move_the_more_of_them_are_expected_apart(
+    bundle: Bundle, changes: dict[str, Any], share: float
+) -> None:
+    settings = replace(SETTINGS, scaled_rates=False, **changes)
+    assert apart_share(bundle, 1000, 4, settings) == pytest.approx(share)
+    scaled = apart_share(bundle, 1000, 4, replace(settings, scaled_rates=True))
+    assert scaled == pytest.approx(min(MOST_APART, share * rate_scale(bundle).score))
