@@ -7,8 +7,9 @@
 
 MobileNetV2 at 160 px. Every method that is trained in steps learns from the same images in the same order with the same
 augmentation, and, where its title does not say otherwise, for the same number of optimizer steps. Everything is chosen
-on the validation split that `adapt` holds out; the test set is read once, at the end. Each run is a process of its own
-with one thread. Runs are added to the file as they come, and those that are there are not done again.
+on the validation split that `adapt` holds out, until each method has it join; the test set is read once, at the end.
+Each run is a process of its own with one thread. Runs are added to the file as they come, and those that are there are
+not done again.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def _where(run: Mapping[str, Any]) -> tuple[Any, ...]:
 # Of each method and backbone the runs that are like the last one in all but task and seed.
 STANDING = grid.latest(_where, _way, task=lambda run: (_where(run), run["identity"]["task"]))
 QUESTION = __doc__.split("\n")[0]
-KEPT = ("test_accuracy", "test_images", "validation_accuracy", "best_epoch", "steps", "pack_bytes", "coded_bytes",
-        "rate", "step_ms_p50", "peak_rss_bytes", "wall_seconds", "history", "skipped")  # fmt: skip
+KEPT = ("test_accuracy", "test_images", "validation_accuracy", "judged_epoch", "best_epoch", "steps", "pack_bytes",
+        "coded_bytes", "rate", "step_ms_p50", "peak_rss_bytes", "wall_seconds", "history", "skipped")  # fmt: skip
 AVERAGED = ("test_accuracy", "validation_accuracy", "pack_bytes", "coded_bytes", "steps", "wall_seconds")
 
 

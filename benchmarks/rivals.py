@@ -5,8 +5,8 @@
     python benchmarks/rivals.py ksm DATA --bundle BUNDLE      # what the device's trainer must agree with
 
 Prints one JSON object. Images, split, order, augmentation, targets, number of steps and the rates' schedule are those
-of `ksm-edge adapt`; the epoch is chosen by the same rule on the same validation split, which is learned from as well in
-the same last epochs, and the test set is read once, at the end. `accuracy.py` runs this.
+of `ksm-edge adapt`; the epoch is chosen by the same rule on the same validation split, which joins what is
+learned from by the same rule, and the test set is read once, at the end. `accuracy.py` runs this.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def learn(
                 chosen, kept = epoch + 1, copy.deepcopy(network.state_dict())
         if not joined:
             network.load_state_dict(kept)
-        return {"validation_accuracy": history[chosen - 1]["validation_accuracy"],
+        return {"validation_accuracy": history[chosen - 1]["validation_accuracy"], "judged_epoch": chosen,
                 "best_epoch": settings.epochs if joined else chosen,
                 "epochs": settings.epochs, "steps": steps, "history": history}  # fmt: skip
 

@@ -112,9 +112,9 @@ def _by_crops(runs: Iterable[Mapping[str, Any]], tasks: Mapping[str, str]) -> di
         learned = run["identity"]
         task = tasks.get(learned["task"])
         changed = set(outdated(learned)) if task and learned["method"] in CROPPED else {"another method"}
-        if changed <= REMARKED and changed != {"amplify"}:  # those were done again
+        if changed <= REMARKED and changed - {"join_at"} != {"amplify"}:  # those were done again
             settings = BEFORE | learned["settings"]
-            label = _crops(settings["crop_scale"], settings["crop_start"]) + remark(changed & {"head_rate"})
+            label = _crops(settings["crop_scale"], settings["crop_start"]) + remark(changed & {"head_rate", "join_at"})
             found.setdefault(label, {}).setdefault(task, {})[learned["seed"]] = run["test_accuracy"]
     return found
 

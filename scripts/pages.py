@@ -50,7 +50,7 @@ def bits_tables(content: Mapping[str, Any]) -> str:
     parts = []
     for setting, found in content["summary"].items():
         lines = [
-            f"Learned as `adapt{'' if setting == 'default' else ' --small'}` does, {found['runs']} runs "
+            f"Learned as `adapt --join-at 1{'' if setting == 'default' else ' --small'}` does, {found['runs']} runs "
             f"({', '.join(found['tasks'])}; mean accuracy {100 * found['rows']['unquantized']['accuracy']:.2f} %, "
             f"cross-entropy {found['rows']['unquantized']['cross_entropy']:.4f}):",
             "",
@@ -232,8 +232,8 @@ def step_tables(content: Mapping[str, Any]) -> str:
 def layer_tables(content: Mapping[str, Any]) -> str:
     """What is lost where only some layers change."""
     lines = [
-        "MobileNetV2 at 96 px, accuracy on the 30 % of the images that were held out, over tasks and seeds, against "
-        "the same runs with all layers:",
+        "MobileNetV2 at 96 px, accuracy on the 30 % of the images that were held out throughout, over tasks and seeds, "
+        "against the same runs with all layers:",
         "",
         "| options | runs | accuracy | change, points | pack, kB |",
         "|---|---|---|---|---|",

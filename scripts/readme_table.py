@@ -156,7 +156,7 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[Row]:
         low, high = (f"{100 * end:.1f}" for end in row["test_accuracy_range"])
         spread = f" ({low} to {high}, {len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else " (one seed)"
         value = f"{100 * row['test_accuracy']:.1f} %{spread}"
-        beside = "classifier only: " + ("not measured" if linear is None else f"{100 * linear['test_accuracy']:.1f} %")
+        beside = "classifier only: " + ("not measured" if linear is None else _with_remark(linear))
         what = f"Test accuracy, {task}, 160 px" + remark(row["earlier"])
         rows.append((what, value, beside))
     sizes = [tasks[task]["ksm"]["pack_bytes"] / 1e3 for task in TASKS]
@@ -166,6 +166,10 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[Row]:
         f"learned in {min(minutes):.0f} to {max(minutes):.0f} minutes each",
     )
     return [*rows, ("Task pack of those", *pack), *_few_rows(tasks)]
+
+
+def _with_remark(row: dict[str, Any]) -> str:
+    return f"{100 * row['test_accuracy']:.1f} %{remark(row['earlier'])}"
 
 
 def _few_rows(tasks: dict[str, Any]) -> list[Row]:
@@ -178,7 +182,8 @@ def _few_rows(tasks: dict[str, Any]) -> list[Row]:
     seeds = min(len(row["seeds"]) for row in ours)
     value = f"{mean:.1f} % ({seeds} seeds)" if seeds > 1 else f"{mean:.1f} % (one seed)"
     what = "The same five from ten images a class, mean" + remark({name for row in ours for name in row["earlier"]})
-    return [(what, value, f"classifier only: {beside:.1f} %")]
+    earlier = {name for row in linear for name in row["earlier"]}
+    return [(what, value, f"classifier only: {beside:.1f} %{remark(earlier)}")]
 
 
 def _forgetting_rows(found: dict[str, Any]) -> list[Row]:

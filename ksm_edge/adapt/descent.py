@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ksm_edge.errors import DataError
 from ksm_edge.pack.files import load_pack_and_bytes
@@ -31,6 +32,18 @@ class Descent:
                 "Give images of them too, or start anew without the pack"
             )
         return Descent(pack, hashlib.sha256(data).hexdigest())
+
+    @property
+    def may_have_seen(self) -> bool:
+        """Whether it, or what it descends from, has learned from all its images: a child may hold out the same ones."""
+        record = self.pack.record
+        parent = record.get("parent")
+        inherited = isinstance(parent, dict) and parent.get("may_have_seen") is True
+        return inherited or record.get("judged_epoch", record.get("epoch")) != record.get("epoch")
+
+    def as_record(self) -> dict[str, Any]:
+        """For the child's pack."""
+        return {"task": self.pack.task, "sha256": self.sha256, "may_have_seen": self.may_have_seen}
 
     def settings(self, settings: Settings) -> Settings:
         """Those for a child, without which it would lose something of the parent.

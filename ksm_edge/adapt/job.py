@@ -73,7 +73,7 @@ class Job:
         observer: Observer,
         descent: Descent | None = None,
     ) -> None:
-        """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge.
+        """`cache` reads the items of `images`, of which `train` are learned from and `held_out` judge, until they join.
 
         `skipped`: images that could not be read, with the reason.
         """
@@ -153,14 +153,15 @@ class Job:
         An epoch still has as many steps, each time of other ones among all images.
         """
         progress = self.progress
-        is_due = progress.epoch >= self.settings.held_out_until and progress.step == 0
-        if progress.joined or not self.held_out or not is_due or progress.best_epoch != progress.epoch:
+        is_due = progress.epoch >= self.settings.held_out_until and progress.best_epoch == progress.epoch
+        if progress.joined or not self.held_out or not is_due:
             return
         assert self.best is not None  # the chosen epoch's
         calibration = self.calibration(decode(self.best))
         give_back()
         with interrupt_held_back():
             progress.joined, progress.calibration = True, calibration.as_record()
+        self._observer.joined(len(self.held_out))
 
     def _begin_stage(self) -> None:
         """Go on by the graphs of this epoch's stage, where it is another one than before."""
@@ -270,37 +271,38 @@ class Job:
 
     @property
     def _is_shown(self) -> bool:
-        """This epoch, when it ends."""
+        """Whether whoever watches is told of this epoch when it ends."""
         return is_judged(self.progress.epoch + 1, self.settings.epochs)
 
     @property
-    def _is_judged(self) -> bool:
-        """This epoch; of those that learn from every image only the last, which leaves a pack."""
+    def _leaves_a_pack(self) -> bool:
+        """Whether this epoch does, if it is chosen; of those that learn from every image only the last is."""
         return self._is_shown and (not self.progress.joined or self.progress.epoch + 1 == self.settings.epochs)
 
     @property
     def _something_follows(self) -> bool:
         """Whether this epoch's steps are followed by others than the next one's: judging, another stage, a new view."""
-        if self._is_judged:
+        if self._leaves_a_pack:
             return True
         following = self.progress.epoch + 1
         stage = self._running.stage
         return following not in stage.epochs or (self.views is not None and not self.views.has(stage.view(following)))
 
     def _end_epoch(self) -> None:
+        """All of its steps have been done."""
         progress, is_shown = self.progress, self._is_shown
         if self._something_follows:
             give_back()
-        if self._is_judged:
-            self._judge()
+        if self._leaves_a_pack:
+            self._keep_pack_if_chosen()
         else:
             with interrupt_held_back():
                 progress.finish_epoch(None)
         if is_shown:
             self._observer.epoch(progress.history[-1], self.settings.epochs)
 
-    def _judge(self) -> None:
-        """The pack as it would be written, on the validation split; the one to end with is kept."""
+    def _keep_pack_if_chosen(self) -> None:
+        """Judge the pack as it would be written, on the validation split; the one to end with is kept."""
         progress = self.progress
         pack = to_pack(self.trainer, self.images.name, self.images.classes)
         give_back()  # what coding took, before the pack's weights are looked at

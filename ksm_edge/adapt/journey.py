@@ -40,6 +40,7 @@ class Adapted:
     validation_accuracy: float | None  # fraction, of the pack as it was at `judged_epoch`; None without a split
     judged_epoch: int | None  # from 1: the pack's own, or the last before held-out images were learned from as well
     best_epoch: int  # the pack's
+    parent_may_have_seen: bool  # of what was held out, see `Descent.may_have_seen`
     steps: int
     epochs: int
     threads: int  # those it was begun with, where it was gone on from a checkpoint
@@ -188,7 +189,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         "settings": asdict(job.settings),
         "amplify": bool(job.trainer.settings.amplify),  # where that was left to the backbone and the task
         "calibration": job.calibration(best).as_record(),
-        **({} if job.descent is None else {"parent": {"task": job.descent.pack.task, "sha256": job.descent.sha256}}),
+        **({} if job.descent is None else {"parent": job.descent.as_record()}),
         **provenance,
     }
     pack = finished(best, job.bundle, job.judge, record)
@@ -200,6 +201,7 @@ def _finish(job: Job, out: Path, provenance: Mapping[str, Any]) -> Adapted:
         validation_accuracy=progress.best_accuracy,
         judged_epoch=progress.judged_epoch,
         best_epoch=progress.best_epoch,
+        parent_may_have_seen=job.descent is not None and job.descent.may_have_seen,
         steps=progress.steps_done,
         epochs=job.settings.epochs,
         threads=job.plan.engine.threads,

@@ -28,5 +28,8 @@ class Observer:
     def note(self, text: str) -> None:
         """Something went wrong that training goes on without."""
 
+    def joined(self, images: int) -> None:
+        """So many held-out images are learned from as well from here on."""
+
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        """After an epoch, or of many some: its number, loss, train_accuracy and, if judged, validation_accuracy."""
+        """After an epoch, of many some of them: number, loss, train_accuracy and, if judged, validation_accuracy."""

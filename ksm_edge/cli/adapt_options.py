@@ -24,8 +24,8 @@ RATES = {
     "warmup": "share of all steps in which the rates rise to their full value",
     "label_smoothing": "label smoothing",
     "validation": "share of the training images held out for choosing (default: 0.1)",
-    "join_at": "share of the epochs behind which these are learned from as well, if the last one is the one to choose; "
-    "1: never (default: 0.75)",
+    "join_at": "share of the epochs behind which held-out images are learned from as well, once the epoch just ended "
+    "would be chosen; 1: never (default: 0.75, of four epochs or more)",
 }
 CUTS = {
     "cut_penalty": "pull of the scores towards keeping, as a share of the score rate: fewer kernels are cut",

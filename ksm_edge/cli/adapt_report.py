@@ -51,6 +51,7 @@ def report_of(device: Device, bundle: Bundle, images: ImageSet, result: Adapted,
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
         "judged_epoch": result.judged_epoch,
+        "parent_may_have_seen": result.parent_may_have_seen,
         "plan": result.plan,
         "validation_accuracy": result.validation_accuracy,
         "pack_path": str(result.pack_path),
@@ -98,4 +99,5 @@ def _accuracy(result: Adapted) -> str:
         return "no validation split"
     judged, best = result.judged_epoch, result.best_epoch
     when = f"epoch {judged}" if judged == best else f"epoch {judged}, then learned from as well"
-    return f"{result.validation_accuracy:.2%} on held-out images ({when})"
+    seen = "; its parent may have learned from them" if result.parent_may_have_seen else ""
+    return f"{result.validation_accuracy:.2%} on held-out images ({when}{seen})"

@@ -60,7 +60,7 @@ class ProgressBar(Observer):
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
         settings = plan.settings
         joins = held_out > 0 and settings.held_out_until < settings.epochs
-        until = f" until epoch {settings.held_out_until}" if joins else ""
+        until = f" until epoch {settings.held_out_until} or later" if joins else ""
         classes = plan.graph.spec.classes
         say(f"Images    {train} to learn from, {held_out} held out for choosing{until}, {classes} classes")
         say(f"Plan      {steps} steps of {plan.batch} images{_sizes(plan)}, {at_once} at a time{_memory(plan)}")
@@ -89,6 +89,9 @@ class ProgressBar(Observer):
 
     def note(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
+
+    def joined(self, images: int) -> None:
+        tqdm.write(f"From here on {images} held-out images are learned from as well", file=sys.stderr)
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         held_out = record.get("validation_accuracy")

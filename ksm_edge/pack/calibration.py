@@ -27,7 +27,7 @@ class Calibration:
 
     temperature: float = 1.0
     threshold: float = 0.0
-    error: float | None = None  # expected calibration error on the held-out images, with that temperature
+    error: float | None = None  # expected calibration error on the held-out images, before they joined, with that
     error_before: float | None = None  # with none
     images: int = 0
 

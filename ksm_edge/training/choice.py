@@ -1,4 +1,4 @@
-"""Which epoch's pack a training ends with: the last one that the held-out images cannot tell from the best.
+"""Which epoch's pack a training would end with: the last one that the held-out images cannot tell from the best.
 
 A few dozen images tell accuracies apart by a few points at most, so the best of several epochs is partly the luckiest.
 Later ones were learned at lower rates, behind the thinning, and that is what they are chosen for. Within how many

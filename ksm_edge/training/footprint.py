@@ -32,10 +32,10 @@ LAYER_COPIES = 1.65
 # Moments in few bits save less than they are smaller by: of the rest's share there is less to spare.
 COMPACT_BYTES = 1  # a score
 # Scores that leave the kept ones before masks are thinned, as a share of all: at MobileNetV2's rate one in eight is
-# cut, and where kernels are amplified as many again; at a higher rate more, of ResNet-20 two thirds. Packing looks at
-# all of them at once: places and scales, and the coder's bits. A step has their places and scales, in pieces that leave
-# gaps between them; the shares above know of one in eight. From whole trainings of MobileNetV2 and ResNet-20, and of
-# ResNet-18 at 25 times the rate.
+# cut, and where kernels are amplified as many again; at a higher rate more, of ResNet-20 two thirds. From trainings of
+# as many steps as usual, and thrice as many. PACKING_BYTES, for each of them: packing looks at all at once, at places,
+# scales and the coder's bits. APART_BYTES, for each beyond one in eight, which the shares above have room for: places
+# and scales are made anew in every step, and arrays of changing size leave gaps.
 APART_SHARE, MOST_APART = 1 / 8, 2 / 3
 PACKING_BYTES, APART_BYTES = 40, 30
 # A graph is compiled by a process of its own, which has its constants as the optimiser lays them out, and around the
@@ -141,7 +141,7 @@ def apart_share(bundle: Bundle, scores: int, classes: int, settings: Settings) -
     faster = settings.score_rate / Settings().score_rate
     faster *= rate_scale(bundle).score if settings.scaled_rates else 1
     ways = 2 if amplifies(bundle, scores, classes, settings) else 1
-    return min(MOST_APART, APART_SHARE * ways * faster)
+    return min(MOST_APART, APART_SHARE * max(1.0, ways * faster))
 
 
 def score_count(bundle: Bundle, settings: Settings) -> int:

@@ -65,7 +65,7 @@ class Settings:
     crop_scale: float | None = None  # least share of an image's area that a training crop shows; None: see `crops`
     crop_start: float | None = None  # that share at first; None: see `crops` too
     flip: bool = False  # horizontal flips: signs and letters do not survive them
-    validation: float = 0.1  # share of the training images held out for choosing
+    validation: float = 0.1  # share of the training images held out for choosing, until they join
     join_at: float = 0.75  # from when on these are learned from as well, as a share of the epochs; 1: never
     seed: int = 0
     scale_bits: int = SCALE_BITS  # of each cut kernel's scale in the pack, 1 to 8
@@ -125,8 +125,8 @@ class Settings:
 
     @property
     def held_out_until(self) -> int:
-        """The epoch, from 1, behind which held-out images are learned from as well, if not later; the last: never."""
-        return max(1, math.ceil(self.join_at * self.epochs))
+        """The epoch, from 1, behind which held-out images may be learned from as well; the last if they never are."""
+        return max(1, math.ceil(round(self.join_at * self.epochs, 9)))
 
     @property
     def pack_bits(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tiny import saved_tiny_bundle
 
+from ksm_edge.adapt.descent import Descent
 from ksm_edge.adapt.interrupt import interrupt_held_back
 from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path, prepared
 from ksm_edge.adapt.observer import Observer
@@ -139,8 +140,28 @@ def test_a_child_names_its_parent_and_knows_the_new_class(
     assert adapt(bundle, open_image_set(folder / "three"), out, SETTINGS, parent=parent).validation_accuracy > 0.6
     pack = load_pack(out)
     assert pack.classes == COLOURS
-    assert pack.record["parent"] == {"task": "two", "sha256": hashlib.sha256(parent.read_bytes()).hexdigest()}
+    digest = hashlib.sha256(parent.read_bytes()).hexdigest()
+    assert pack.record["parent"] == {"task": "two", "sha256": digest, "may_have_seen": True}  # its fourth epoch saw all
     assert "parent" not in load_pack(parent).record
+
+
+@pytest.mark.parametrize(
+    ("record", "seen"),
+    [
+        ({"epoch": 8, "judged_epoch": 6}, True),
+        ({"epoch": 8, "judged_epoch": None}, True),  # nothing was held out
+        ({"epoch": 8, "judged_epoch": 8}, False),
+        ({"epoch": 8}, False),  # of before images joined
+        ({"epoch": 8, "judged_epoch": 8, "parent": {"may_have_seen": True}}, True),
+        ({"epoch": 8, "judged_epoch": 8, "parent": {"may_have_seen": False}}, False),
+        ({"epoch": 8, "judged_epoch": 8, "parent": "somebody"}, False),
+    ],
+    ids=str,
+)
+def test_a_parent_that_has_learned_from_all_its_images_may_have_seen_what_a_child_holds_out(
+    parent: Path, record: dict, seen: bool
+) -> None:
+    assert Descent(replace(load_pack(parent), record=record), "").may_have_seen == seen
 
 
 def test_a_class_without_images_is_refused(bundle: Bundle, folder: Path, parent: Path, tmp_path: Path) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from journeys import Stopper, accuracy, interrupted_then_resumed, settings
+from journeys import Stopper, Watcher, accuracy, interrupted_then_resumed, settings
 
 from ksm_edge.adapt import job
-from ksm_edge.adapt.journey import adapt, checkpoint_path
+from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
 from ksm_edge.adapt.views import Views
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.image import open_rgb, to_input
@@ -22,7 +23,7 @@ from ksm_edge.pack.calibration import FEWEST, calibrate
 from ksm_edge.pack.files import load_pack
 from ksm_edge.pack.reader import decode
 from ksm_edge.runtimes.onnxruntime import Session
-from ksm_edge.training import checkpoint
+from ksm_edge.training import checkpoint, choice
 from ksm_edge.training.checkpoint import load_checkpoint, read_identity
 
 EPOCHS, UNTIL = 6, 4
@@ -80,7 +81,7 @@ def test_what_they_say_they_say_before_they_join(
     """The accuracy and the calibration of the pack as it was then, which a checkpoint of that moment has."""
     held_out, out = split[1], tmp_path / "a.ksm"
     assert len(held_out) >= FEWEST
-    with pytest.raises(Exception, match="interrupted"):
+    with pytest.raises(Interrupted):
         adapt(bundle, images, out, settings(**JOINING), observer=Stopper(epoch=UNTIL))
     path = checkpoint_path(out)
     _, progress, best = load_checkpoint(path, read_identity(path))
@@ -111,6 +112,55 @@ def test_a_resumed_training_has_them_join_all_the_same(
     resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", settings(**JOINING), stop)
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
     assert resumed.history == whole.history
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"statistics": "batch"},
+        {"balanced": True, "moment_bits": 8},
+        {"train_scale": 0.5, "whole_at": 0.5, "views": 2, "layers": "dw.."},
+    ],
+    ids=str,
+)
+def test_that_holds_for_other_kinds_of_training(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    chosen = settings(**JOINING, **changes)
+    whole = adapt(bundle, images, tmp_path / "whole.ksm", chosen)
+    assert whole.judged_epoch in (UNTIL, UNTIL + 1)
+    assert whole.best_epoch == EPOCHS
+    stop = Stopper(step=whole.steps - 1)
+    resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", chosen, stop)
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+
+
+def test_ctrl_c_while_they_are_asked_for_the_last_time_loses_nothing(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = adapt(bundle, images, tmp_path / "whole.ksm", settings(**JOINING))
+
+    def pressed(*given: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "calibrate", pressed)
+        with pytest.raises(Interrupted):
+            adapt(bundle, images, tmp_path / "stopped.ksm", settings(**JOINING))
+    resumed = adapt(bundle, images, tmp_path / "stopped.ksm", settings(**JOINING), resume=True)
+    assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
+    assert resumed.history == whole.history
+
+
+def test_of_many_epochs_some_are_told_of_and_the_last_leaves_the_pack(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "JUDGED", 4)
+    watcher = Watcher()
+    found = adapt(bundle, images, tmp_path / "a.ksm", settings(**{**JOINING, "epochs": 8}), observer=watcher)
+    assert [record["epoch"] for record in watcher.records] == [2, 4, 6, 8]
+    assert [record["epoch"] for record in found.history if "validation_accuracy" in record] == [2, 4, 6]
+    assert (found.judged_epoch, found.best_epoch) == (6, 8)  # the first judged one behind ceil(0.6 * 8) = 5
 
 
 def test_they_stay_apart_where_they_would_choose_an_earlier_epoch(

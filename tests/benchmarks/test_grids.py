@@ -432,13 +432,15 @@ def test_crops_are_compared_over_runs_that_differ_in_nothing_else(pages: Any, lo
     others = [run("ksm", 0.5, crop_scale=0.35, warmup=0.05), run("ksm", 0.1, task="gtsrb43@10"), run("binary", 0.2)]
     few = run("ksm", 0.3, task="gtsrb43@10", crop_scale=0.35)
     before = run("ksm", 0.4, head_rate=2e-3)
-    runs = [before, run("ksm", 0.7, crop_scale=0.35), *two, run("crop-wide", 0.9), *others]
+    left_out = [run("ksm", 0.45, join_at=1.0), run("ksm", 0.1, join_at=1.0, amplify=False)]
+    runs = [before, *left_out, run("ksm", 0.7, crop_scale=0.35), *two, run("crop-wide", 0.9), *others]
     table = pages.accuracy_tables.crop_tables({"runs": runs}).splitlines()
     assert table[0] == "mobilenet_v2, 96 px, all images a class:"
     assert table[4:] == [
         "| 35 % or more |  |  |  | 70.0 |  |  |",
         "| 65 % or more |  |  |  | 90.0 |  |  |",
         "| 80 % of what evaluation sees at first, then by training accuracy |  |  |  | 70.0 (2 seeds) |  |  |",
+        "| 80 % of what evaluation sees at first, then by training accuracy (a tenth left out) |  |  |  | 45.0 |  |  |",
         "| 80 % of what evaluation sees at first, then by training accuracy (head at 2e-3) |  |  |  | 40.0 |  |  |",
     ]
     assert not pages.accuracy_tables.crop_tables({"runs": [*two, *others]})  # nothing to compare

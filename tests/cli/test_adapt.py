@@ -115,7 +115,8 @@ def test_it_is_said_until_when_images_are_held_out(
     out, joining = tmp_path / "a.ksm", ("--epochs", 4, "--join-at", 0.5, "--views", 2, "--layers", "project..")
     assert main(call(photos, bundle, out, *joining)) == 0
     stdout, stderr = capsys.readouterr()
-    assert "16 to learn from, 4 held out for choosing until epoch 2, 2 classes" in stderr
+    assert "16 to learn from, 4 held out for choosing until epoch 2 or later, 2 classes" in stderr
+    assert "From here on 4 held-out images are learned from as well" in stderr
     assert len(re.findall(r"Epoch ./4: [^\r\n]* on held-out images", stderr)) == 2
     assert re.search(r"^Accuracy .*% on held-out images \(epoch 2, then learned from as well\)$", stdout, re.MULTILINE)
     assert main(["inspect", str(out), "--json"]) == 0
