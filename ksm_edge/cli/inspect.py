@@ -101,10 +101,12 @@ def _as_text(report: dict[str, Any], verbose: bool) -> str:
     if report["record"]:
         lines += ["  training", *(f"    {key}: {_brief(value)}" for key, value in sorted(report["record"].items()))]
     if verbose:
-        lines.append("  layers       kept share, weight shape")
+        shares = ["kept", *(["amplified"] if report["amplified_share"] else [])]
+        lines.append(f"  layers       {', '.join(f'{name} share' for name in shares)}, weight shape")
         for layer in report["layers"]:
             shape = "x".join(map(str, layer["weight_shape"]))
-            lines.append(f"    {layer['name']:<32}{layer['kept'] / layer['scores']:>8.2%}  {shape}")
+            parts = "".join(f"{layer[name] / layer['scores']:>8.2%}" for name in shares)
+            lines.append(f"    {layer['name']:<32}{parts}  {shape}")
     return "\n".join(lines)
 
 

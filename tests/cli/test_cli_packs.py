@@ -64,6 +64,7 @@ def test_inspect_tells_what_a_pack_holds(pack: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     for part in ("task 'tiny kernel'", "class 0, class 1", "tiny, digest", "granularity kernel", "steps: 7", "8x3x3x3"):
         assert part in out
+    assert "kept share, weight shape" in out
 
 
 def test_inspect_json_adds_up(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,8 +99,12 @@ def test_inspect_tells_what_is_amplified(tmp_path: Path, capsys: pytest.CaptureF
     amplified = sum(int((mask.values > 1).sum()) for mask in masks)
     assert 0 < amplified < sum(mask.cut.size for mask in masks)
     assert sum(layer["amplified"] for layer in report["layers"]) == amplified
-    assert call(inspect, path) == 0
-    assert f"{report['kernels']:,} kernels, {amplified / report['kernels']:.2%} amplified" in capsys.readouterr().out
+    assert call(inspect, path, "-v") == 0
+    out = capsys.readouterr().out
+    assert f"{report['kernels']:,} kernels, {amplified / report['kernels']:.2%} amplified" in out
+    assert "kept share, amplified share, weight shape" in out
+    stem = report["layers"][0]
+    assert f"{stem['kept'] / stem['scores']:>8.2%}{stem['amplified'] / stem['scores']:>8.2%}  8x3x3x3" in out
 
 
 def test_inspect_needs_no_runtime(pack: Path) -> None:
