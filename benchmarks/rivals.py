@@ -273,7 +273,7 @@ def _epoch(
         loss = -(torch.from_numpy(rows) * torch.log_softmax(logits, 1)).sum()
         loss.backward()
         adam.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         right += int((logits.argmax(1).numpy() == batch.labels).sum())
     return losses, right
 

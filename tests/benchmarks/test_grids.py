@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tiny import LAYERS, saved_tiny_bundle, tiny_bundle, tiny_pack
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.digits import digits
 from ksm_edge.pack.files import save_pack
+from ksm_edge.training.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEP = """
@@ -543,3 +545,35 @@ def test_ksm_in_torch_is_ksm(load: Any, tmp_path: Path) -> None:
     learned = {name.rpartition(".")[2] for name, p in masked.named_parameters() if p.requires_grad}
     assert learned == {"score", "weight", "bias"}
     assert not any(p.requires_grad for name, p in masked.named_parameters() if ".conv." in name)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("is_as_good", "judged"), [([True] * 4, [1, 2, 3]), ([True, False, False, False], [1, 2, 3, 4])]
+)
+def test_rivals_have_held_out_images_join_as_adapt_does(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_as_good: list[bool], judged: list[int]
+) -> None:
+    """Behind the third of four epochs, where that is the one to end with."""
+    pytest.importorskip("torch")
+    rivals, answers, shown = load("rivals"), iter(is_as_good), []
+    views = rivals.training_views
+
+    def noted(cache: Any, items: Any, contract: Any, indices: np.ndarray, **options: Any) -> Any:
+        shown.append((options["view"], len(items), len(indices)))
+        return views(cache, items, contract, indices, **options)
+
+    monkeypatch.setattr(rivals, "training_views", noted)
+    monkeypatch.setattr(rivals, "as_good", lambda *given: next(answers))
+    bundle, images = saved_tiny_bundle(tmp_path / "b"), digits()
+    few = replace(images, train=images.train[::20])
+    network, settings = rivals.Network(bundle, len(images.classes)), Settings(epochs=4)
+    found = rivals.learn(network, bundle, few, settings, 1e-3, statistics="frozen")
+    assert [record["epoch"] for record in found["history"] if "validation_accuracy" in record] == judged
+    joins = len(judged) < 4
+    assert (found["judged_epoch"], found["best_epoch"]) == ((3, 4) if joins else (1, 1))
+    learned = sum(count for view, _, count in shown if view == 0)
+    for epoch in range(4):
+        pools = {pool for view, pool, _ in shown if view == epoch}
+        assert pools == {len(few.train) if joins and epoch == 3 else learned}
+        assert sum(count for view, _, count in shown if view == epoch) == learned
