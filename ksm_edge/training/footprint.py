@@ -69,7 +69,7 @@ def expected_peak_bytes(
     scores = score_count(bundle, settings)
     apart = apart_share(bundle, scores, classes, settings)
     stepping = max(running) + int(LAYER_COPIES * FLOAT_BYTES * largest)
-    stepping += int(APART_BYTES * max(0.0, apart - APART_SHARE) * scores)
+    stepping += int(APART_BYTES * (apart - APART_SHARE) * scores)
     packing = int(PACKING_BYTES * apart * scores)
     # Weights a second time.
     turned, stored = (
