@@ -248,9 +248,12 @@ def _origin(results: dict[str, dict[str, Any]]) -> str:
     disturbed = [name for name, content in results.items() if content["warnings"]]
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     busy = f" Something else ran on the machine during: {', '.join(disturbed)}." if disturbed else ""
+    tasks = results["accuracy"]["summary"][BACKBONE]
+    changed = any(tasks[task]["ksm"]["earlier"] for task in TASKS)
+    since = " In brackets: what has changed since a task was learned ([more](docs/accuracy.md))." if changed else ""
     return (
         f"{'; '.join(machines)}; {when}.{busy} Written by `scripts/readme_table.py` from `benchmarks/results/`. "
-        "Classifier only: logistic regression on the features of the same frozen backbone."
+        f"Classifier only: logistic regression on the features of the same frozen backbone.{since}"
     )
 
 
