@@ -12,7 +12,7 @@ import pytest
 from journeys import Stopper, Watcher, accuracy, interrupted_then_resumed, settings
 
 from ksm_edge.adapt import job
-from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
+from ksm_edge.adapt.journey import Adapted, Interrupted, adapt, checkpoint_path
 from ksm_edge.adapt.views import Views
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.image import open_rgb, to_input
@@ -49,6 +49,12 @@ def split(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     return stratified_split([item.label for item in images.train], 0.5, 0)
 
 
+@pytest.fixture(scope="module")
+def whole(bundle: Bundle, images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    """A training that nobody interrupted."""
+    return adapt(bundle, images, tmp_path_factory.mktemp("whole") / "a.ksm", settings(**JOINING))
+
+
 def test_they_join_behind_the_epoch_that_was_asked_for(
     bundle: Bundle, images: ImageSet, tmp_path: Path, seen: dict[int, list[int]], split: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -65,12 +71,13 @@ def test_they_join_behind_the_epoch_that_was_asked_for(
     assert len(later & set(range(train, train + held_out))) > held_out / 2
 
 
-def test_until_then_nothing_is_other_than_without_joining(bundle: Bundle, images: ImageSet, tmp_path: Path) -> None:
-    joined = adapt(bundle, images, tmp_path / "joined.ksm", settings(**JOINING))
+def test_until_then_nothing_is_other_than_without_joining(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, whole: Adapted
+) -> None:
     apart = adapt(bundle, images, tmp_path / "apart.ksm", settings(**{**JOINING, "join_at": 1.0}))
-    assert joined.history[:UNTIL] == apart.history[:UNTIL]
-    assert joined.steps == apart.steps
-    assert not any("validation_accuracy" in record for record in joined.history[UNTIL:])
+    assert whole.history[:UNTIL] == apart.history[:UNTIL]
+    assert whole.steps == apart.steps
+    assert not any("validation_accuracy" in record for record in whole.history[UNTIL:])
     assert all("validation_accuracy" in record for record in apart.history)
     assert apart.judged_epoch == apart.best_epoch
 
@@ -105,9 +112,8 @@ def test_what_they_say_they_say_before_they_join(
     "stop", [Stopper(epoch=UNTIL), Stopper(step=3 * UNTIL + 1), Stopper(step=3 * EPOCHS - 1)], ids=vars
 )
 def test_a_resumed_training_has_them_join_all_the_same(
-    bundle: Bundle, images: ImageSet, tmp_path: Path, stop: Stopper
+    bundle: Bundle, images: ImageSet, tmp_path: Path, whole: Adapted, stop: Stopper
 ) -> None:
-    whole = adapt(bundle, images, tmp_path / "whole.ksm", settings(**JOINING))
     assert whole.steps == 3 * EPOCHS
     resumed = interrupted_then_resumed(bundle, images, tmp_path / "stopped.ksm", settings(**JOINING), stop)
     assert resumed.pack_path.read_bytes() == whole.pack_path.read_bytes()
@@ -136,10 +142,8 @@ def test_that_holds_for_other_kinds_of_training(
 
 
 def test_ctrl_c_while_they_are_asked_for_the_last_time_loses_nothing(
-    bundle: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, images: ImageSet, tmp_path: Path, whole: Adapted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = adapt(bundle, images, tmp_path / "whole.ksm", settings(**JOINING))
-
     def pressed(*given: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
