@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +228,12 @@ def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_by(words: Iterable[str]) -> dict[str, Any]:
     """What `ksm-edge adapt` makes of these options, epochs and batch among them, the seed aside."""
+    return dict(_settings_by(tuple(words)))
+
+
+@cache
+def _settings_by(words: tuple[str, ...]) -> Mapping[str, Any]:
+    """Once for each: a table asks it of hundreds of runs, and the parser reads every board's profile."""
     from ksm_edge.cli.adapt_options import settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import Device

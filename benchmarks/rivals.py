@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from ksm_edge.app.images import as_input
 from ksm_edge.bundle.layers import Bundle, Layer, LayerWeights
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.data.augment import Augmentation
-from ksm_edge.data.batches import evaluation_batches, parts_of_batches, training_order, training_views
+from ksm_edge.data.batches import Batch, evaluation_batches, training_batches
 from ksm_edge.data.cache import ImageCache
-from ksm_edge.data.image_set import ImageSet, Item, open_image_set
+from ksm_edge.data.image_set import ImageSet, open_image_set
 from ksm_edge.data.split import stratified_split
 from ksm_edge.exporter.torchvision_shim import import_torchvision
 from ksm_edge.mask import INITIAL_SCORE, THRESHOLD
@@ -228,10 +228,14 @@ def learn(
         history, best, candidates, chosen, kept, joined = [], -1.0, 0, 0, None, False
         for epoch in range(settings.epochs):
             joined = joined or (epoch >= settings.held_out_until and chosen == epoch)
-            shown = learned_from + judged_on if joined else learned_from
-            order = training_order(len(shown), settings.seed, epoch)[: len(learned_from)]
+            items = learned_from + judged_on if joined else learned_from
             network.train(statistics == "batch")
-            losses, right = _epoch(network, adam, cache, shown, order, bundle, settings, history, steps, images)
+            batches = training_batches(
+                cache, items, bundle.input, batch=settings.batch, seed=settings.seed, epoch=epoch,
+                augmentation=Augmentation(crop_scale(settings, bundle.input, history, 0), flip=settings.flip),
+                shown=len(learned_from),
+            )  # fmt: skip
+            losses, right = _epoch(network, adam, batches, settings, epoch * steps // settings.epochs, steps, images)
             history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)),
                             "train_accuracy": right / len(learned_from)})  # fmt: skip
             if joined or not is_judged(epoch + 1, settings.epochs):
@@ -251,20 +255,13 @@ def learn(
 
 
 def _epoch(
-    network: torch.nn.Module, adam: torch.optim.Adam, cache: ImageCache, items: Sequence[Item], order: np.ndarray,
-    bundle: Bundle, settings: Settings, history: Sequence[dict[str, Any]], steps: int, images: ImageSet,
+    network: torch.nn.Module, adam: torch.optim.Adam, batches: Iterable[Batch], settings: Settings, done: int,
+    steps: int, images: ImageSet,
 ) -> tuple[list[float], int]:  # fmt: skip
-    """One pass over the items in `order`: the losses, and how many answers were right.
-
-    `history`: a record of each epoch before this one.
-    """
-    losses, right, epoch = [], 0, len(history)
-    first = epoch * steps // settings.epochs
-    augmentation = Augmentation(crop_scale(settings, bundle.input, history, 0), flip=settings.flip)
-    for done, indices in enumerate(parts_of_batches(order, settings.batch), first):
-        batch = training_views(cache, items, bundle.input, indices, seed=settings.seed, view=epoch,
-                               augmentation=augmentation)  # fmt: skip
-        factor = rate_factor(done, steps, settings.warmup if _is_masked(network) else WARMUP)
+    """One pass over the batches, `done` of the `steps` being done: the losses, and how many answers were right."""
+    losses, right = [], 0
+    for step, batch in enumerate(batches, done):
+        factor = rate_factor(step, steps, settings.warmup if _is_masked(network) else WARMUP)
         for group in adam.param_groups:
             group["lr"] = group["at"] * factor
         rows = target_rows(batch.labels, len(images.classes), settings.label_smoothing, None)

@@ -249,7 +249,8 @@ def _origin(results: dict[str, dict[str, Any]]) -> str:
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     busy = f" Something else ran on the machine during: {', '.join(disturbed)}." if disturbed else ""
     tasks = results["accuracy"]["summary"][BACKBONE]
-    changed = any(tasks[task]["ksm"]["earlier"] for task in TASKS)
+    shown = [tasks.get(task + few, {}) for task in TASKS for few in ("", "@10")]
+    changed = any(found[method]["earlier"] for found in shown for method in ("ksm", "linear") if method in found)
     since = " In brackets: what has changed since a task was learned ([more](docs/accuracy.md))." if changed else ""
     return (
         f"{'; '.join(machines)}; {when}.{busy} Written by `scripts/readme_table.py` from `benchmarks/results/`. "

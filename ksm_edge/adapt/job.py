@@ -176,7 +176,7 @@ class Job:
     def _learn_epoch(self) -> None:
         progress, batch = self.progress, self.plan.batch
         images = self.items if progress.joined else self.train
-        order = training_order(len(images), self.settings.seed, progress.epoch)[: len(self.train)]
+        order = training_order(len(images), self.settings.seed, progress.epoch, len(self.train))
         if self.views is not None and progress.step < self.per_epoch and not self.views.has(self._view):
             self._see(self.views)
         parts = prefetch(self._parts(order), depth=self._ahead(self.plan.micro_batch))

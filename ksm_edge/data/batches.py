@@ -30,9 +30,9 @@ class Batch:
     indices: np.ndarray  # int64 (n,), into the items
 
 
-def training_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of `count` images in an epoch (from 0), int64 (count,)."""
-    return np.random.default_rng([_ORDER, seed, epoch]).permutation(count)
+def training_order(count: int, seed: int, epoch: int, shown: int | None = None) -> np.ndarray:
+    """The images of an epoch (from 0) in their order, int64: all `count`, or `shown` of them, other ones each time."""
+    return np.random.default_rng([_ORDER, seed, epoch]).permutation(count)[:shown]
 
 
 def training_batches(
@@ -46,13 +46,14 @@ def training_batches(
     augmentation: Augmentation,
     first_step: int = 0,
     part: int | None = None,
+    shown: int | None = None,
 ) -> Iterator[Batch]:
     """An epoch's ceil(len(items) / batch) batches, shuffled and augmented, from step `first_step` on.
 
-    The last one may be smaller. `part`: give each batch in parts of that many images, one after the other. Raises
-    DataError for an image that can no longer be read.
+    The last one may be smaller. `part`: give each batch in parts of that many images, one after the other. `shown`: an
+    epoch is of so many of the items. Raises DataError for an image that can no longer be read.
     """
-    order = training_order(len(items), seed, epoch)
+    order = training_order(len(items), seed, epoch, shown)
     for indices in parts_of_batches(order, batch, first_step=first_step, part=part):
         yield training_views(cache, items, contract, indices, seed=seed, view=epoch, augmentation=augmentation)
 

@@ -46,6 +46,13 @@ def test_an_order_is_a_permutation_that_follows_from_seed_and_epoch(count, seed,
     np.testing.assert_array_equal(order, training_order(count, seed, epoch))
 
 
+def test_an_epoch_may_be_of_some_of_the_images_other_ones_each_time(cache):
+    np.testing.assert_array_equal(training_order(9, 3, 2, 5), training_order(9, 3, 2)[:5])
+    assert len({frozenset(training_order(9, 3, epoch, 5)) for epoch in range(8)}) > 1
+    shown = np.concatenate([batch.indices for batch in epoch_of(cache, shown=5)])
+    np.testing.assert_array_equal(shown, training_order(COUNT, 3, 2, 5))
+
+
 def test_epochs_and_seeds_have_orders_of_their_own():
     orders = {tuple(training_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16

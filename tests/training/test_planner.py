@@ -16,6 +16,8 @@ from ksm_edge.runtimes.compile import compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training import planner, refusal
 from ksm_edge.training.footprint import (
+    APART_BYTES,
+    APART_SHARE,
     MOST_APART,
     PROCESS_BYTES,
     activation_bytes,
@@ -23,6 +25,7 @@ from ksm_edge.training.footprint import (
     compiling_bytes,
     expected_peak_bytes,
     parameter_bytes,
+    score_count,
 )
 from ksm_edge.training.planner import FORMS, Plan, _unmeasured_plan, make_plan
 from ksm_edge.training.settings import MOMENT_BITS, Settings
@@ -364,3 +367,10 @@ def test_the_faster_scores_move_the_more_of_them_are_expected_apart(
 ) -> None:
     settings = replace(SETTINGS, **{"scaled_rates": False, **changes})
     assert apart_share(bundle, 1000, 4, settings) == pytest.approx(share)
+
+
+def test_kernels_that_are_expected_apart_take_memory_in_every_step(bundle: Bundle) -> None:
+    usual = replace(SETTINGS, granularity="element", scaled_rates=False, amplify=False)
+    before, after = plan(bundle, None, usual), plan(bundle, None, replace(usual, amplify=True))
+    more = after.expected_peak_bytes - before.expected_peak_bytes
+    assert more == pytest.approx(APART_BYTES * APART_SHARE * score_count(bundle, usual), abs=1)
