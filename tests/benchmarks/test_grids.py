@@ -12,11 +12,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import saved_tiny_bundle, tiny_bundle, tiny_pack
 
 from ksm_edge.data.digits import digits
 from ksm_edge.pack.files import save_pack
+from ksm_edge.profiler.child import write_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEP = """
@@ -470,3 +472,28 @@ def test_rivals_share_the_crops_of_the_default(load: Any, tmp_path: Path) -> Non
     assert not methods.outdated(wanted)
     assert methods.outdated({n: value for n, value in wanted.items() if n != "crop_scale"}) == {"crop_scale": 0.35}
     assert not methods.outdated(methods.identity("linear", tiny_bundle(tmp_path / "c"), digits(), 0))
+
+
+def test_logistic_regression_is_fitted_to_all_images_once_its_penalty_is_chosen(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    linear, fitted, scores = load("linear"), list[tuple[float, int]](), list[float]()
+    fit = linear._fit
+
+    def noted(C: float, features: np.ndarray, labels: np.ndarray) -> object:
+        model = fit(C, features, labels)
+        fitted.append((C, len(labels)))
+        scores.append(model.score(features, labels))
+        return model
+
+    monkeypatch.setattr(linear, "_fit", noted)
+    for part in ("train", "test"):  # the same photos
+        (tmp_path / "photos" / part).mkdir(parents=True)
+        write_photos(tmp_path / "photos" / part, 3, 10)
+    bundle = saved_tiny_bundle(tmp_path / "bundle").path
+    monkeypatch.setattr(sys, "argv", ["linear.py", str(tmp_path / "photos"), "--bundle", str(bundle)])
+    assert linear.main() == 0
+    report = json.loads(capsys.readouterr().out)
+    assert fitted == [*((C, 27) for C in linear.STRENGTHS), (report["rate"], 30)]
+    assert (report["test_images"], report["test_accuracy"]) == (30, scores[-1])
