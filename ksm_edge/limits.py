@@ -2,8 +2,8 @@
 
 What counts is resident memory, as the budget of a board does. A memory cgroup holds the kernel's own limit where this
 process may make one (v2 or v1). A watchdog that looks every few milliseconds at the command, and at what it starts,
-holds it everywhere: each process must keep to the budget, as the pages of libraries that several share would be counted
-several times in their sum. The cgroup does not count such pages where another process had loaded them before.
+holds it everywhere; pages of libraries count once, though several processes have them. The cgroup does not count such
+pages at all where another process had loaded them before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Outcome:
     exceeded: bool  # whether it, or something that it started, was ended by the limit
     enforced: str  # what held the limit
     interrupted: bool = False  # whether a signal was passed on to it
-    peak_rss_bytes: int = 0  # the largest that the watchdog saw, of one process
+    peak_rss_bytes: int = 0  # the most that the watchdog saw, of it and what it started together
     rss_bytes: list[tuple[float, int]] = field(default_factory=list)  # (seconds since the start, resident memory)
 
 
@@ -103,7 +103,7 @@ def run_limited(command: Sequence[str], budget_bytes: int | None) -> Outcome:
 
 
 def _watch(child: subprocess.Popen[bytes], budget_bytes: int | None, outcome: Outcome) -> None:
-    """Until the child has ended; ends it, and what it started, where one of them takes more than the budget."""
+    """Until the child has ended; ends it, and what it started, where they take more than the budget."""
     began, interval = time.monotonic(), SAMPLE_SECONDS
     while child.poll() is None:
         resident = _resident_bytes(child.pid)
@@ -129,12 +129,19 @@ def _end(pid: int) -> None:
 
 
 def _resident_bytes(pid: int) -> int:
-    """Of a process or the largest of those it started."""
-    found = 0
+    """Of a process and what it started: all of the largest, and of the others what is not of a file.
+
+    Files are libraries, nearly all of which the largest has as well. Of processes that run the same command the larger
+    counts: one that has not begun its own yet, or never will, has its parent's pages.
+    """
+    found: dict[bytes, tuple[int, int]] = {}  # by command: resident, and how much of it is not of a file
     for each in (pid, *_started_by(pid)):
         with suppress(OSError, IndexError, ValueError):
-            found = max(found, int(Path(f"/proc/{each}/statm").read_text().split()[1]) * PAGE)
-    return found
+            command = Path(f"/proc/{each}/cmdline").read_bytes()
+            resident, of_files = map(int, Path(f"/proc/{each}/statm").read_text().split()[1:3])
+            found[command] = max(found.get(command, (0, 0)), (resident * PAGE, (resident - of_files) * PAGE))
+    largest, own = max(found.values(), default=(0, 0))
+    return largest + sum(each for _, each in found.values()) - own
 
 
 def _started_by(pid: int) -> Iterator[int]:

@@ -71,6 +71,22 @@ def test_what_a_child_of_it_takes_counts_as_well(held: str) -> None:
     assert run_limited([sys.executable, "-c", code, str(400 * MIB)], 100 * MIB).exceeded
 
 
+def test_what_it_and_its_child_take_counts_together(held: str) -> None:
+    code = f"import subprocess, sys; kept = bytearray({60 * MIB}); "
+    code += f"subprocess.run([sys.executable, '-c', {TAKE!r}, sys.argv[1]], check=False)"
+    command = [sys.executable, "-c", code, str(60 * MIB)]
+    assert run_limited(command, 100 * MIB).exceeded
+    within = run_limited(command, 200 * MIB)
+    assert not within.exceeded
+    assert 120 * MIB < within.peak_rss_bytes < 160 * MIB
+
+
+def test_a_child_that_has_the_pages_of_its_parent_adds_nothing(held: str) -> None:
+    code = f"import os, time; kept = bytearray({60 * MIB}); os.fork() and os.wait(); time.sleep(0.2)"
+    outcome = run_limited([sys.executable, "-c", code], 100 * MIB)
+    assert (outcome.exit_status, outcome.exceeded) == (0, False)
+
+
 def test_what_a_child_of_its_child_takes_counts_as_well(held: str) -> None:
     inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TAKE!r}, sys.argv[1]], check=False)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}, sys.argv[1]], check=False)"
