@@ -91,7 +91,7 @@ class Job:
         self.trainer = Trainer(bundle, plan.graph, self.settings, steps=steps, engine=plan.engine)
         self.judge = Judge(self.trainer, plan.forward, plan.engine)
         fronts = [(each.front, each.stage.views) for each in plan.stages if each.front is not None]
-        self.views = Views(bundle, fronts, plan.engine, self._ever_learned) if fronts else None
+        self.views = Views(bundle, fronts, plan.engine, self._learned_by(self.settings.epochs - 1)) if fronts else None
         self._labels = np.array([item.label for item in self.items])
         learned = self._labels[: len(train)]
         self._class_weights = balanced_weights(learned, len(images.classes)) if self.settings.balanced else None
@@ -101,10 +101,9 @@ class Job:
         # With batch statistics an incomplete batch is left out: it has none worth keeping.
         return -(-count // batch) if self.settings.statistics == "frozen" else count // batch
 
-    @property
-    def _ever_learned(self) -> int:
-        """How many of the items are learned from sooner or later."""
-        return len(self.items if self.settings.held_out_until < self.settings.epochs else self.train)
+    def _learned_by(self, epoch: int) -> int:
+        """How many of the items may have been learned from when that epoch (from 0) ends."""
+        return len(self.items if self.settings.held_out_until <= epoch else self.train)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be gone on from."""
@@ -218,13 +217,14 @@ class Job:
         return self._running.stage.view(self.progress.epoch)
 
     def _see(self, views: Views) -> None:
-        """Put this epoch's view of every image through the front."""
+        """Put this epoch's view of every image that its stage may learn from through the front."""
         began = time.perf_counter()
-        everything = parts_of_batches(np.arange(self._ever_learned), views.at_once)
+        count = self._learned_by(self._running.stage.epochs[-1])
+        everything = parts_of_batches(np.arange(count), views.at_once)
         ahead = self._ahead(views.at_once)
         seen = prefetch((self._seen(indices, self._view) for indices in everything), depth=ahead)
         try:
-            views.fill(self._view, seen, self._observer.seeing)
+            views.fill(self._view, seen, lambda done: self._observer.seeing(done, count))
         finally:
             seen.close()
         give_back()

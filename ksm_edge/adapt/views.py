@@ -31,7 +31,7 @@ def stored_bytes(graph: CompiledGraph, images: int, views: int) -> int:
 
 
 class Views:
-    """The features of `images` training images in a few views, in a file without a name."""
+    """The features of up to `images` training images in a few views, in a file without a name."""
 
     def __init__(
         self,
@@ -74,10 +74,11 @@ class Views:
         """Whether it has been put through the front."""
         return view in self._slots
 
-    def fill(self, view: int, batches: Iterable[Batch], progress: Callable[[int, int], None] | None = None) -> None:
-        """Put a view of every image through the front; batches of `at_once` at most.
+    def fill(self, view: int, batches: Iterable[Batch], progress: Callable[[int], None] | None = None) -> None:
+        """Put a view of images through the front; batches of `at_once` at most.
 
-        Sessions of its own, gone behind it: kept, their memory would be held while learning.
+        `progress` is told how many there are so far. Sessions of its own, gone behind it: kept, their memory would be
+        held while learning.
         """
         workers, done = self._engine.open(self._bundle, self._graph, {}), 0
         slot = self._slots.get(view, len(self._slots))
@@ -86,7 +87,7 @@ class Views:
                 self._write(slot, int(index), values)
             done += len(indices)
             if progress is not None:
-                progress(done, self._images)
+                progress(done)
         self._slots[view] = slot
 
     def features(self, view: int, indices: np.ndarray) -> np.ndarray:

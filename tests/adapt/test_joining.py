@@ -210,3 +210,16 @@ def test_views_that_are_kept_are_of_them_too(
     adapt(bundle, images, tmp_path / "a.ksm", settings(**JOINING, views=2, layers="project.."))
     assert len(asked) > len(images.train) * 0.75
     assert max(asked) > len(images.train) // 2
+
+
+@pytest.mark.parametrize("joins", ["while small images are learned from", "behind them", "never"])
+def test_a_view_is_kept_of_what_its_epochs_may_learn_from(
+    bundle: Bundle, images: ImageSet, tmp_path: Path, seen: dict[int, list[int]], joins: str
+) -> None:
+    """Small images until the fifth of six epochs, then whole ones; `seen` has what was put through the front."""
+    join_at = {"while small images are learned from": 0.4, "behind them": 0.8, "never": 1.0}[joins]
+    changes = {**JOINING, "join_at": join_at, "train_scale": 0.5, "whole_at": 0.8, "views": 1, "layers": "dw.."}
+    adapt(bundle, images, tmp_path / "a.ksm", settings(**changes))
+    counts = [len(indices) for _, indices in sorted(seen.items())]
+    whole, part = len(images.train), len(images.train) // 2
+    assert counts == {"behind them": [part, whole], "never": [part, part]}.get(joins, [whole, whole])

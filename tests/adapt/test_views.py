@@ -85,9 +85,9 @@ def test_each_view_has_the_features_of_its_own_images(bundle: Bundle, tmp_path: 
     assert not any(tmp_path.iterdir())  # no name, so nothing is left behind
     for view in (0, 1):
         assert not views.has(view)
-        views.fill(view, batches(some_images(bundle, seed=view)), lambda *so_far: seen.append(so_far))
+        views.fill(view, batches(some_images(bundle, seed=view)), seen.append)
         assert views.has(view)
-    assert seen == [(2, 5), (4, 5), (5, 5)] * 2
+    assert seen == [2, 4, 5] * 2
     for view in (0, 1):
         found = views.features(view, np.array([4, 0, 2]))
         assert found.dtype == np.float32
