@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 if TYPE_CHECKING:
     from signing import KeyFiles
+
+    from ksm_edge.bundle.layers import Bundle
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -30,6 +33,28 @@ def shared_data() -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compiled graphs go into the run's own folder, so that no test sees an older run's."""
     os.environ["KSM_EDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_here() -> Iterator[None]:
+    """Graphs of tests are compiled by the tests' own process: one of its own would mostly be importing.
+
+    tests/runtimes/test_compile.py has one of its own do it, as has every command that a test runs.
+    """
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.runtimes import cache, compile
+
+    in_child = cache.make_in_child
+
+    def make(module: str, bundle: Bundle, folder: Path, given: str = "") -> None:
+        if module != compile.__name__:
+            in_child(module, bundle, folder, given)
+            return
+        compile.compile_graph(load_bundle(bundle.path), compile.spec_of(json.loads(given)), folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "make_in_child", make)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,13 @@ def test_weights_are_made_in_the_graph_where_they_are_large(tmp_path: Path) -> N
 def test_a_short_budget_has_large_weights_made_in_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = random_bundle("resnet18", 64, tmp_path)
 
-    def here(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
+    @cache
+    def here(spec: GradientSpec) -> CompiledGraph:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         return compile_graph(bundle, spec, folder)
 
-    monkeypatch.setattr("ksm_edge.training.planner.compiled", here)
+    monkeypatch.setattr("ksm_edge.training.planner.compiled", lambda _, spec: here(spec))
     least = SETTINGS, replace(SETTINGS, granularity="element"), replace(SETTINGS, method="head")
     inside = []
     for settings in least:

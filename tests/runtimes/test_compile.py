@@ -28,6 +28,12 @@ from ksm_edge.runtimes.gradient import GradientSession
 from ksm_edge.runtimes.onnxruntime import Session
 
 SPEC = GradientSpec(micro_batch=1, size=16, classes=3, trained=frozenset({"plain"}))
+IN_CHILD = cache.make_in_child  # for which other tests have something else
+
+
+@pytest.fixture(autouse=True)
+def _compiled_in_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "make_in_child", IN_CHILD)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from tiny import LAYERS, saved_tiny_bundle
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsupportedError, UsageError
-from ksm_edge.runtimes.compile import compiled
 from ksm_edge.runtimes.engine import Engine
 from ksm_edge.training import planner, refusal
 from ksm_edge.training.footprint import (
@@ -29,7 +28,6 @@ from ksm_edge.training.footprint import (
 )
 from ksm_edge.training.planner import FORMS, Plan, _unmeasured_plan, make_plan
 from ksm_edge.training.settings import MOMENT_BITS, Settings
-from ksm_edge.training.trainer import gradient_spec
 
 MIB = 2**20
 SETTINGS = Settings(batch=16)
@@ -304,16 +302,6 @@ def test_parameters_are_counted_with_their_scores_and_moments(bundle: Bundle) ->
 
 
 # The cache behind a plan.
-
-
-def test_a_graph_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "cache"))
-    bundle = saved_tiny_bundle(tmp_path / "b")
-    spec = gradient_spec(bundle, 4, SETTINGS, 1)
-    first = compiled(bundle, spec)
-    monkeypatch.setattr("ksm_edge.runtimes.cache.make_in_child", None)
-    assert compiled(bundle, spec) == first
-    assert list((tmp_path / "cache" / "graphs").iterdir()) == [first.path.parent]
 
 
 def test_backbones_of_equal_weights_and_other_graphs_have_graphs_of_their_own(tmp_path: Path) -> None:

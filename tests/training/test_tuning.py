@@ -66,7 +66,7 @@ def test_the_usual_forms_stay_unless_others_are_clearly_faster(ms: dict[str, flo
         ({"statistics": "batch"}, {STANDARD, APART}),  # never by tiles
         ({"method": "head"}, set()),
     ],
-    ids=str,
+    ids=["default", "batch statistics", "head"],
 )
 def test_only_what_may_differ_is_looked_at(changes: dict[str, str], others: set[str], bundle: Bundle) -> None:
     assert graphs(bundle, settings=replace(SETTINGS, **changes)).keys() == {USUAL, *others}
