@@ -18,6 +18,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,11 +96,9 @@ def _remove_unless_held(folder: Path) -> None:
 
 def key_of(bundle: Bundle, *parts: str) -> str:
     """One key per backbone, processor, runtime and state of our own code, and per `parts`."""
-    import onnxruntime
-
     # The digest is over weights alone: the same ones may end at other features, or stand in another graph.
     backbone = [bundle.digest, hashlib.sha256(bundle.graph_path.read_bytes()).hexdigest(), repr(bundle.layers)]
-    machine = [onnxruntime.__version__, platform.machine(), _processor()]
+    machine = [_runtime(), platform.machine(), _processor()]
     package = Path(__file__).parents[1]
     sources = [*sorted((package / "autodiff").glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
     texts = [*backbone, *parts, *machine, *(source.read_text() for source in sources)]
@@ -145,6 +144,12 @@ def _evict(newest: Path) -> None:
     power_cuts = [path for path in times if path.name.startswith(".new-") and times[path] < times[newest] - DAY]
     for path in [*graphs[: max(0, len(graphs) + 1 - KEPT)], *power_cuts]:
         _remove_unless_held(path)
+
+
+def _runtime() -> str:
+    """The file that has ONNX Runtime's version: importing it takes 20 MiB, beside a child that compiles."""
+    found = find_spec("onnxruntime")
+    return "" if found is None or found.origin is None else Path(found.origin).read_text()
 
 
 def _processor() -> str:

@@ -39,9 +39,10 @@ def optimised(
     `constants`: the values of its external initializers, each looked at once. The result has its own in
     `folder`/CONSTANTS, if they are larger than a kilobyte. KsmEdgeError where the disk has too little room for that.
     """
+    _require_room(model, folder)
+    give_back()  # what was for building, in front of what ONNX Runtime is
     import onnxruntime as ort
 
-    _require_room(model, folder)
     with tempfile.TemporaryDirectory(dir=folder) as given:
         _write_constants(model, constants, Path(given, GIVEN))
         Path(given, "given.onnx").write_bytes(model.SerializeToString())
@@ -49,7 +50,7 @@ def optimised(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(folder / "optimised.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", CONSTANTS)
-        give_back()  # what was for importing and building, in front of what is for optimising
+        give_back()  # what was for importing, in front of what is for optimising
         ort.InferenceSession(
             str(Path(given, "given.onnx")),
             options,

@@ -153,7 +153,7 @@ def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundl
 def embedded() -> Bundle:
     """The embedded backbone, in images large enough that learning takes more memory than compiling."""
     found = load_bundle("embedded")
-    return replace(found, input=replace(found.input, size=256, resize=256))
+    return replace(found, input=replace(found.input, size=384, resize=384))
 
 
 def test_memory_that_is_short_is_made_up_for_with_time(embedded: Bundle) -> None:
