@@ -52,6 +52,8 @@ class Engine:
     def open(self, bundle: Bundle, graph: CompiledGraph, bound: Mapping[str, np.ndarray]) -> Workers:
         """Sessions of the graph, all bound to these arrays (see `GradientSession`)."""
         if self.plans_memory:
+            import onnxruntime  # noqa: F401
+
             give_back()  # what was for importing, in front of what is for opening
             # ONNX Runtime counts the thread that calls it, and the sessions share those beside it.
             first = GradientSession(graph, bound, max(1, self.threads - self.workers + 1))
