@@ -49,7 +49,7 @@ class Device:
     clock_mhz: int  # 0: unknown
     ram_bytes: int
     free_ram_bytes: int  # what the system leaves
-    memory_budget_bytes: int  # of one process, unless the user says otherwise
+    memory_budget_bytes: int  # of a command, unless the user says otherwise
     batch: int  # images in an optimizer step
     # What predictions are made from; 0 where it is unknown.
     flop_per_cycle: int = 0  # FP32, of one core at its peak; a multiplication and its addition are two

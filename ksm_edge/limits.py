@@ -2,8 +2,8 @@
 
 What counts is resident memory, as the budget of a board does. A memory cgroup holds the kernel's own limit where this
 process may make one (v2 or v1). A watchdog that looks every few milliseconds at the command, and at what it starts,
-holds it everywhere; pages of libraries count once, though several processes have them. The cgroup does not count such
-pages at all where another process had loaded them before.
+holds it everywhere; pages of files count once, though several processes have them, and so do processes that run the
+same command. The cgroup does not count such pages at all where another process had loaded them before.
 """
 
 from __future__ import annotations
@@ -129,15 +129,16 @@ def _end(pid: int) -> None:
 
 
 def _resident_bytes(pid: int) -> int:
-    """Of a process and what it started: all of the largest, and of the others what is not of a file.
+    """Of a process and what it started: all of the largest, and of the others what is neither of a file nor shared.
 
-    Files are libraries, nearly all of which the largest has as well. Of processes that run the same command the larger
-    counts: one that has not begun its own yet, or never will, has its parent's pages.
+    Files are libraries and mapped weights, nearly all of which the largest has as well. Of processes that run the same
+    command the larger counts: one that has not begun its own yet, or never will, has its parent's pages.
     """
-    found: dict[bytes, tuple[int, int]] = {}  # by command: resident, and how much of it is not of a file
-    for each in (pid, *_started_by(pid)):
+    found: dict[bytes, tuple[int, int]] = {}  # by command: resident, and how much of it is the process' own
+    started = list(_started_by(pid))
+    for each in (pid, *started):
         with suppress(OSError, IndexError, ValueError):
-            command = Path(f"/proc/{each}/cmdline").read_bytes()
+            command = Path(f"/proc/{each}/cmdline").read_bytes() if started else b""
             resident, of_files = map(int, Path(f"/proc/{each}/statm").read_text().split()[1:3])
             found[command] = max(found.get(command, (0, 0)), (resident * PAGE, (resident - of_files) * PAGE))
     largest, own = max(found.values(), default=(0, 0))

@@ -37,9 +37,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _compiled_here() -> Iterator[None]:
-    """Graphs of tests are compiled by the tests' own process: one of its own would mostly be importing.
+    """Graphs of tests are compiled by the tests' own process: a child would mostly be importing.
 
-    tests/runtimes/test_compile.py has one of its own do it, as has every command that a test runs.
+    In tests/runtimes/test_compile.py a child does it, and in whatever a test runs as a subprocess.
     """
     from ksm_edge.bundle.load import load_bundle
     from ksm_edge.runtimes import cache, compile

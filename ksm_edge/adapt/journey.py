@@ -81,9 +81,9 @@ def adapt(
 ) -> Adapted:
     """Learn the task that `images` shows and write its pack to `out`.
 
-    `budget_bytes` bounds the expected resident memory of the process. `runtime` is one of `ENGINES`: onnxruntime, or
-    pytorch or cuda, which know no budget. `tune` measures first which forms of the computation are the fastest here,
-    once for all trainings like this one. `provenance` goes into the pack's record.
+    `budget_bytes` bounds the resident memory that is expected, that of a process that compiles included. `runtime` is
+    one of `ENGINES`: onnxruntime, or pytorch or cuda, which know no budget. `tune` measures first which forms of the
+    computation are the fastest here, once for all trainings like this one. `provenance` goes into the pack's record.
     `parent` is a pack to go on from: with more images of its classes, or of others as well.
     Interrupted (Ctrl-C) leaves a checkpoint beside `out`, from which `resume` goes on, bit for bit. `fresh`: where
     one is there, begin anew all the same; it is lost with the first one of the new training.

@@ -68,7 +68,7 @@ class ProgressBar(Observer):
             say(f"Forms     {_forms(plan.tuned)}")
         if fronts := [(each.front, each.stage.views) for each in plan.stages if each.front is not None]:
             views = " and ".join(str(count) for _, count in fronts)
-            size = sum(stored_bytes(front, train + held_out * joins, count) for front, count in fronts) / 2**20
+            size = max(stored_bytes(front, train + held_out * joins, count) for front, count in fronts) / 2**20
             say(f"Views     {views} of each image, of which {size:.0f} MiB on disk keep what the layers in front make")
         self._batch = plan.batch
         self._bar = _bar(steps * plan.batch, "Learning", done=done * plan.batch)

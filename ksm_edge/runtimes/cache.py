@@ -147,9 +147,14 @@ def _evict(newest: Path) -> None:
 
 
 def _runtime() -> str:
-    """The file that has ONNX Runtime's version: importing it takes 20 MiB, beside a child that compiles."""
+    """The text that has ONNX Runtime's version. Importing it would take 20 MiB, beside a child that compiles.
+
+    Packages of several names bring it, so none of them can be asked.
+    """
     found = find_spec("onnxruntime")
-    return "" if found is None or found.origin is None else Path(found.origin).read_text()
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+    return Path(found.origin).read_text()
 
 
 def _processor() -> str:

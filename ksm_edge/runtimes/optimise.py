@@ -40,7 +40,7 @@ def optimised(
     `folder`/CONSTANTS, if they are larger than a kilobyte. KsmEdgeError where the disk has too little room for that.
     """
     _require_room(model, folder)
-    give_back()  # what was for building, in front of what ONNX Runtime is
+    give_back()  # what building took, before ONNX Runtime is loaded
     import onnxruntime as ort
 
     with tempfile.TemporaryDirectory(dir=folder) as given:
@@ -50,7 +50,7 @@ def optimised(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(folder / "optimised.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", CONSTANTS)
-        give_back()  # what was for importing, in front of what is for optimising
+        give_back()  # what loading it took
         ort.InferenceSession(
             str(Path(given, "given.onnx")),
             options,

@@ -1,4 +1,4 @@
-"""From a memory budget to a plan: how many images run at once, and what the whole process is expected to take."""
+"""From a memory budget to a plan: how many images run at once, and what all of it is expected to take."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Plan:
     micro_batch: int  # images in one run of the gradient graph
     engine: Engine
     activation_bytes: int | None  # of all runs at once; None where nobody knows before
-    expected_peak_bytes: int | None  # resident, of the whole process; likewise
+    expected_peak_bytes: int | None  # resident, with a process that compiles; likewise
     settings: Settings  # as asked for, but for what a short budget made of them
     stages: tuple[PlannedStage, ...]
     forward: CompiledGraph  # the forward pass in whole images, for validation

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,19 @@ def test_compiling_keeps_to_what_is_expected(photos: Path, tmp_path: Path, monke
     monkeypatch.setenv("KSM_EDGE_CACHE", str(tmp_path / "empty"))
     given = "--method", "head", "--views", 1
     assert_kept(bundle, photos, *given, threads=1, budget_bytes=plan.expected_peak_bytes)
+
+
+def test_what_waits_for_a_graph_has_not_imported_what_makes_it(photos: Path, tmp_path: Path) -> None:
+    """Memory that both would have at once."""
+    bundle = random_bundle("resnet20_cifar10", tmp_path / "bundle")
+    code = (
+        "import sys; from ksm_edge.cli.main import main; from ksm_edge.runtimes import cache; "
+        "cache.make_in_child = lambda *_: sys.exit('onnx' in sys.modules or 'onnxruntime' in sys.modules or 7); "
+        "main(sys.argv[1:])"
+    )
+    words = "adapt", photos, "--bundle", bundle.path, "--out", tmp_path / "a.ksm"
+    environment = {**os.environ, "KSM_EDGE_CACHE": str(tmp_path / "empty")}
+    assert subprocess.run([sys.executable, "-c", code, *words], env=environment, check=False).returncode == 7
 
 
 def assert_kept(bundle: Bundle, photos: Path, *given: object, threads: int, budget_bytes: int) -> None:

@@ -77,14 +77,6 @@ def test_a_compiled_graph_has_the_constants_that_it_was_given(bundle: Bundle) ->
     np.testing.assert_allclose(session.output("features"), plain.run(session.image), rtol=1e-4, atol=1e-5)
 
 
-def test_the_process_that_waits_for_a_graph_has_not_imported_what_makes_it(bundle: Bundle) -> None:
-    """Memory that both would have at once."""
-    code = "import sys; from ksm_edge.bundle.load import load_bundle; from ksm_edge.runtimes import cache; "
-    code += "print(cache.key_of(load_bundle(sys.argv[1]))); assert not {'onnx', 'onnxruntime'} & {*sys.modules}"
-    done = subprocess.run([sys.executable, "-c", code, str(bundle.path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == cache.key_of(bundle)
-
-
 def test_another_release_of_the_runtime_has_its_own_graphs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
