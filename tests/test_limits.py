@@ -168,8 +168,9 @@ def test_the_command_knows_what_holds_it(held: str, tmp_path: Path) -> None:
 
 def test_signals_reach_the_command(held: str, tmp_path: Path) -> None:
     inner = (
-        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
-        "open(sys.argv[1], 'w').write('ready'); time.sleep(60)"
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+        # Closed by itself: where a file is closed by being forgotten, what the handler raises is lost.
+        "pathlib.Path(sys.argv[1]).write_text('ready'); time.sleep(60)"
     )
     code = (
         "from ksm_edge.limits import run_limited; import sys; "
