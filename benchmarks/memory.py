@@ -179,7 +179,7 @@ def _expected(path: Path, words: list[str]) -> int:
     try:
         plan = make_plan(load_bundle(path), CLASSES, settings, threads=args.threads, budget_bytes=budget)
     except BudgetError as refused:
-        if not smallest:
+        if not smallest or refused.needed_bytes is None:
             raise
         return refused.needed_bytes
     return plan.expected_peak_bytes
