@@ -6,6 +6,8 @@ import ctypes
 import mmap
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,18 +70,35 @@ def test_code_that_has_run_leaves_and_comes_back():
 
 
 def test_code_that_was_written_to_stays():
-    """As by a debugger: in the file is something else."""
-    page = mmap.PAGESIZE
+    with _written_code() as (address, content):
+        give_back()
+        assert ctypes.string_at(address, len(content)) == content
+
+
+def test_nothing_leaves_where_the_kernel_tells_nothing_of_pages(tmp_path, monkeypatch):
+    """As under qemu, whose smaps has mappings and zeros."""
+    with _written_code() as (address, content):
+        told = Path("/proc/self/smaps").read_text()
+        silent = tmp_path / "smaps"
+        silent.write_text(re.sub(r"\d+ kB", "0 kB", told))
+        monkeypatch.setattr("ksm_edge.resident.SMAPS", silent)
+        give_back()
+        assert ctypes.string_at(address, len(content)) == content
+
+
+@contextmanager
+def _written_code() -> Iterator[tuple[int, bytes]]:
+    """Address and content of a page that was written to, as by a debugger: in the file is something else."""
+    page, content = mmap.PAGESIZE, b"otherwise"
     with tempfile.TemporaryFile() as file:
         file.write(b"as stored" + bytes(page))
         file.flush()
         code = mmap.mmap(file.fileno(), page, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        code[:9] = b"otherwise"
+        code[: len(content)] = content
         protect = ctypes.CDLL(None).mprotect
         address = ctypes.addressof(ctypes.c_char.from_buffer(code))
         assert protect(ctypes.c_void_p(address), ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_EXEC) == 0
-        give_back()
-        assert ctypes.string_at(address, 9) == b"otherwise"
+        yield address, content
 
 
 def _setting() -> str:
