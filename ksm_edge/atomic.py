@@ -26,7 +26,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     if _is_something_else(path):
         raise OSError(errno.EINVAL, "is no regular file, which could be replaced", str(path))
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = _new_file(path)
     except OSError as error:
         error.filename = str(path)
         raise
@@ -34,28 +34,55 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
+            _hand_on_rights(path, file.fileno())
             os.fsync(file.fileno())
-        _hand_on_rights(path, temporary)
+            if temporary is None:
+                temporary = _give_name(file.fileno(), path)
+                os.fsync(file.fileno())  # a file system may have put off what only matters to a file with a name
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
             error.filename = str(path)
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
         raise
     _sync_folder(path.parent)
 
 
-def _hand_on_rights(path: Path, temporary: str) -> None:
+def _new_file(path: Path) -> tuple[int, str | None]:
+    """Descriptor and name of one in the same folder. It has none, where the file system can do that: a kill or a power
+    cut then leaves nothing of it, where checkpoints that were never finished would fill an SD card.
+    """
+    with suppress(OSError, AttributeError):  # such as an older overlayfs, vfat, NFS
+        return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), None
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+
+
+def _give_name(descriptor: int, path: Path) -> str:
+    """A new one beside `path`, for a file that has none: nothing can be linked over a file that is there."""
+    name = str(path.parent / f".{path.name}.{os.urandom(6).hex()}")
+    try:
+        # Python follows the link, to the file that is open, only where it is given a folder, which is not looked at, as
+        # the name is absolute.
+        os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=descriptor, follow_symlinks=True)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    return name
+
+
+def _hand_on_rights(path: Path, descriptor: int) -> None:
+    """From the file that is there, if one is, to the one that will replace it."""
     try:
         before = path.stat()
     except FileNotFoundError:
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600: a pack is to be read by the app's user
+        os.chmod(descriptor, 0o666 & ~_umask())  # it was made with 0600: a pack is to be read by the app's user
         return
     for owner in (-1, before.st_uid):  # only root may give files away, others to groups of theirs
         with suppress(OSError):
-            os.chown(temporary, owner, before.st_gid)
-    os.chmod(temporary, stat.S_IMODE(before.st_mode))
+            os.chown(descriptor, owner, before.st_gid)
+    os.chmod(descriptor, stat.S_IMODE(before.st_mode))
 
 
 def require_writable(path: Path) -> None:

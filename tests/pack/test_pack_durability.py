@@ -17,6 +17,8 @@ from tiny import tiny_pack
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.format import encode
 
+STEPS = ["open", "write", "flush", "fsync", "link", "close", "chmod", "replace"]
+
 
 def full(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -50,10 +52,30 @@ class FullDisk(io.FileIO):
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Let everything go well up to `step`."""
     monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: FullDisk(descriptor, step))
-    if step in ("fsync", "chmod", "replace"):
+    if step in ("fsync", "link", "chmod", "replace"):
         monkeypatch.setattr(os, step, full)
-    if step == "mkstemp":
-        monkeypatch.setattr(tempfile, step, full)
+    if step == "open":
+        monkeypatch.setattr(os, step, full)
+        monkeypatch.setattr(tempfile, "mkstemp", full)
+
+
+@pytest.fixture(params=["without a name", "with one"])
+def kind_of_file(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """What is written to before it is renamed: a file without a name, or one with, where a file system has no other."""
+    if request.param == "with one":
+        monkeypatch.delattr(os, "O_TMPFILE")
+    elif not _has_nameless_files(tmp_path):
+        pytest.skip("this file system has no files without a name")
+    kind: str = request.param
+    return kind
+
+
+def _has_nameless_files(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+    except OSError:
+        return False
+    return True
 
 
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
@@ -91,28 +113,31 @@ def saved(tmp_path: Path) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-@pytest.mark.parametrize("step", ["mkstemp", "write", "flush", "fsync", "close", "chmod", "replace"])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_disk_that_is_full_leaves_the_old_pack_and_nothing_else(
-    saved: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch, step: str
+    saved: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch, kind_of_file: str, step: str
 ) -> None:
     path, before = saved
-    fill_the_disk(monkeypatch, step)
-    with pytest.raises(OSError, match="No space left"):
-        save_pack(tiny_pack(seed=2), path)
-    monkeypatch.undo()
+    _save_to_a_full_disk(path, monkeypatch, kind_of_file, step)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("step", ["mkstemp", "write", "flush", "fsync", "close", "chmod", "replace"])
+@pytest.mark.parametrize("step", STEPS)
 def test_where_there_was_no_pack_there_is_none_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind_of_file: str, step: str
 ) -> None:
+    _save_to_a_full_disk(tmp_path / "a.ksm", monkeypatch, kind_of_file, step)
+    assert not list(tmp_path.iterdir())
+
+
+def _save_to_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch, kind_of_file: str, step: str) -> None:
+    if step == "link" and kind_of_file == "with one":
+        pytest.skip("a file that has a name is not linked")
     fill_the_disk(monkeypatch, step)
     with pytest.raises(OSError, match="No space left"):
-        save_pack(tiny_pack(), tmp_path / "a.ksm")
+        save_pack(tiny_pack(seed=2), path)
     monkeypatch.undo()
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_synced_holds_the_new_pack_whole_and_the_caller_is_told(
@@ -135,25 +160,29 @@ def test_a_folder_that_cannot_be_synced_holds_the_new_pack_whole_and_the_caller_
 
 
 def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
-    saved: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+    saved: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch, kind_of_file: str
 ) -> None:
     path, _ = saved
     calls: list[str] = []
 
     def noted(name: str, call: Callable[..., object]) -> Callable[..., object]:
-        return lambda *args: (calls.append(name), call(*args))[1]
+        return lambda *args, **given: (calls.append(name), call(*args, **given))[1]
 
-    monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync))
-    monkeypatch.setattr(os, "replace", noted("replace", os.replace))
+    for name in ("fsync", "link", "replace"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
     save_pack(tiny_pack(seed=2), path)
-    assert calls == ["fsync", "replace", "fsync"]
+    naming = ["link", "fsync"] if kind_of_file == "without a name" else []
+    assert calls == ["fsync", *naming, "replace", "fsync"]
 
 
 # Saves one pack over another, again and again, each time in a child (forked, since starting Python anew would take most
 # of the time) that kills itself in front of one line more of the Python that writes, the standard library's among it.
-# Prints what each left: the number of lines until the kill, the file's bytes in hexadecimal, and how many other files.
+# Prints what each left: the number of lines until the kill, the file's bytes in hexadecimal, how many other files, and
+# how many of these are not the whole new pack.
 KILLED = """
 import os, signal, sys
+if sys.argv[2] == "with one":
+    del os.O_TMPFILE
 from pathlib import Path
 from tiny import tiny_pack
 from ksm_edge.pack import files
@@ -183,7 +212,8 @@ while status == -signal.SIGKILL:
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     others = [other for other in path.parent.iterdir() if other != path]
-    print(line, path.read_bytes().hex(), len(others))
+    in_part = [other for other in others if other.read_bytes() != encoded[id(packs[1])]]
+    print(line, path.read_bytes().hex(), len(others), len(in_part))
     for other in others:  # nobody can clean up behind a kill
         other.unlink()
     line += 1
@@ -191,14 +221,19 @@ sys.exit(status)
 """
 
 
-def test_a_process_killed_at_any_line_leaves_the_old_pack_or_the_new_one(tmp_path: Path) -> None:
+def test_a_process_killed_at_any_line_leaves_the_old_pack_or_the_new_one(tmp_path: Path, kind_of_file: str) -> None:
     folders = [str(Path(__file__).parents[1]), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "a.ksm")]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "a.ksm"), kind_of_file]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     whole = [encode(tiny_pack(seed=seed)).hex() for seed in (1, 2)]
     rows = [line.split() for line in output.splitlines()]
-    found = [whole.index(data) for _, data, _ in rows]
+    found = [whole.index(data) for _, data, _, _ in rows]
     assert found == sorted(found)  # from one line on it is the new pack
     assert 5 < found.index(1) < len(found) - 1  # with lines in front of it and behind
-    assert sum(others != "0" for _, _, others in rows) > 5  # half-written files, whose name nobody reads
+    left, in_part = (sum(row[place] != "0" for row in rows) for place in (2, 3))
+    if kind_of_file == "with one":
+        assert in_part > 5  # files that were being written, whose name nobody reads
+    else:
+        assert in_part == 0
+        assert 0 < left < 20  # lines between naming and renaming
