@@ -1,16 +1,18 @@
 """Draw what `accuracy.py` measured: test accuracy against what a task costs.
 
-    python benchmarks/pareto.py     # docs/pareto-*.svg and .png
+    python benchmarks/pareto.py     # docs/pareto-*.svg
 
-One figure for the bytes that are kept for a task, one for the seconds that it took to learn, one for the peak of memory
-meanwhile; a panel for each backbone and task.
+One figure for the bytes that are kept for a task, one for the minutes that it took to learn, one for the peak of memory
+meanwhile. A row for each backbone, the most measured one first, a panel for each task that three methods or more have
+learned; the line joins those that no other one beats in both.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ import grid
 from accuracy import STANDING, summary
 from drawing import pyplot
 from measure import RESULTS, ROOT
-from methods import METHODS, title
+from methods import METHODS
 from tasks import FIVE
 
-LEGEND_COLUMNS = 3
+LEGEND_COLUMNS = 4
+FEWEST = 3  # methods of a panel
 COLOURS = (*(f"C{number}" for number in range(10)),
            "black", "gold", "lime", "navy", "saddlebrown", "orchid", "teal", "tomato")  # fmt: skip
 
@@ -50,68 +53,81 @@ def main() -> int:
     options = parser.parse_args()
     found = summary(STANDING(grid.runs(options.results)))
     for name, cost in COSTS.items():
-        for path in plot(found, cost, options.out / f"pareto-{name}"):
-            print(path)
+        path = options.out / f"pareto-{name}.svg"
+        plot(found, cost, path)
+        print(path)
     return 0
 
 
-def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> list[Path]:
-    """The files written; those of the same figures are the same."""
+def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> None:
+    """Write the figure; of the same figures it is the same."""
+    from matplotlib.lines import Line2D
+
     plt = pyplot()
-    panels = {name: _tasks(tasks, cost) for name, tasks in result.items()}
-    panels = {name: tasks for name, tasks in panels.items() if tasks}
-    columns = max(map(len, panels.values()))
-    size = 3.4 * columns, 3.2 * len(panels)
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, squeeze=False, sharex="row")
-    for row, (name, tasks) in zip(axes, panels.items(), strict=True):
-        for axis, task in zip(row, [*tasks, *[None] * (columns - len(tasks))], strict=True):
-            if task is None:
-                axis.set_axis_off()
+    rows = {name: panels for name, tasks in result.items() if (panels := _panels(tasks, cost))}
+    if not rows:
+        raise SystemExit(f"no task has been learned by {FEWEST} methods whose {cost.label} is known")
+    rows = dict(sorted(rows.items(), key=lambda row: -len(row[1])))
+    columns = [task for task in FIVE if any(task in panels for panels in rows.values())]
+    size = 2.7 * len(columns), 2.5 * len(rows) + 1
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
+    for line, (name, panels) in zip(axes, rows.items(), strict=True):
+        for axis, task in zip(line, columns, strict=True):
+            if task in panels:
+                _panel(axis, panels[task], cost)
+                axis.set_title(task, fontsize=10)
             else:
-                _panel(axis, tasks[task], cost, f"{task}: {name}")
-    shown = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    plain = [method.title for method in METHODS.values()]
-    titles = [label for known in plain for label in sorted(shown) if label == known or label.startswith(f"{known} (")]
-    figure.legend([shown[label] for label in titles], titles, loc="lower center", ncols=LEGEND_COLUMNS, frameon=False)
-    legend_inches = 0.25 * (1 + -(-len(titles) // LEGEND_COLUMNS))
-    figure.tight_layout(rect=(0, legend_inches / size[1], 1, 1))
-    written = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
-    for file in written:
-        figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
+                axis.set_axis_off()
+        first = next(axis for axis, task in zip(line, columns, strict=True) if task in panels)
+        first.set_ylabel(f"{name}\ntest accuracy, %")
+    drawn = {method for panels in rows.values() for methods in panels.values() for method in methods}
+    handles = [Line2D([], [], **_look(name, []), label=METHODS[name].title) for name in METHODS if name in drawn]
+    handles.append(Line2D([], [], **_look("ksm", ["any"]) | {"color": "grey"}, label="hollow: at earlier settings"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-    return written
 
 
-def _tasks(tasks: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
-    """Of the five tasks those with at least two methods whose cost is known, and of these the methods."""
-    known = {task: {k: row for k, row in tasks[task].items() if cost.key in row} for task in FIVE if task in tasks}
-    return {task: rows for task, rows in known.items() if len(rows) > 1}
+def _panels(tasks: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
+    """Of the five tasks those with enough methods whose cost is known, and of these the methods."""
+    known = {
+        task: {name: row for name, row in tasks[task].items() if name in METHODS and cost.key in row}
+        for task in FIVE
+        if task in tasks
+    }
+    return {task: rows for task, rows in known.items() if len(rows) >= FEWEST}
 
 
-def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost, heading: str) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    for (name, method), colour in zip(METHODS.items(), COLOURS, strict=True):
-        if name in rows:
-            point = [rows[name][cost.key] / cost.factor], [100 * rows[name]["test_accuracy"]]
-            marker = "o" if method.ours else "s"
-            axis.plot(
-                *point,
-                linestyle="",
-                markersize=7,
-                label=title(name, rows[name]["earlier"]),
-                color=colour,
-                marker=marker,
-            )
-    axis.set(xscale="log", xlabel=cost.label, ylabel="test accuracy, %")
-    axis.set_title(heading, fontsize=9)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
+    points = {name: (row[cost.key] / cost.factor, 100 * row["test_accuracy"]) for name, row in rows.items()}
+    axis.plot(*zip(*_front(points.values()), strict=True), drawstyle="steps-post", color="lightgrey", zorder=0)
+    for name, (x, y) in points.items():
+        axis.plot(x, y, **_look(name, rows[name]["earlier"]))
+    decades = math.log10(max(x for x, _ in points.values()) / min(x for x, _ in points.values()))
+    axis.set(xscale="log", xlabel=cost.label)
+    axis.margins(0.12)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 3) if decades > 1 else (1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.tick_params(labelbottom=True)
     axis.grid(alpha=0.3)
+
+
+def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that cost less than any as accurate, by what they cost."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _look(name: str, earlier: Sequence[str]) -> dict[str, Any]:
+    """Of a method's marker: ours are round, and filled where its settings are today's."""
+    colour = dict(zip(METHODS, COLOURS, strict=True))[name]
+    marker = "o" if METHODS[name].ours else "s"
+    return {"color": colour, "marker": marker, "linestyle": "", "mfc": "white" if earlier else colour}
 
 
 if __name__ == "__main__":

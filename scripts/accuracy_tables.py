@@ -22,6 +22,7 @@ BACKBONES = (
     "mobilenet_v2, 96 px",
     "efficientnet_lite0, 96 px",
     "onnx:mcunet_5fps.onnx, 128 px",
+    "onnx:mbv2-w035.onnx, 128 px",
     "resnet20_cifar10, 32 px",
 )
 ABLATED = (BACKBONES[1], *BACKBONES[3:])
