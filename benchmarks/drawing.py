@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -15,3 +16,12 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def label_plainly(axis: Any, digits: Sequence[int] = (1, 2, 5)) -> None:
+    """Ticks of a logarithmic x or y axis as the numbers that they are, at these first digits."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

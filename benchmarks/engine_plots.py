@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drawing import pyplot
+from drawing import label_plainly, pyplot
 from measure import RESULTS, ROOT, Record, backbone, fresh_json, read
 from step_rivals import CHANNELS_LAST, FASTEST, FULL, ORT_TRAINING, OURS, SMALLEST
 
@@ -83,6 +83,8 @@ def draw_ways(cases: Sequence[Mapping[str, Any]], path: Path) -> Path:
     for rival, marker in MARKERS.items():
         axis.plot([], [], marker=marker, color="grey", linestyle="", label=rival)
     axis.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="peak RSS, MiB")
+    for each in (axis.xaxis, axis.yaxis):
+        label_plainly(each)
     axis.set_title(_heading(network=False), fontsize=9)
     return _saved(figure, axis, path)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import grid
 from accuracy import STANDING, summary
-from drawing import pyplot
+from drawing import label_plainly, pyplot
 from measure import RESULTS, ROOT
 from methods import METHODS
 from tasks import FIVE
@@ -99,8 +99,6 @@ def _panels(tasks: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
 
 
 def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     points = {name: (row[cost.key] / cost.factor, 100 * row["test_accuracy"]) for name, row in rows.items()}
     axis.plot(*zip(*_front(points.values()), strict=True), drawstyle="steps-post", color="lightgrey", zorder=0)
     for name, (x, y) in points.items():
@@ -108,9 +106,7 @@ def _panel(axis: Any, rows: Mapping[str, Any], cost: Cost) -> None:
     decades = math.log10(max(x for x, _ in points.values()) / min(x for x, _ in points.values()))
     axis.set(xscale="log", xlabel=cost.label)
     axis.margins(0.12)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 3) if decades > 1 else (1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    label_plainly(axis.xaxis, (1,) if decades > 2 else (1, 3) if decades > 1 else (1, 2, 5))
     axis.grid(alpha=0.3)
 
 
