@@ -3,8 +3,8 @@
     python benchmarks/pareto.py     # docs/pareto-*.svg
 
 One figure for the bytes that are kept for a task, one for the minutes that it took to learn, one for the peak of memory
-meanwhile. A row for each backbone, the most measured one first, a panel for each task that three methods or more have
-learned; the line joins those that no other one beats in both.
+meanwhile. A panel for each task of which the cost of three methods is known, a row for each backbone that has one, most
+panels first; the line joins methods than which none is cheaper and at least as accurate.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ def main() -> int:
 
 def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> None:
     """Write the figure; of the same figures it is the same."""
-    from matplotlib.lines import Line2D
-
     plt = pyplot()
     rows = {name: panels for name, tasks in result.items() if (panels := _panels(tasks, cost))}
     if not rows:
@@ -80,18 +78,27 @@ def plot(result: Mapping[str, Any], cost: Cost, path: Path) -> None:
                 axis.set_axis_off()
         first = next(axis for axis, task in zip(line, columns, strict=True) if task in panels)
         first.set_ylabel(f"{name}\ntest accuracy, %")
-    drawn = {method for panels in rows.values() for methods in panels.values() for method in methods}
-    handles = [Line2D([], [], **_look(name, []), label=METHODS[name].title) for name in METHODS if name in drawn]
-    handles.append(Line2D([], [], **_look("ksm", ["any"]) | {"color": "grey"}, label="hollow: at earlier settings"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=9)
+    figure.legend(handles=_legend(rows), loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _legend(rows: Mapping[str, Any]) -> list[Any]:
+    """A marker for each method, and one for what a hollow marker says."""
+    from matplotlib.lines import Line2D
+
+    drawn = [item for panels in rows.values() for methods in panels.values() for item in methods.items()]
+    names = {name for name, _ in drawn}
+    handles = [Line2D([], [], **_look(name, []), label=METHODS[name].title) for name in METHODS if name in names]
+    if any(row["earlier"] for _, row in drawn):
+        handles.append(Line2D([], [], **_look("ksm", ["any"]) | {"color": "grey"}, label="hollow: at earlier settings"))
+    return handles
 
 
 def _panels(tasks: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
     """Of the five tasks those with enough methods whose cost is known, and of these the methods."""
     known = {
-        task: {name: row for name, row in tasks[task].items() if name in METHODS and cost.key in row}
+        task: {name: row for name, row in tasks[task].items() if name in METHODS and (row.get(cost.key) or 0) > 0}
         for task in FIVE
         if task in tasks
     }

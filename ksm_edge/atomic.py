@@ -30,6 +30,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         error.filename = str(path)
         raise
+    nameless = temporary is None
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -37,8 +38,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             _hand_on_rights(path, file.fileno())
             os.fsync(file.fileno())
             if temporary is None:
-                temporary = _give_name(file.fileno(), path)
-                os.fsync(file.fileno())  # a file system may have put off what only matters to a file with a name
+                temporary = f"{path.parent}/.{path.name}.{os.urandom(4).hex()}"
+                _give_name(file.fileno(), temporary)
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
@@ -47,7 +48,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    if nameless:
+        with suppress(PermissionError):  # of a file that its owner may not read
+            _sync(path)  # a file system may have put off what does not matter to a file without a name
+    _sync(path.parent)
 
 
 def _new_file(path: Path) -> tuple[int, str | None]:
@@ -55,21 +59,28 @@ def _new_file(path: Path) -> tuple[int, str | None]:
     cut then leaves nothing of it, where checkpoints that were never finished would fill an SD card.
     """
     with suppress(OSError, AttributeError):  # such as an older overlayfs, vfat, NFS
-        return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), None
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600)
+        if os.path.exists(_opened(descriptor)):
+            return descriptor, None
+        os.close(descriptor)
     return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
 
 
-def _give_name(descriptor: int, path: Path) -> str:
-    """A new one beside `path`, for a file that has none: nothing can be linked over a file that is there."""
-    name = str(path.parent / f".{path.name}.{os.urandom(6).hex()}")
+def _opened(descriptor: int) -> str:
+    """Where /proc has an open file, by which one without a name can be given one."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+def _give_name(descriptor: int, name: str) -> None:
+    """One beside the file that is to be replaced: nothing can be linked over that."""
     try:
         # Python follows the link, to the file that is open, only where it is given a folder, which is not looked at, as
         # the name is absolute.
-        os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=descriptor, follow_symlinks=True)
+        os.link(_opened(descriptor), name, dst_dir_fd=descriptor, follow_symlinks=True)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        error.filename = name
+        del error.filename2
         raise
-    return name
 
 
 def _hand_on_rights(path: Path, descriptor: int) -> None:
@@ -109,9 +120,9 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    """The rename itself must reach the disk, or a power cut may undo it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Of a folder its names: a rename must reach the disk, or a power cut may undo it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -17,8 +17,6 @@ from tiny import tiny_pack
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.format import encode
 
-STEPS = ["open", "write", "flush", "fsync", "link", "close", "chmod", "replace"]
-
 
 def full(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -59,23 +57,36 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
         monkeypatch.setattr(tempfile, "mkstemp", full)
 
 
-@pytest.fixture(params=["without a name", "with one"])
+NAMELESS, NAMED = "without a name", "with one"
+KINDS = pytest.mark.parametrize("kind_of_file", [NAMELESS, NAMED], indirect=True)
+STEPS = pytest.mark.parametrize(
+    ("step", "kind_of_file"),
+    [
+        (step, kind)
+        for step in ("open", "write", "flush", "fsync", "close", "chmod", "replace")
+        for kind in (NAMELESS, NAMED)
+    ]
+    + [("link", NAMELESS)],
+    indirect=["kind_of_file"],
+)
+
+
+@pytest.fixture
 def kind_of_file(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """What is written to before it is renamed: a file without a name, or one with, where a file system has no other."""
-    if request.param == "with one":
-        monkeypatch.delattr(os, "O_TMPFILE")
-    elif not _has_nameless_files(tmp_path):
-        pytest.skip("this file system has no files without a name")
+    if request.param == NAMED:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # refused, as by a file system that has no other
+    else:
+        _require_nameless_files(tmp_path)
     kind: str = request.param
     return kind
 
 
-def _has_nameless_files(folder: Path) -> bool:
+def _require_nameless_files(folder: Path) -> None:
     try:
         os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
     except OSError:
-        return False
-    return True
+        pytest.skip("this file system has no files without a name")
 
 
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
@@ -113,31 +124,55 @@ def saved(tmp_path: Path) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-@pytest.mark.parametrize("step", STEPS)
+@STEPS
 def test_a_disk_that_is_full_leaves_the_old_pack_and_nothing_else(
     saved: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch, kind_of_file: str, step: str
 ) -> None:
     path, before = saved
-    _save_to_a_full_disk(path, monkeypatch, kind_of_file, step)
+    _save_to_a_full_disk(path, monkeypatch, step)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("step", STEPS)
+@STEPS
 def test_where_there_was_no_pack_there_is_none_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind_of_file: str, step: str
 ) -> None:
-    _save_to_a_full_disk(tmp_path / "a.ksm", monkeypatch, kind_of_file, step)
+    _save_to_a_full_disk(tmp_path / "a.ksm", monkeypatch, step)
     assert not list(tmp_path.iterdir())
 
 
-def _save_to_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch, kind_of_file: str, step: str) -> None:
-    if step == "link" and kind_of_file == "with one":
-        pytest.skip("a file that has a name is not linked")
+def _save_to_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     fill_the_disk(monkeypatch, step)
     with pytest.raises(OSError, match="No space left"):
         save_pack(tiny_pack(seed=2), path)
     monkeypatch.undo()
+
+
+def test_where_open_files_cannot_be_named_a_pack_is_saved_all_the_same(
+    saved: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container without /proc."""
+    path, _ = saved
+    monkeypatch.setattr("ksm_edge.atomic._opened", lambda descriptor: f"/nowhere/{descriptor}")
+    before = len(os.listdir("/proc/self/fd"))
+    save_pack(tiny_pack(seed=2), path)
+    assert path.read_bytes() == encode(tiny_pack(seed=2))
+    assert list(path.parent.iterdir()) == [path]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_stops_the_naming_is_told_of_the_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _require_nameless_files(tmp_path)
+
+    def refuse(source: str, name: str, **_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", source, None, name)
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OSError, match="not permitted") as refused:
+        save_pack(tiny_pack(), tmp_path / "a.ksm")
+    assert str(refused.value) == f"[Errno {errno.EPERM}] Operation not permitted: '{tmp_path / 'a.ksm'}'"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_synced_holds_the_new_pack_whole_and_the_caller_is_told(
@@ -159,6 +194,7 @@ def test_a_folder_that_cannot_be_synced_holds_the_new_pack_whole_and_the_caller_
     assert list(path.parent.iterdir()) == [path]
 
 
+@KINDS
 def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
     saved: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch, kind_of_file: str
 ) -> None:
@@ -171,8 +207,10 @@ def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
     for name in ("fsync", "link", "replace"):
         monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
     save_pack(tiny_pack(seed=2), path)
-    naming = ["link", "fsync"] if kind_of_file == "without a name" else []
-    assert calls == ["fsync", *naming, "replace", "fsync"]
+    if kind_of_file == NAMED:
+        assert calls == ["fsync", "replace", "fsync"]
+    else:
+        assert calls == ["fsync", "link", "replace", "fsync", "fsync"]  # of the file again, which had no name before
 
 
 # Saves one pack over another, again and again, each time in a child (forked, since starting Python anew would take most
@@ -182,7 +220,7 @@ def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
 KILLED = """
 import os, signal, sys
 if sys.argv[2] == "with one":
-    del os.O_TMPFILE
+    os.O_TMPFILE = os.O_DIRECTORY
 from pathlib import Path
 from tiny import tiny_pack
 from ksm_edge.pack import files
@@ -221,6 +259,7 @@ sys.exit(status)
 """
 
 
+@KINDS
 def test_a_process_killed_at_any_line_leaves_the_old_pack_or_the_new_one(tmp_path: Path, kind_of_file: str) -> None:
     folders = [str(Path(__file__).parents[1]), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
@@ -232,7 +271,7 @@ def test_a_process_killed_at_any_line_leaves_the_old_pack_or_the_new_one(tmp_pat
     assert found == sorted(found)  # from one line on it is the new pack
     assert 5 < found.index(1) < len(found) - 1  # with lines in front of it and behind
     left, in_part = (sum(row[place] != "0" for row in rows) for place in (2, 3))
-    if kind_of_file == "with one":
+    if kind_of_file == NAMED:
         assert in_part > 5  # files that were being written, whose name nobody reads
     else:
         assert in_part == 0
