@@ -121,7 +121,7 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    """Of a folder its names: a rename must reach the disk, or a power cut may undo it."""
+    """Have a file, or the names in a folder, reach the disk: a power cut may undo a rename that has not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
