@@ -64,6 +64,8 @@ class ProgressBar(Observer):
         classes = plan.graph.spec.classes
         say(f"Images    {train} to learn from, {held_out} held out for choosing{until}, {classes} classes")
         say(f"Plan      {steps} steps of {plan.batch} images{_sizes(plan)}, {at_once} at a time{_memory(plan)}")
+        if plan.failed is not None and not plan.failed.is_passed:
+            say(f"Operators standard ones, which take longer: this project's own are wrong here, as {plan.failed}")
         if plan.tuned is not None:
             say(f"Forms     {_forms(plan.tuned)}")
         if fronts := [(each.front, each.stage.views) for each in plan.stages if each.front is not None]:
@@ -139,7 +141,9 @@ def _products(plan: Plan) -> str:
     """What came of asking for half precision."""
     if plan.graph.spec.half_products:
         return ", products in half precision"
-    why = "statistics are the batch's own" if plan.settings.statistics == "batch" else "none are faster here"
+    if plan.settings.statistics == "batch":
+        return ", products in float32, as statistics are the batch's own"
+    why = "none are faster here" if plan.failed is None else f"others are wrong here: {plan.failed}"
     return f", products in float32, as {why}"
 
 

@@ -97,22 +97,31 @@ def _remove_unless_held(folder: Path) -> None:
 def key_of(bundle: Bundle, *parts: str) -> str:
     """One key per backbone, processor, runtime and state of our own code, and per `parts`."""
     # The digest is over weights alone: the same ones may end at other features, or stand in another graph.
-    backbone = [bundle.digest, hashlib.sha256(bundle.graph_path.read_bytes()).hexdigest(), repr(bundle.layers)]
+    graph = hashlib.sha256(bundle.graph_path.read_bytes()).hexdigest()
+    return machine_key(bundle.digest, graph, repr(bundle.layers), *parts)
+
+
+def machine_key(*parts: str) -> str:
+    """The same without a backbone."""
     machine = [_runtime(), platform.machine(), _processor()]
     package = Path(__file__).parents[1]
     sources = [*sorted((package / "autodiff").glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
-    texts = [*backbone, *parts, *machine, *(source.read_text() for source in sources)]
+    texts = [*parts, *machine, *(source.read_text() for source in sources)]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
 
 
 def make_in_child(module: str, bundle: Bundle, folder: Path, given: str = "") -> None:
     """Run MODULE with BUNDLE and FOLDER, and `given` as its input; what it says on failure is raised here."""
-    command = module_command(module, str(bundle.path), str(folder))
-    child = subprocess.run(command, input=given, text=True, capture_output=True, check=False)
-    if child.returncode == UnsupportedError.exit_code:
-        raise UnsupportedError(child.stderr.strip())
-    if child.returncode:
-        raise KsmEdgeError(f"{module}: nothing was made of {bundle.path}:\n{child.stderr.strip()}")
+    made = child(module, str(bundle.path), str(folder), given=given)
+    if made.returncode == UnsupportedError.exit_code:
+        raise UnsupportedError(made.stderr.strip())
+    if made.returncode:
+        raise KsmEdgeError(f"{module}: nothing was made of {bundle.path}:\n{made.stderr.strip()}")
+
+
+def child(module: str, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """What became of a process that ran MODULE with WORDS, and with `given` as its input."""
+    return subprocess.run(module_command(module, *words), input=given, text=True, capture_output=True, check=False)
 
 
 def in_child(make: Callable[[], object]) -> int:

@@ -14,6 +14,7 @@ from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.resident import rss_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
+from ksm_edge.runtimes.trial import Trial, trial, trusted
 from ksm_edge.training.footprint import activation_bytes, expected_peak_bytes, score_count
 from ksm_edge.training.refusal import over_budget, require_compiling
 from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, PRODUCT_BITS, Settings
@@ -73,6 +74,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     forward: CompiledGraph  # the forward pass in whole images, for validation
     tuned: Tuned | None = None  # where forms were measured
+    failed: Trial | None = None  # where operators of this project were left out for it
 
     @property
     def graph(self) -> CompiledGraph:
@@ -151,6 +153,7 @@ def make_plan(
         stages=planned,
         forward=_forward(bundle, graph),
         tuned=found,
+        failed=_failed(gradient_spec(bundle, classes, kind, graph.spec.micro_batch)),
     )
 
 
@@ -167,7 +170,7 @@ class _Search:
         spec = replace(gradient_spec(self.bundle, self.classes, kind, images), **form)
         if self.budget_bytes is not None:
             require_compiling(self.bundle, self.settings, spec, self.budget_bytes)
-        return compiled(self.bundle, spec)
+        return compiled(self.bundle, trusted(spec))
 
     def beside(self, graph: CompiledGraph) -> list[CompiledGraph]:
         """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
@@ -217,6 +220,11 @@ class _Search:
         return found, graphs[found.name]
 
 
+def _failed(asked: GradientSpec) -> Trial | None:
+    """The trial, if not all that is asked for passed it."""
+    return None if trusted(asked) == asked else trial()
+
+
 def _stages(bundle: Bundle, settings: Settings, graph: CompiledGraph) -> tuple[PlannedStage, ...]:
     """`graph`: of the first."""
     found = []
@@ -258,10 +266,15 @@ def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
             "the training was begun with operators in C, which this installation lacks: install the package where "
             "there is a C compiler, or start anew, without --resume"
         )
-    if before["half_products"] and native.halves() is None:
+    if before["own"] and not trial().is_passed:
         raise UsageError(
-            "the training was begun with products in half precision, for which this processor has no instruction: go "
-            "on where it was begun, or start anew, without --resume"
+            "the training was begun with operators in C, and those of this installation are wrong: go on where it was "
+            "begun, or start anew, without --resume"
+        )
+    if before["half_products"] and (native.halves() is None or not trial().is_passed_in_half):
+        raise UsageError(
+            "the training was begun with products in half precision, for which this processor has no instruction, or "
+            "with which they are wrong: go on where it was begun, or start anew, without --resume"
         )
 
 

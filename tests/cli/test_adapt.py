@@ -26,6 +26,7 @@ from ksm_edge.limits import run_limited
 from ksm_edge.pack.container import read_container
 from ksm_edge.pack.files import load_pack, save_pack
 from ksm_edge.pack.metadata import read_metadata
+from ksm_edge.runtimes.trial import Trial
 from ksm_edge.training.settings import FAST, SMALL, Settings
 
 KEYS = {
@@ -185,6 +186,26 @@ def test_the_plan_says_how_matrices_are_multiplied(
     assert main(call(photos, bundle, tmp_path / "a.ksm", "--product-bits", 16, "--statistics", statistics)) == 0
     assert said in capsys.readouterr().err
     assert load_pack(tmp_path / "a.ksm").record["settings"]["product_bits"] == 16
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Trial(0.25, 0.25), "Operators standard ones, which take longer: this project's own are wrong here, as"),
+        (Trial(0.0, 0.25), ", products in float32, as others are wrong here: gradients by them are off by 0.25"),
+    ],
+)
+def test_operators_that_are_wrong_here_are_left_out_with_a_word(
+    photos: Path, bundle: Path, tmp_path: Path, found: Trial, said: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if native.operators is None:
+        pytest.skip("installed without a C compiler")
+    monkeypatch.setattr(native, "halves", lambda: "avx1024_bf16")
+    for module in ("ksm_edge.runtimes.trial", "ksm_edge.training.planner"):
+        monkeypatch.setattr(f"{module}.trial", lambda: found)
+    assert main(call(photos, bundle, tmp_path / "a.ksm", "--product-bits", 16)) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bundle: Path, tmp_path: Path) -> None:
