@@ -44,10 +44,8 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args, device, len(images.train))
     out = args.out or Path(f"{images.name}.ksm")
     say_defaults(args, device, bundle, images, threads, budget)
-    if out.exists():
-        print(f"{out} is there and will be replaced once the new pack is whole", file=sys.stderr)
     try:
-        with ProgressBar() as observer, terminated_as_interrupted():
+        with ProgressBar(replaced=out if out.exists() else None) as observer, terminated_as_interrupted():
             result = adapt(
                 bundle,
                 images,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -24,7 +25,9 @@ T = TypeVar("T")
 class ProgressBar(Observer):
     """Draws with tqdm: images/s and time left come from it."""
 
-    def __init__(self) -> None:
+    def __init__(self, replaced: Path | None = None) -> None:
+        """`replaced`: a pack that the new one will take the place of."""
+        self._replaced = replaced
         self._reading: tqdm[Any] | None = None
         self._seeing: tqdm[Any] | None = None
         self._bar: tqdm[Any] | None = None
@@ -57,6 +60,8 @@ class ProgressBar(Observer):
                 say(f"  {source}: {reason}")
             if len(skipped) > SHOWN_SKIPS:
                 say(f"  and {len(skipped) - SHOWN_SKIPS} more")
+        if self._replaced is not None:
+            say(f"{self._replaced} is there and will be replaced once the new pack is whole")
         at_once = f"{plan.engine.workers} x {plan.micro_batch}" if plan.engine.workers > 1 else plan.micro_batch
         settings = plan.settings
         joins = held_out > 0 and settings.held_out_until < settings.epochs
@@ -66,6 +71,7 @@ class ProgressBar(Observer):
         say(f"Plan      {steps} steps of {plan.batch} images{_sizes(plan)}, {at_once} at a time{_memory(plan)}")
         if plan.failed is not None and not plan.failed.is_passed:
             say(f"Operators standard ones, which take longer: this project's own are wrong here, as {plan.failed}")
+            say("          Compiled by another C compiler, or another release of it, they may be right")
         if plan.tuned is not None:
             say(f"Forms     {_forms(plan.tuned)}")
         if fronts := [(each.front, each.stage.views) for each in plan.stages if each.front is not None]:

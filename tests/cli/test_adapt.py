@@ -18,6 +18,7 @@ from PIL import Image
 from tiny import saved_tiny_bundle, tiny_pack
 
 from ksm_edge import native
+from ksm_edge.adapt.journey import checkpoint_path
 from ksm_edge.cli.adapt_options import settings_of
 from ksm_edge.cli.main import build_parser, main
 from ksm_edge.device import Device
@@ -206,6 +207,21 @@ def test_operators_that_are_wrong_here_are_left_out_with_a_word(
         monkeypatch.setattr(f"{module}.trial", lambda: found)
     assert main(call(photos, bundle, tmp_path / "a.ksm", "--product-bits", 16)) == 0
     assert said in capsys.readouterr().err
+
+
+def test_that_a_pack_is_replaced_is_said_where_it_will_be(
+    photos: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, said = tmp_path / "a.ksm", "is there and will be replaced"
+    out.write_bytes(b"an older pack")
+    checkpoint_path(out).write_bytes(b"an interrupted training")
+    assert main(call(photos, bundle, out)) == 2
+    assert said not in capsys.readouterr().err
+    assert main(call(photos, bundle, out, "--fresh")) == 0
+    assert said in capsys.readouterr().err
+    assert load_pack(out).task == "colours"
+    assert main(call(photos, bundle, tmp_path / "b.ksm")) == 0
+    assert said not in capsys.readouterr().err
 
 
 def test_small_is_a_set_of_defaults_that_options_still_change(photos: Path, bundle: Path, tmp_path: Path) -> None:
