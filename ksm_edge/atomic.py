@@ -1,7 +1,8 @@
-"""Files that are whole or absent: written beside their place, synced, then renamed into it."""
+"""Files that are whole or absent: written beside their place, synced, then renamed into it; and folders likewise."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ksm_edge.errors import UsageError
+
+HERE, EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
 
 
 @contextmanager
@@ -94,6 +97,14 @@ def _hand_on_rights(path: Path, descriptor: int) -> None:
         with suppress(OSError):
             os.chown(descriptor, owner, before.st_gid)
     os.chmod(descriptor, stat.S_IMODE(before.st_mode))
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Have two files or folders change places, at one instant; False where the system or the file system cannot."""
+    with suppress(OSError, AttributeError):  # not Linux, or a C library from before 2018
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0)
+    return False
 
 
 def require_writable(path: Path) -> None:

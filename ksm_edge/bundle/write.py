@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ksm_edge.atomic import exchange
 from ksm_edge.bundle.digest import backbone_digest, file_sha256
 from ksm_edge.bundle.freeze import Frozen
 from ksm_edge.bundle.golden import golden_record
@@ -55,19 +59,44 @@ def write_bundle(
     path = Path(os.path.realpath(path))  # where it is a link, that stays one
     _check_place(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        os.chmod(temporary, 0o755)  # mkdtemp makes 0700: a bundle is to be read by the app's user
-        _write_files(frozen, temporary, recipe, licence, input_contract, dict(source or {}))
-        _sync(temporary)
-        _replace(temporary, path)
-        _sync(path.parent)
+        with _folder_beside(path) as temporary:
+            _write_files(frozen, temporary, recipe, licence, input_contract, dict(source or {}))
+            _sync(temporary)
+            _replace(temporary, path)
+            _sync(path.parent)
     except OSError as error:
         if error.errno is not None:  # a full disk has no name
             error.filename = error.filename or str(path)
         raise
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """An empty one, removed in the end unless it is elsewhere then, as are those that a kill or a power cut left."""
+    prefix = f".{path.name}.unfinished-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_unless_in_use(left)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.chmod(folder, 0o755)  # mkdtemp makes 0700: a bundle is to be read by the app's user
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_unless_in_use(folder: Path) -> None:
+    with suppress(OSError):  # it is, or nobody can know
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(descriptor)
 
 
 def _check_place(path: Path, overwrite: bool) -> None:
@@ -120,10 +149,15 @@ def _sync(folder: Path) -> None:
 
 
 def _replace(new: Path, path: Path) -> None:
-    """Put the folder `new` at `path`. An old bundle steps aside first and comes back if the rename fails."""
+    """Put the folder `new` at `path`, and what is there, if anything is, out of the way."""
     if not path.exists():
         os.rename(new, path)
-        return
+    elif not exchange(new, path):
+        _replace_in_steps(new, path)
+
+
+def _replace_in_steps(new: Path, path: Path) -> None:
+    """The old bundle steps aside first and comes back if the rename fails."""
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / "old"
     try:
         os.rename(path, aside)

@@ -6,6 +6,9 @@ import json
 import mmap
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from incoming_nets import CLASSIFIER, FLAT, LINEAR, graph, node, weights
 from safetensors.numpy import load_file
 
 from ksm_edge.app.app import App
-from ksm_edge.bundle import manifest
+from ksm_edge.bundle import manifest, write
 from ksm_edge.bundle.digest import backbone_digest
 from ksm_edge.bundle.freeze import freeze
 from ksm_edge.bundle.layers import Bundle, InputContract
@@ -144,6 +147,7 @@ def test_a_failure_at_any_step_leaves_nothing_half_written(
 
 
 def test_a_failed_replacement_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "exchange", lambda *_: False)  # vfat, say
     old = save(tmp_path / "b").digest
     rename = os.rename
 
@@ -156,6 +160,49 @@ def test_a_failed_replacement_leaves_the_old_bundle(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="Input/output"):
         save(tmp_path / "b", seed=1, overwrite=True)
     assert load_bundle(tmp_path / "b").digest == old
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_bundle_that_is_replaced_is_never_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "b")
+    monkeypatch.setattr(os, "rename", None)  # of one folder at a time
+    new = save(tmp_path / "b", seed=1, overwrite=True).digest
+    assert load_bundle(tmp_path / "b").digest == new
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+# As an export that is killed, or whose power is cut, while its folder is not yet in its place.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ksm_edge.bundle import write
+write._write_files = lambda frozen, folder, *_: ((folder / "weights").write_bytes(bytes(1000)), end())
+def end(): {end}
+write.write_bundle(None, Path(sys.argv[1]), recipe="", licence="", input_contract=None)
+"""
+
+
+def test_what_a_kill_left_goes_with_the_next_export(tmp_path: Path) -> None:
+    killed = KILLED.format(end="os.kill(os.getpid(), signal.SIGKILL)")
+    assert subprocess.run([sys.executable, "-c", killed, tmp_path / "b"], check=False).returncode == -signal.SIGKILL
+    others = [tmp_path / name for name in (".b.backup", ".b.unfinished", ".bb.unfinished-1", ".c.unfinished-1")]
+    for other in others:
+        other.mkdir()
+    assert len(list(tmp_path.iterdir())) == len(others) + 1
+    save(tmp_path / "b")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "b"])
+
+
+def test_an_export_leaves_another_of_the_same_name_alone(tmp_path: Path) -> None:
+    waiting = KILLED.format(end="print(flush=True), sys.stdin.read(), sys.exit()")
+    command = [sys.executable, "-c", waiting, str(tmp_path / "b")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        (unfinished,) = tmp_path.iterdir()
+        save(tmp_path / "b")
+        assert (unfinished / "weights").exists()
+        other.communicate(b"")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
