@@ -69,9 +69,11 @@ class ProgressBar(Observer):
         classes = plan.graph.spec.classes
         say(f"Images    {train} to learn from, {held_out} held out for choosing{until}, {classes} classes")
         say(f"Plan      {steps} steps of {plan.batch} images{_sizes(plan)}, {at_once} at a time{_memory(plan)}")
-        if plan.failed is not None and not plan.failed.is_passed:
-            say(f"Operators standard ones, which take longer: this project's own are wrong here, as {plan.failed}")
-            say("          Compiled by another C compiler, or another release of it, they may be right")
+        if (found := plan.distrusted) is not None and not found.is_passed:
+            say(
+                "Operators standard ones, which take longer. This project's own, as they were compiled here, are wrong:"
+            )
+            say(f"          {found}. Install again with another compiler (CC=clang pip install ...)")
         if plan.tuned is not None:
             say(f"Forms     {_forms(plan.tuned)}")
         if fronts := [(each.front, each.stage.views) for each in plan.stages if each.front is not None]:
@@ -149,8 +151,9 @@ def _products(plan: Plan) -> str:
         return ", products in half precision"
     if plan.settings.statistics == "batch":
         return ", products in float32, as statistics are the batch's own"
-    why = "none are faster here" if plan.failed is None else f"others are wrong here: {plan.failed}"
-    return f", products in float32, as {why}"
+    if (found := plan.distrusted) is not None:
+        return f", products in float32, as others are wrong here: {found}" if found.is_passed else ""
+    return ", products in float32, as none are faster here"
 
 
 def _forms(tuned: Tuned) -> str:

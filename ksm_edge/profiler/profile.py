@@ -17,7 +17,7 @@ from ksm_edge.limits import run_limited
 from ksm_edge.pack.files import load_pack_and_bytes, require_backbone
 from ksm_edge.profiler import telemetry
 from ksm_edge.profiler.child import STEP_PARTS
-from ksm_edge.training.planner import make_plan
+from ksm_edge.training.planner import Plan, make_plan
 from ksm_edge.training.settings import Settings
 
 FORMAT_VERSION = 2
@@ -49,8 +49,9 @@ def measure_profile(
     tell = progress or (lambda text: None)
     _require_names(packs)
     digests = {pack.name: _digest(pack, bundle) for pack in packs}
+    plan: Plan | None = None
     if steps:  # found out now rather than when everything else has been measured
-        make_plan(bundle, CLASSES, Settings(batch=batch), threads=threads, budget_bytes=budget_bytes)
+        plan = make_plan(bundle, CLASSES, Settings(batch=batch), threads=threads, budget_bytes=budget_bytes)
     result: dict[str, Any] = {
         "kind": KIND,
         "version": FORMAT_VERSION,
@@ -81,6 +82,10 @@ def measure_profile(
     result["after"] = telemetry.condition()
     result["summary"] = summary(result)
     result["warnings"] = warnings_of(result)
+    if plan is not None and plan.distrusted is not None:
+        result["warnings"].append(
+            f"adaptation: by standard operators, as this project's own are wrong here: {plan.distrusted}"
+        )
     return result
 
 

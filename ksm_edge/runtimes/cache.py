@@ -119,9 +119,13 @@ def make_in_child(module: str, bundle: Bundle, folder: Path, given: str = "") ->
         raise KsmEdgeError(f"{module}: nothing was made of {bundle.path}:\n{made.stderr.strip()}")
 
 
-def child(module: str, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    """What became of a process that ran MODULE with WORDS, and with `given` as its input."""
-    return subprocess.run(module_command(module, *words), input=given, text=True, capture_output=True, check=False)
+def child(module: str, *words: str, given: str = "", seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    """What became of a process that ran MODULE with WORDS, and with `given` as its input.
+
+    Raises subprocess.TimeoutExpired when it has not ended after so many seconds, and been killed.
+    """
+    command = module_command(module, *words)
+    return subprocess.run(command, input=given, text=True, capture_output=True, check=False, timeout=seconds)
 
 
 def in_child(make: Callable[[], object]) -> int:

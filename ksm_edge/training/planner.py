@@ -12,9 +12,9 @@ from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.resident import rss_bytes
+from ksm_edge.runtimes import trial
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
-from ksm_edge.runtimes.trial import Trial, trial, trusted
 from ksm_edge.training.footprint import activation_bytes, expected_peak_bytes, score_count
 from ksm_edge.training.refusal import over_budget, require_compiling
 from ksm_edge.training.settings import ACTIVATION_BITS, MOMENT_BITS, PRODUCT_BITS, Settings
@@ -74,7 +74,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     forward: CompiledGraph  # the forward pass in whole images, for validation
     tuned: Tuned | None = None  # where forms were measured
-    failed: Trial | None = None  # where operators of this project were left out for it
+    distrusted: trial.Trial | None = None  # where operators of this project were left out for what came of it
 
     @property
     def graph(self) -> CompiledGraph:
@@ -129,7 +129,7 @@ def make_plan(
             raise UsageError(f"the runtime {runtime} multiplies as it likes: leave out --product-bits")
         return _unmeasured_plan(bundle, classes, settings, engine)
 
-    search = _Search(bundle, classes, settings, budget_bytes)
+    search = _Search(bundle, classes, settings, budget_bytes, goes_on=before is not None)
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     kind, workers, graph = search.first(_candidates(bundle, settings, threads, smallest, before), smallest)
     found = None
@@ -153,7 +153,7 @@ def make_plan(
         stages=planned,
         forward=_forward(bundle, graph),
         tuned=found,
-        failed=_failed(gradient_spec(bundle, classes, kind, graph.spec.micro_batch)),
+        distrusted=None if before else _distrusted(gradient_spec(bundle, classes, kind, graph.spec.micro_batch)),
     )
 
 
@@ -165,12 +165,19 @@ class _Search:
     classes: int
     settings: Settings
     budget_bytes: int | None
+    goes_on: bool  # with a training that was begun before
 
     def graph(self, kind: Settings, images: int, form: Form) -> CompiledGraph:
         spec = replace(gradient_spec(self.bundle, self.classes, kind, images), **form)
         if self.budget_bytes is not None:
             require_compiling(self.bundle, self.settings, spec, self.budget_bytes)
-        return compiled(self.bundle, trusted(spec))
+        found = trial.trusted(spec)
+        if self.goes_on and found != spec:
+            raise UsageError(
+                "the training was begun with operators in C, and those of this installation are wrong, as "
+                f"{trial.trial()}: go on where it was begun, or start anew, without --resume"
+            )
+        return compiled(self.bundle, found)
 
     def beside(self, graph: CompiledGraph) -> list[CompiledGraph]:
         """What runs when `graph` does not, and may take more: mostly it is the forward pass of the same."""
@@ -220,9 +227,9 @@ class _Search:
         return found, graphs[found.name]
 
 
-def _failed(asked: GradientSpec) -> Trial | None:
-    """The trial, if not all that is asked for passed it."""
-    return None if trusted(asked) == asked else trial()
+def _distrusted(asked: GradientSpec) -> trial.Trial | None:
+    """The trial of this project's operators, if not all that is asked for passed it."""
+    return None if trial.trusted(asked) == asked else trial.trial()
 
 
 def _stages(bundle: Bundle, settings: Settings, graph: CompiledGraph) -> tuple[PlannedStage, ...]:
@@ -266,15 +273,10 @@ def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
             "the training was begun with operators in C, which this installation lacks: install the package where "
             "there is a C compiler, or start anew, without --resume"
         )
-    if before["own"] and not trial().is_passed:
+    if before["half_products"] and native.halves() is None:
         raise UsageError(
-            "the training was begun with operators in C, and those of this installation are wrong: go on where it was "
-            "begun, or start anew, without --resume"
-        )
-    if before["half_products"] and (native.halves() is None or not trial().is_passed_in_half):
-        raise UsageError(
-            "the training was begun with products in half precision, for which this processor has no instruction, or "
-            "with which they are wrong: go on where it was begun, or start anew, without --resume"
+            "the training was begun with products in half precision, for which this processor has no instruction: go "
+            "on where it was begun, or start anew, without --resume"
         )
 
 

@@ -9,6 +9,7 @@ from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
 from ksm_edge.limits import room_bytes
 from ksm_edge.runtimes.compile import CompiledGraph, is_compiled
+from ksm_edge.runtimes.trial import trusted_if_known
 from ksm_edge.training.footprint import activation_bytes, compiling_bytes
 from ksm_edge.training.settings import Settings
 
@@ -18,7 +19,8 @@ def require_compiling(bundle: Bundle, settings: Settings, spec: GradientSpec, bu
     need, room = compiling_bytes(bundle, settings), room_bytes()
     if need <= max(budget_bytes, room):
         return
-    if not is_compiled(bundle, spec):
+    ready = trusted_if_known(spec)
+    if ready is None or not is_compiled(bundle, ready):
         more = f"and there are {room >> 20}; how much learning by them needs is known behind that"
         raise BudgetError(_compiling_over_budget(bundle, need, budget_bytes, more))
 

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from tiny import saved_tiny_bundle, tiny_pack
 
+from ksm_edge import native
 from ksm_edge.errors import BudgetError, DamagedFileError, UnsupportedVersionError, UsageError, WrongBackboneError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.profiler.child import COLD_PARTS, STEP_PARTS
 from ksm_edge.profiler.files import _ratio, compare_profiles, load_profile, save_profile
 from ksm_edge.profiler.plots import plot_profile
 from ksm_edge.profiler.profile import measure_profile, summary
+from ksm_edge.runtimes import trial
+from ksm_edge.runtimes.trial import Trial
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,15 @@ def test_raw_values_are_all_there(result: dict[str, Any]) -> None:
         assert max(sizes) <= 1.1 * peak
     assert result["work"]["packs"].keys() == {"a.ksm"}
     assert not result["emulated"]
+
+
+def test_operators_that_are_wrong_here_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.operators is None:
+        pytest.skip("installed without a C compiler")
+    bundle = saved_tiny_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(trial, "trial", lambda: Trial(0.3, None))
+    found = measure_profile(bundle, runs=2, processes=1, batch=4, steps=1)["warnings"]
+    assert any(warning.startswith("adaptation: by standard operators, as this project's own") for warning in found)
 
 
 def test_the_summary_is_of_the_raw_values(result: dict[str, Any]) -> None:
