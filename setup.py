@@ -15,17 +15,20 @@ AS_NUMPY = ["-ffp-contract=off"]
 # Rows of a few floats are copied faster in place than by a call; Lanes are never handed to a function that is called.
 AS_WRITTEN = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
 # gcc 14.2 for Arm joins loads and stores of registers into pairs, and of eight floats loses four: seen in `contract` of
-# _winograd.h. Other compilers do not know these.
+# _winograd.h.
 IN_PAIRS = ["-mno-early-ldp-fusion", "-mno-late-ldp-fusion"]
 # The same loops for wider registers are compiled by themselves.
 WIDER = sorted([*glob("ksm_edge/_halves_*.c"), *glob("ksm_edge/_loops_*.c")])
 
 
 class BuildExtensions(build_ext):
+    """With those flags that the compiler knows: clang knows few of gcc's, and gcc of others than Arm not all."""
+
     def build_extensions(self) -> None:
-        known = [flag for flag in IN_PAIRS if self._compiles_with(flag)]
+        wanted = {flag for each in self.extensions for flag in each.extra_compile_args}
+        known = {flag for flag in wanted if self._compiles_with(flag)}
         for each in self.extensions:
-            each.extra_compile_args += known
+            each.extra_compile_args = [flag for flag in each.extra_compile_args if flag in known]
         super().build_extensions()
 
     def _compiles_with(self, flag: str) -> bool:
@@ -38,7 +41,7 @@ class BuildExtensions(build_ext):
 
 def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
     headers = glob("ksm_edge/*.h")
-    return Extension(name, sources, depends=headers, optional=True, extra_compile_args=[*LOOPS, *flags])
+    return Extension(name, sources, depends=headers, optional=True, extra_compile_args=[*LOOPS, *IN_PAIRS, *flags])
 
 
 setup(

@@ -193,12 +193,12 @@ INLINE void pass(const float *gradient, const float *x, Activation activation, f
         }
     else if (activation.kind == HARD_SWISH)
         for (int64_t i = 0; i < count; i++) {
-            float slope = (x[i] > -3) & (x[i] < 3) ? x[i] * (1.0f / 6) : 0;
+            float slope = ((x[i] > -3) & (x[i] < 3)) ? x[i] * (1.0f / 6) : 0;
             out[i] = scale * gradient[i] * (hard_sigmoid(x[i]) + slope);
         }
     else
         for (int64_t i = 0; i < count; i++)
-            out[i] = (x[i] > activation.low) & (x[i] < activation.high) ? scale * gradient[i] : 0;
+            out[i] = ((x[i] > activation.low) & (x[i] < activation.high)) ? scale * gradient[i] : 0;
 }
 
 /* Rows of `width` from one distance between them to another. */

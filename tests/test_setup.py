@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,34 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Writes down what it is asked for, and makes files of nothing.
 COMPILER = """#!/bin/sh
-case "$*" in *ldp-fusion*) {answer} ;; esac
+for word; do case $word in {unknown}) exit 1 ;; esac; done
 echo "$@" >> {log}
 for word; do [ "$before" = -o ] && : > "$word"; before=$word; done
 exit 0
 """
+IN_PAIRS = ["-mno-early-ldp-fusion", "-mno-late-ldp-fusion"]
+OF_GCC = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
+SOURCES = {"ksm_edge/_native.c", "ksm_edge/_operators.c", "ksm_edge/_loops_avx2.c"}
 
 
-def compilations(folder: Path, answer: str) -> list[str]:
-    """How each source is compiled by one that answers so to the flags that only some know."""
+def flags_of_sources(folder: Path, unknown: Sequence[str]) -> dict[str, set[str]]:
+    """What each is compiled with by a compiler that refuses those flags."""
     compiler, log = folder / "cc", folder / "log"
-    compiler.write_text(COMPILER.format(answer=answer, log=log))
+    compiler.write_text(COMPILER.format(unknown="|".join(unknown), log=log))
     compiler.chmod(0o755)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
     environment = {**os.environ, "CC": str(compiler)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    return [line for line in log.read_text().splitlines() if " -c " in f" {line} "]
+    compilations = [line.split() for line in log.read_text().splitlines()]
+    return {source: set(words) for words in compilations for source in SOURCES & set(words)}
 
 
-@pytest.mark.parametrize(("answer", "is_given"), [("true", True), ("exit 1", False)])
-def test_loads_and_stores_are_not_paired_by_a_compiler_that_could(answer: str, is_given: bool, tmp_path: Path) -> None:
-    found = compilations(tmp_path, answer)
-    assert {"ksm_edge/_native.c", "ksm_edge/_operators.c"} <= {word for line in found for word in line.split()}
-    for line in found:
-        assert ("-mno-early-ldp-fusion" in line) == ("-mno-late-ldp-fusion" in line) == is_given
+@pytest.mark.parametrize("unknown", [["-none"], IN_PAIRS, [*IN_PAIRS, *OF_GCC]], ids=["gcc 14, Arm", "gcc", "clang"])
+def test_a_compiler_is_asked_for_all_that_it_knows(unknown: list[str], tmp_path: Path) -> None:
+    found = flags_of_sources(tmp_path, unknown)
+    assert found.keys() == SOURCES
+    for source, flags in found.items():
+        wanted = {"-O3", "-fno-math-errno", *IN_PAIRS}
+        wanted |= {"-ffp-contract=off"} if source == "ksm_edge/_native.c" else set(OF_GCC)
+        assert wanted - set(unknown) <= flags
+        assert not flags & set(unknown)
