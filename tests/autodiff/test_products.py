@@ -22,6 +22,7 @@ from ksm_edge.bundle.layers import Bundle, Layer
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import UsageError
 from ksm_edge.resident import rss_bytes
+from ksm_edge.runtimes import trial
 from ksm_edge.runtimes.onnxruntime import gradient_session_options
 from ksm_edge.training.planner import make_plan
 from ksm_edge.training.settings import Settings
@@ -170,6 +171,7 @@ def test_only_where_it_is_asked_for_and_gains(monkeypatch: pytest.MonkeyPatch) -
 def test_a_training_goes_on_only_where_its_products_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     embedded, settings = load_bundle("embedded"), Settings(product_bits=16)
     monkeypatch.setattr(native, "halves", lambda: "avx1024_bf16")
+    monkeypatch.setattr(trial, "trial", lambda: trial.Trial(0.0, 0.0))
     before = make_plan(embedded, 5, settings, threads=1, budget_bytes=None).choices
     assert before["half_products"]
     whole = make_plan(embedded, 5, settings, threads=1, budget_bytes=None, before={**before, "half_products": False})
