@@ -2,8 +2,8 @@
 
 They are compiled where they are installed, and a compiler may make them wrong, as gcc 14.2 for Arm did (see setup.py).
 Masks that are learned from wrong gradients are worse ones, and nothing else would tell. So before the first graph with
-them, and after every installation, the gradients of one small network are computed both ways, in a process of its own:
-what a wrong operator does to it is no harm here.
+them, and after every installation, gradients of a few small networks are computed both ways, in a process of its own:
+what a wrong operator does to that is no harm here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # behind the last whole one, each changed some number by 0.008 and more, in half precision by 0.3.
 LIMIT, HALF_LIMIT = 1e-4, 0.05
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
-SECONDS = 900  # a board takes some ten: who takes so many will never end
+SECONDS = 900  # an emulated board takes tens of them: who takes so many will never end
 
 
 @dataclass(frozen=True)
