@@ -167,8 +167,8 @@ def _try_in_child(folder: Path) -> None:
     has_come_to_them = (folder / cache.DESCRIPTION).exists()
     if status == 0 or (has_come_to_them and -status in CRASHES):
         return
-    why = said or f"the process ended by {signal.Signals(-status).name if status < 0 else f'exit status {status}'}"
-    raise KsmEdgeError(f"this project's operators could not be tried: {why}")
+    end = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    raise KsmEdgeError("\n".join([f"this project's operators could not be tried: the process ended by {end}", said]))
 
 
 def _main(folder: str) -> int:

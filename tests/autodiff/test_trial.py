@@ -236,9 +236,9 @@ def test_what_crashes_in_half_precision_is_no_reason_against_the_others(monkeypa
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "the process ended by SIGKILL"),  # for memory, say
-        ("sys.exit('no disk')", "no disk"),
-        ("sys.exit(3)", "the process ended by exit status 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),  # for memory, say
+        ("sys.exit('no disk')", "exit status 1.*no disk"),
+        ("sys.exit(3)", "exit status 3"),
     ],
 )
 def test_what_says_nothing_of_them_is_an_error_and_not_kept(
@@ -246,7 +246,7 @@ def test_what_says_nothing_of_them_is_an_error_and_not_kept(
 ) -> None:
     with monkeypatch.context() as patch:
         ending(patch, end)
-        with pytest.raises(KsmEdgeError, match=f"could not be tried: {said}"):
+        with pytest.raises(KsmEdgeError, match=f"(?s)could not be tried: the process ended by {said}"):
             trial.trial()
     assert trial.trial().is_passed
 
