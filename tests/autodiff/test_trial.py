@@ -211,7 +211,16 @@ def ending(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
 
 
 @pytest.mark.usefixtures("_nothing_known")
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGSEGV)", "os.abort()", "time.sleep(600)"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        # By the system itself, also where a sanitizer would come between.
+        "(signal.signal(signal.SIGSEGV, signal.SIG_DFL), os.kill(os.getpid(), signal.SIGSEGV))",
+        "os.abort()",
+        "time.sleep(600)",
+    ],
+    ids=["SIGSEGV", "SIGABRT", "never"],
+)
 def test_a_crash_is_a_trial_that_was_not_passed(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ending(monkeypatch, end)
     monkeypatch.setattr(trial, "SECONDS", 15)
