@@ -1,6 +1,5 @@
 """What is in C, which needs a compiler: without one it is left out, and numpy and standard operators do its work."""
 
-import os
 import subprocess
 from glob import glob
 
@@ -22,32 +21,42 @@ WIDER = sorted([*glob("ksm_edge/_halves_*.c"), *glob("ksm_edge/_loops_*.c")])
 
 
 class BuildExtensions(build_ext):
-    """With those flags that the compiler knows: clang knows few of gcc's, and gcc of others than Arm not all."""
+    """With those of the flags above that the compiler knows: clang knows few of gcc's, and gcc for x86 not all."""
 
     def build_extensions(self) -> None:
-        wanted = {flag for each in self.extensions for flag in each.extra_compile_args}
-        known = {flag for flag in wanted if self._compiles_with(flag)}
+        self.force = True  # what another compiler, or other flags, made before is no reason to leave it
+        known = {flag for flag in (*IN_PAIRS, *AS_WRITTEN) if self._knows(flag)}
         for each in self.extensions:
-            each.extra_compile_args = [flag for flag in each.extra_compile_args if flag in known]
+            each.extra_compile_args += [flag for flag in each.wanted if flag in known]
         super().build_extensions()
 
-    def _compiles_with(self, flag: str) -> bool:
-        command = [*self.compiler.compiler_so, "-Werror", flag, "-fsyntax-only", "-x", "c", os.devnull]
+    def _knows(self, flag: str) -> bool:
+        # Warnings of its own flags, such as a distribution may give, say nothing of this one.
+        strict = ["-Werror"] if self._compiles(["-Werror"]) else []
+        return self._compiles([*strict, flag])
+
+    def _compiles(self, flags: list[str]) -> bool:
+        command = [*self.compiler.compiler_so, *flags, "-fsyntax-only", "-x", "c", "-"]
         try:
-            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+            return subprocess.run(command, input=b"int x;\n", capture_output=True, check=False).returncode == 0
         except OSError:  # there is no compiler
             return False
 
 
-def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
-    headers = glob("ksm_edge/*.h")
-    return Extension(name, sources, depends=headers, optional=True, extra_compile_args=[*LOOPS, *IN_PAIRS, *flags])
+class OptionalExtension(Extension):
+    """Left out where there is no compiler."""
+
+    def __init__(self, name: str, sources: list[str], needed: list[str], wanted: list[str]) -> None:
+        """`wanted`: flags beside the needed ones, of compilers that know them."""
+        headers = glob("ksm_edge/*.h")
+        super().__init__(name, sources, depends=headers, optional=True, extra_compile_args=[*needed])
+        self.wanted = wanted
 
 
 setup(
     cmdclass={"build_ext": BuildExtensions},
     ext_modules=[
-        extension("ksm_edge._native", ["ksm_edge/_native.c"], AS_NUMPY),
-        extension("ksm_edge._operators", ["ksm_edge/_operators.c", *WIDER], AS_WRITTEN),
+        OptionalExtension("ksm_edge._native", ["ksm_edge/_native.c"], [*LOOPS, *AS_NUMPY], IN_PAIRS),
+        OptionalExtension("ksm_edge._operators", ["ksm_edge/_operators.c", *WIDER], LOOPS, [*IN_PAIRS, *AS_WRITTEN]),
     ],
 )

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from ksm_edge.errors import UsageError
 
-HERE, EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # as in fcntl.h and linux/fs.h
 
 
 @contextmanager
@@ -101,9 +101,9 @@ def _hand_on_rights(path: Path, descriptor: int) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Have two files or folders change places, at one instant; False where the system or the file system cannot."""
-    with suppress(OSError, AttributeError):  # not Linux, or a C library from before 2018
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0)
+    with suppress(AttributeError):  # not Linux, or a C library from before 2018
+        rename = ctypes.CDLL(None).renameat2
+        return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
     return False
 
 

@@ -19,6 +19,7 @@ for word; do [ "$before" = -o ] && : > "$word"; before=$word; done
 exit 0
 """
 IN_PAIRS = ["-mno-early-ldp-fusion", "-mno-late-ldp-fusion"]
+STRICT = ["-Werror"]  # where a distribution's own flags are warned of
 OF_GCC = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
 SOURCES = {"ksm_edge/_native.c", "ksm_edge/_operators.c", "ksm_edge/_loops_avx2.c"}
 
@@ -35,7 +36,11 @@ def flags_of_sources(folder: Path, unknown: Sequence[str]) -> dict[str, set[str]
     return {source: set(words) for words in compilations for source in SOURCES & set(words)}
 
 
-@pytest.mark.parametrize("unknown", [["-none"], IN_PAIRS, [*IN_PAIRS, *OF_GCC]], ids=["gcc 14, Arm", "gcc", "clang"])
+@pytest.mark.parametrize(
+    "unknown",
+    [["-none"], IN_PAIRS, [*IN_PAIRS, *OF_GCC], STRICT, [*STRICT, *IN_PAIRS]],
+    ids=["gcc 14, Arm", "gcc", "clang", "gcc 14, Arm, with warnings", "gcc with warnings"],
+)
 def test_a_compiler_is_asked_for_all_that_it_knows(unknown: list[str], tmp_path: Path) -> None:
     found = flags_of_sources(tmp_path, unknown)
     assert found.keys() == SOURCES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
 import shutil
 import tempfile
@@ -63,6 +62,7 @@ def write_bundle(
         with _folder_beside(path) as temporary:
             _write_files(frozen, temporary, recipe, licence, input_contract, dict(source or {}))
             _sync(temporary)
+            _check_place(path, overwrite)  # again, for what has come there meanwhile
             _replace(temporary, path)
             _sync(path.parent)
     except OSError as error:
@@ -75,18 +75,29 @@ def write_bundle(
 def _folder_beside(path: Path) -> Iterator[Path]:
     """An empty one, removed in the end unless it is elsewhere then, as are those that a kill or a power cut left."""
     prefix = f".{path.name}.unfinished-"
-    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
-        _remove_unless_in_use(left)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
-    descriptor = os.open(folder, os.O_RDONLY)
+    for left in list(path.parent.iterdir()):
+        if left.name.startswith(prefix):
+            _remove_unless_in_use(left)
+    folder, descriptor = _new_folder(path.parent, prefix)
     try:
         os.chmod(folder, 0o755)  # mkdtemp makes 0700: a bundle is to be read by the app's user
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+def _new_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """With a descriptor that says it is in use, while it is open."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+        with suppress(FileNotFoundError):  # another export took it for one that was left, before it was locked
+            descriptor = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, descriptor
+            os.close(descriptor)
 
 
 def _remove_unless_in_use(folder: Path) -> None:

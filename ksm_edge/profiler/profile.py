@@ -82,7 +82,7 @@ def measure_profile(
     result["after"] = telemetry.condition()
     result["summary"] = summary(result)
     result["warnings"] = warnings_of(result)
-    if plan is not None and plan.distrusted is not None:
+    if plan is not None and plan.distrusted is not None and not plan.distrusted.is_passed:
         result["warnings"].append(
             f"adaptation: by standard operators, as this project's own are wrong here: {plan.distrusted}"
         )

@@ -12,8 +12,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
 
 # Sums in another order change a number by 3e-6 of the largest beside it, and factors in half precision by 0.01 (x86-64,
 # with AVX2 and without). Of mistakes that were made on purpose, such as half of a register that is lost, or the pixel
-# behind the last whole one, each changed some number by 0.008 and more, in half precision by 0.3.
+# behind the last whole one, all but one changed some number by 0.008 and more, in half precision by 0.3.
 LIMIT, HALF_LIMIT = 1e-4, 0.05
-CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
 SECONDS = 900  # an emulated board takes tens of them: who takes so many will never end
 
 
@@ -46,6 +45,7 @@ class Trial:
 
     error: float | None
     half_error: float | None  # with products in half precision; None as well where nobody would use them
+    said: str = ""  # by what failed
 
     @property
     def is_passed(self) -> bool:
@@ -60,7 +60,9 @@ class Trial:
     def __str__(self) -> str:
         """What is wrong."""
         error = self.half_error if self.is_passed else self.error
-        return "trying them fails" if error is None else f"gradients differ by {error:.2g} of the largest"
+        if error is None:
+            return f"trying them fails{self.said and ': '}{self.said}"
+        return f"gradients differ by {error:.2g} of the largest"
 
 
 def trial() -> Trial:
@@ -73,11 +75,16 @@ def trusted(spec: GradientSpec) -> GradientSpec:
     return _with_what_passed(spec, trial()) if _needs_any(spec) else spec
 
 
+def known() -> Trial | None:
+    """As `trial`; None where they have not been tried yet."""
+    return cache.found(_key(), _read)
+
+
 def trusted_if_known(spec: GradientSpec) -> GradientSpec | None:
-    """The same; None where they would have to be tried first."""
+    """As `trusted`; None where they would have to be tried first."""
     if not _needs_any(spec):
         return spec
-    found = cache.found(_key(), _read)
+    found = known()
     return None if found is None else _with_what_passed(spec, found)
 
 
@@ -104,21 +111,32 @@ def try_into(folder: Path) -> None:
     """
     from ksm_edge.autodiff.trial_networks import NAMES, example
 
-    ways = [{"half_products": False}] + ([] if native.halves() is None else [{"half_products": True}])
+    in_half = native.halves() is not None
     standard = [example(name, own=False) for name in NAMES]
-    own = [[example(name, own=True, **way) for name in NAMES] for way in ways]
+    own = [example(name, own=True) for name in NAMES]
+    halved = [example(name, own=True, half_products=True) for name in NAMES if in_half]
     give_back()  # what building took, before ONNX Runtime is loaded
     import onnxruntime  # noqa: F401
 
     give_back()  # what loading it took
     expected = [_outputs(each) for each in standard]
-    errors: list[float | None] = [None, None]
-    _write(errors, folder)
-    for number, examples in enumerate(own):
-        with suppress(Exception):  # ONNX Runtime's own share no other base
-            differences = [_difference(_outputs(each), right) for each, right in zip(examples, expected, strict=True)]
-            errors[number] = float(np.max(differences))
-        _write(errors, folder)
+    _write(Trial(None, None), folder)
+    error, said = _judged(own, expected)
+    _write(Trial(error, None, said), folder)
+    if in_half:
+        half_error, said_then = _judged(halved, expected)
+        _write(Trial(error, half_error, said or said_then), folder)
+
+
+def _judged(examples: Sequence[Example], expected: Sequence[Mapping[str, np.ndarray]]) -> tuple[float | None, str]:
+    """The largest difference, or None and what was said by what failed; KsmEdgeError for lack of memory."""
+    try:
+        found = [_difference(_outputs(each), right) for each, right in zip(examples, expected, strict=True)]
+    except Exception as error:  # ONNX Runtime's own share no other base
+        if isinstance(error, MemoryError) or "alloc" in str(error):
+            raise KsmEdgeError(f"out of memory: {error}") from error
+        return None, str(error).strip().split("\n")[0]
+    return float(np.max(found)), ""  # NaN where one of them is
 
 
 def _difference(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
@@ -148,12 +166,12 @@ def _outputs(example: Example) -> dict[str, np.ndarray]:
 def _read(folder: Path) -> Trial:
     """One of `cache.NOT_WHOLE` where that is not what `_write` wrote."""
     table = json.loads((folder / cache.DESCRIPTION).read_text())
-    errors = [table[name] for name in ("error", "half_error")]
-    return Trial(*(None if error is None else float(error) for error in errors))
+    error, half_error = (None if (found := table[name]) is None else float(found) for name in ("error", "half_error"))
+    return Trial(error, half_error, str(table["said"]))
 
 
-def _write(errors: list[float | None], folder: Path) -> None:
-    (folder / cache.DESCRIPTION).write_text(json.dumps(asdict(Trial(*errors))))
+def _write(found: Trial, folder: Path) -> None:
+    (folder / cache.DESCRIPTION).write_text(json.dumps(asdict(found)))
 
 
 def _try_in_child(folder: Path) -> None:
@@ -161,14 +179,16 @@ def _try_in_child(folder: Path) -> None:
     try:
         child = cache.child(__name__, str(folder), seconds=SECONDS)
     except subprocess.TimeoutExpired:
-        status, said = -signal.SIGABRT, ""
+        end, said, is_theirs = f"took more than {SECONDS} s", "", True
     else:
         status, said = child.returncode, child.stderr.strip()
-    has_come_to_them = (folder / cache.DESCRIPTION).exists()
-    if status == 0 or (has_come_to_them and -status in CRASHES):
-        return
-    end = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    raise KsmEdgeError("\n".join([f"this project's operators could not be tried: the process ended by {end}", said]))
+        if status == 0:
+            return
+        end = f"was ended by signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"ended with {status}"
+        is_theirs = -status in CRASHES
+    if not (is_theirs and (folder / cache.DESCRIPTION).exists()):  # which it writes when it comes to them
+        raise KsmEdgeError("\n".join([f"this project's operators could not be tried: the process {end}", said]))
+    _write(replace(_read(folder), said=f"the process {end}"), folder)
 
 
 def _main(folder: str) -> int:

@@ -153,7 +153,7 @@ def make_plan(
         stages=planned,
         forward=_forward(bundle, graph),
         tuned=found,
-        distrusted=None if before else _distrusted(gradient_spec(bundle, classes, kind, graph.spec.micro_batch)),
+        distrusted=_distrusted(gradient_spec(bundle, classes, kind, graph.spec.micro_batch)),
     )
 
 
@@ -228,8 +228,10 @@ class _Search:
 
 
 def _distrusted(asked: GradientSpec) -> trial.Trial | None:
-    """The trial of this project's operators, if not all that is asked for passed it."""
-    return None if trial.trusted(asked) == asked else trial.trial()
+    """The trial of this project's operators, if not all that is asked for passed it; a training that goes on without
+    any may not know of one.
+    """
+    return None if trial.trusted_if_known(asked) in (None, asked) else trial.known()
 
 
 def _stages(bundle: Bundle, settings: Settings, graph: CompiledGraph) -> tuple[PlannedStage, ...]:

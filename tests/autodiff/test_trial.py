@@ -169,7 +169,20 @@ def test_what_is_made_again_without_a_mistake_passes(
 
 def test_operators_that_refuse_have_failed(compiled_with: Callable[[str, str, str], None], tmp_path: Path) -> None:
     compiled_with("_operators.c", '= OPERATOR("Gate"', '= OPERATOR("Gates"')
-    assert tried(tmp_path) == FAILED
+    found = tried(tmp_path)
+    assert (found.error, found.half_error) == (None, None)
+    assert "Gate" in str(found)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_number_that_is_none_is_not_lost_among_others(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = [{"a": np.ones(3), "b": np.ones(2)} for _ in NAMES]
+    found = [{name: array.copy() for name, array in each.items()} for each in right]
+    found[place]["a"][1] = np.nan
+    monkeypatch.setattr(trial, "_outputs", lambda number: found[number])
+    error, _ = trial._judged([0, 1, 2], right)  # type: ignore[list-item]
+    assert error is not None
+    assert np.isnan(error)
 
 
 def test_only_a_number_that_is_small_passes() -> None:
@@ -195,7 +208,7 @@ def test_others_are_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     other = tmp_path / "other"
     other.write_bytes(b"compiled anew")
     monkeypatch.setattr(native, "operators", str(other))
-    monkeypatch.setattr(trial, "_try_in_child", lambda folder: trial._write([0.3, 0.3], folder))
+    monkeypatch.setattr(trial, "_try_in_child", lambda folder: trial._write(WRONG, folder))
     assert trial.trial() == WRONG
 
 
@@ -210,30 +223,47 @@ def ending(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     )
 
 
+# By the system itself, also where a sanitizer would come between.
+SEGFAULT = "(signal.signal(signal.SIGSEGV, signal.SIG_DFL), os.kill(os.getpid(), signal.SIGSEGV))"
+
+
 @pytest.mark.usefixtures("_nothing_known")
-@pytest.mark.parametrize(
-    "end",
-    [
-        # By the system itself, also where a sanitizer would come between.
-        "(signal.signal(signal.SIGSEGV, signal.SIG_DFL), os.kill(os.getpid(), signal.SIGSEGV))",
-        "os.abort()",
-        "time.sleep(600)",
-    ],
-    ids=["SIGSEGV", "SIGABRT", "never"],
-)
-def test_a_crash_is_a_trial_that_was_not_passed(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("end", "said"), [(SEGFAULT, "signal 11, Segmentation"), ("os.abort()", "signal 6, Aborted")])
+def test_a_crash_is_a_trial_that_was_not_passed(end: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ending(monkeypatch, end)
-    monkeypatch.setattr(trial, "SECONDS", 15)
-    assert trial.trial() == FAILED
+    found = trial.trial()
+    assert not found.is_passed
+    assert str(found).startswith(f"trying them fails: the process was ended by {said}")
     monkeypatch.setattr(cache, "child", None)
-    assert trial.trial() == FAILED
-    assert str(FAILED) == "trying them fails"
+    assert trial.trial() == found
+
+
+@pytest.mark.usefixtures("_nothing_known")
+def test_what_never_ends_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_: str, folder: str, **__: object) -> None:
+        trial._write(FAILED, Path(folder))
+        raise subprocess.TimeoutExpired("tried", trial.SECONDS)
+
+    monkeypatch.setattr(cache, "child", never)
+    assert str(trial.trial()) == f"trying them fails: the process took more than {trial.SECONDS} s"
+
+
+def test_a_child_is_waited_for_no_longer_than_asked() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        cache.child("this", seconds=0.01)  # Python itself takes longer
+
+
+@pytest.mark.usefixtures("_nothing_known")
+def test_a_lack_of_memory_says_nothing_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ending(monkeypatch, "(_ for _ in ()).throw(MemoryError('std::bad_alloc'))")
+    with pytest.raises(KsmEdgeError, match=r"(?s)could not be tried: .*out of memory: std::bad_alloc"):
+        trial.trial()
 
 
 @pytest.mark.usefixtures("_nothing_known")
 def test_what_crashes_in_half_precision_is_no_reason_against_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(_: str, folder: str, **__: object) -> subprocess.CompletedProcess[str]:
-        trial._write([1e-6, None], Path(folder))
+        trial._write(Trial(1e-6, None), Path(folder))
         return subprocess.CompletedProcess([], -signal.SIGILL, "", "")
 
     monkeypatch.setattr(cache, "child", crash)
@@ -245,9 +275,9 @@ def test_what_crashes_in_half_precision_is_no_reason_against_the_others(monkeypa
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),  # for memory, say
-        ("sys.exit('no disk')", "exit status 1.*no disk"),
-        ("sys.exit(3)", "exit status 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by signal 9, Killed"),  # for memory, say
+        ("sys.exit('no disk')", "ended with 1.*no disk"),
+        ("sys.exit(3)", "ended with 3"),
     ],
 )
 def test_what_says_nothing_of_them_is_an_error_and_not_kept(
@@ -255,7 +285,7 @@ def test_what_says_nothing_of_them_is_an_error_and_not_kept(
 ) -> None:
     with monkeypatch.context() as patch:
         ending(patch, end)
-        with pytest.raises(KsmEdgeError, match=f"(?s)could not be tried: the process ended by {said}"):
+        with pytest.raises(KsmEdgeError, match=f"(?s)could not be tried: the process {said}"):
             trial.trial()
     assert trial.trial().is_passed
 
@@ -301,6 +331,11 @@ def test_what_needs_none_of_them_is_not_tried_for(embedded: Bundle, monkeypatch:
         assert trusted(spec) == trusted_if_known(spec) == spec
 
 
+def found_to_be(monkeypatch: pytest.MonkeyPatch, found: Trial) -> None:
+    for name in ("trial", "known"):
+        monkeypatch.setattr(trial, name, lambda: found)
+
+
 def plan(bundle: Bundle, **more: object) -> Plan:
     return make_plan(bundle, 3, Settings(), threads=1, **{"budget_bytes": None, **more})  # type: ignore[arg-type]
 
@@ -309,7 +344,7 @@ def test_a_plan_is_made_without_them_and_says_why(embedded: Bundle, monkeypatch:
     usual = plan(embedded)
     assert usual.graph.spec.own
     assert usual.distrusted is None
-    monkeypatch.setattr(trial, "trial", lambda: WRONG)
+    found_to_be(monkeypatch, WRONG)
     without = plan(embedded)
     assert not without.graph.spec.own
     assert without.distrusted == WRONG
@@ -321,10 +356,14 @@ def test_a_plan_is_made_without_them_and_says_why(embedded: Bundle, monkeypatch:
 def test_a_training_that_has_none_of_them_goes_on_without_a_trial(
     embedded: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "trial", lambda: WRONG)
-    before = plan(embedded).choices
+    with monkeypatch.context() as patch:
+        found_to_be(patch, WRONG)
+        before = plan(embedded).choices
+        assert plan(embedded, before=before).distrusted == WRONG
     monkeypatch.setattr(trial, "trial", None)
-    assert plan(embedded, before=before).choices == before
+    gone_on_with = plan(embedded, before=before)
+    assert gone_on_with.choices == before
+    assert gone_on_with.distrusted is None  # as far as is known
 
 
 @pytest.mark.usefixtures("_nothing_known")

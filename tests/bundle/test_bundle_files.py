@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -20,6 +21,7 @@ from incoming_nets import CLASSIFIER, FLAT, LINEAR, graph, node, weights
 from safetensors.numpy import load_file
 
 from ksm_edge.app.app import App
+from ksm_edge.atomic import exchange
 from ksm_edge.bundle import manifest, write
 from ksm_edge.bundle.digest import backbone_digest
 from ksm_edge.bundle.freeze import freeze
@@ -165,6 +167,11 @@ def test_a_failed_replacement_leaves_the_old_bundle(tmp_path: Path, monkeypatch:
 
 def test_a_bundle_that_is_replaced_is_never_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    if not exchange(tmp_path / "b", tmp_path / "c"):
+        pytest.skip("this file system has no folders change places")
+    (tmp_path / "b").rmdir()
+    (tmp_path / "c").rename(tmp_path / "b")
     monkeypatch.setattr(os, "rename", None)  # of one folder at a time
     new = save(tmp_path / "b", seed=1, overwrite=True).digest
     assert load_bundle(tmp_path / "b").digest == new
@@ -191,6 +198,42 @@ def test_what_a_kill_left_goes_with_the_next_export(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(others) + 1
     save(tmp_path / "b")
     assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "b"])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_has_come_there_meanwhile_is_not_lost(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "b" / "holiday.jpg"
+
+    def meanwhile(*_: object) -> None:
+        theirs.parent.mkdir()
+        theirs.write_text("precious")
+
+    monkeypatch.setattr("ksm_edge.bundle.write._sync", meanwhile)
+    with pytest.raises(UsageError, match=r"b exists and is not a bundle"):
+        save(tmp_path / "b", overwrite=overwrite)
+    assert theirs.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_folder_that_another_export_removed_too_early_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes it for one that was left, while nothing says yet that it is in use."""
+    lock, taken = fcntl.flock, []
+
+    def too_late(descriptor: int, how: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            taken[0].rmdir()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    digest = save(tmp_path / "b").digest
+    assert taken
+    assert load_bundle(tmp_path / "b").digest == digest
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_an_export_leaves_another_of_the_same_name_alone(tmp_path: Path) -> None:

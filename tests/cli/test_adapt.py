@@ -205,7 +205,8 @@ def test_operators_that_are_wrong_here_are_left_out_with_a_word(
     if native.operators is None:
         pytest.skip("installed without a C compiler")
     monkeypatch.setattr(native, "halves", lambda: "avx1024_bf16")
-    monkeypatch.setattr(trial, "trial", lambda: found)
+    for name in ("trial", "known"):
+        monkeypatch.setattr(trial, name, lambda: found)
     assert main(call(photos, bundle, tmp_path / "a.ksm", "--product-bits", 16)) == 0
     assert said in capsys.readouterr().err
 

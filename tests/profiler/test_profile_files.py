@@ -58,7 +58,8 @@ def test_operators_that_are_wrong_here_are_a_warning(tmp_path: Path, monkeypatch
     if native.operators is None:
         pytest.skip("installed without a C compiler")
     bundle = saved_tiny_bundle(tmp_path / "bundle")
-    monkeypatch.setattr(trial, "trial", lambda: Trial(0.3, None))
+    for name in ("trial", "known"):
+        monkeypatch.setattr(trial, name, lambda: Trial(0.3, None))
     found = measure_profile(bundle, runs=2, processes=1, batch=4, steps=1)["warnings"]
     assert any(warning.startswith("adaptation: by standard operators, as this project's own") for warning in found)
 
