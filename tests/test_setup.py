@@ -49,3 +49,11 @@ def test_a_compiler_is_asked_for_all_that_it_knows(unknown: list[str], tmp_path:
         wanted |= {"-ffp-contract=off"} if source == "ksm_edge/_native.c" else set(OF_GCC)
         assert wanted - set(unknown) <= flags
         assert not flags & set(unknown)
+
+
+def test_what_another_compiler_made_is_made_again(tmp_path: Path) -> None:
+    for unknown in ([*IN_PAIRS, *OF_GCC], IN_PAIRS):
+        (tmp_path / "log").unlink(missing_ok=True)
+        found = flags_of_sources(tmp_path, unknown)
+        assert found.keys() == SOURCES
+    assert set(OF_GCC) <= found["ksm_edge/_operators.c"]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,8 +101,12 @@ def _with_what_passed(spec: GradientSpec, found: Trial) -> GradientSpec:
 
 def _key() -> str:
     assert native.operators is not None
-    loops = native.running(), native.halves()
-    return cache.machine_key("trial", file_sha256(Path(native.operators)), *map(str, loops))
+    return _key_of(native.operators, str(native.running()), str(native.halves()))
+
+
+@lru_cache  # a plan asks for each of its candidates
+def _key_of(operators: str, *loops: str) -> str:
+    return cache.machine_key("trial", file_sha256(Path(operators)), *loops)
 
 
 def try_into(folder: Path) -> None:
