@@ -1,22 +1,35 @@
-"""What is written in C, or None where the package was installed without a C compiler.
+"""What is written in C, or None where the package was installed without a C compiler, or with one that made it wrong.
 
 `loops`, of _native.c: each has a form in numpy beside its caller, which then runs in its place and gives the same bits;
-of scores' Adam it gives the same to a millionth.
+of scores' Adam it gives the same to a millionth. Answers that it must give are asked for when it is loaded.
 `operators`, of _operators.c: the library that gives ONNX Runtime this project's own operators. Without it a gradient
-graph is made of standard ones, and takes longer.
+graph is made of standard ones, and takes longer. What these make is tried by ksm_edge.runtimes.trial.
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from types import ModuleType
+
+from ksm_edge import known_answers
 
 
 def _loops() -> ModuleType | None:
     try:
-        return import_module("ksm_edge._native")
+        found = import_module("ksm_edge._native")
     except ImportError:
         return None
+    return trusted(found)
+
+
+def trusted(loops: ModuleType) -> ModuleType | None:
+    """The same; None, with a warning, where it answers wrongly."""
+    wrong = known_answers.wrong(loops)
+    if wrong:
+        told = f"{loops.__file__} was compiled wrong, {' and '.join(wrong)} give other numbers than they must"
+        warnings.warn(f"{told}: numpy does their work, which takes longer", RuntimeWarning, stacklevel=2)
+    return None if wrong else loops
 
 
 def _operators() -> str | None:

@@ -21,7 +21,7 @@ fuse
 bundle pack data
 mask coding device limits
 resources atomic resident native child cores
-errors
+errors known_answers
 """
 LEVEL = {part: level for level, line in enumerate(FLOORS.split("\n")) for part in line.split()}
 # Each exception with its reason.

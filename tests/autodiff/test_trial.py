@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
-import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import mistakes
 import numpy as np
 import onnx
 import pytest
@@ -121,20 +120,9 @@ MISTAKES_IN_HALF = {
 @pytest.fixture
 def compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
     """Makes the operators anew, for every processor alike, with one text in place of another in a file."""
-    include = sysconfig.get_path("include")
-    if not (shutil.which("cc") and Path(include, "Python.h").exists()):
-        pytest.skip("no C compiler here, or no headers of Python")
 
     def make(name: str, text: str, other: str) -> None:
-        for source in (PACKAGE / "_operators.c", *PACKAGE.glob("*.h")):
-            shutil.copy(source, tmp_path)
-        (tmp_path / "_wider.h").write_text("")
-        source = tmp_path / name
-        assert source.read_text().count(text) == 1
-        source.write_text(source.read_text().replace(text, other))
-        library = tmp_path / "operators.so"
-        flags = ["-shared", "-fPIC", "-O0", "-w", f"-I{include}"]
-        subprocess.run(["cc", *flags, "-o", library, tmp_path / "_operators.c", "-lm"], check=True)
+        library = mistakes.compiled("_operators.c", tmp_path, name, text, other)
         monkeypatch.setattr(native, "operators", str(library))
 
     return make
