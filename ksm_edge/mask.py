@@ -104,12 +104,13 @@ def soft_mask(score: np.ndarray, *, soft: bool = True, amplify: bool = False) ->
     """
     number = score.dtype.type
     apart = ~(score >= number(THRESHOLD))
-    if amplify and soft:
+    if amplify := amplify and soft:
         apart |= score > number(AMPLIFIED)
     places = np.flatnonzero(apart).astype(np.int32)
     cut = score.reshape(-1)[places]
-    amplified = cut > number(INITIAL_SCORE)  # none but where that was asked for
-    cut[amplified] = number(2 * INITIAL_SCORE) - cut[amplified]
+    amplified = cut > number(INITIAL_SCORE)
+    if amplify:
+        np.minimum(cut, number(2 * INITIAL_SCORE) - cut, out=cut)  # those below the initial score are the lesser ones
     scale = np.zeros_like(cut)
     low, high = (float(cut.min()), float(cut.max())) if cut.size else (0.0, 0.0)
     if cut.size < score.size:
@@ -117,7 +118,8 @@ def soft_mask(score: np.ndarray, *, soft: bool = True, amplify: bool = False) ->
     if soft and high - low > SMALLEST_RANGE:
         # Rounding may pass the ends by an ulp.
         scale = np.clip((cut - number(low)) * number(SCALE_LIMIT / (high - low)), 0, SCALE_LIMIT)
-    scale[amplified] = 2 - scale[amplified]
+    if amplify:
+        np.subtract(2, scale, out=scale, where=amplified)
     return SoftMask(places, scale.astype(score.dtype, copy=False), score.shape, low, high)
 
 

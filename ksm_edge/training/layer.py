@@ -70,7 +70,7 @@ class TrainedLayer:
             self.learning["score"] = (CompactAdam if settings.moment_bits == 8 else Adam)(self.score, scores=True)
         self.settled = False  # True: kept kernels stay kept, see `settle`
         self.in_pack_bits = False  # True: the graph reads what a pack would hold
-        self._ran: SoftMask | None = None  # the mask of the weight that the graph reads
+        self.cut = 0  # of its scores
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(fused_shape(form, layer), np.float32)
@@ -104,15 +104,18 @@ class TrainedLayer:
     def step(self, rates: dict[str, float], count: int) -> None:
         """One optimizer step from what the accumulators hold, then the next fused weights."""
         kept = self.score == INITIAL_SCORE if self.settled else None
-        for name, gradient in self.gradients().items():
-            if name in self.learning:
-                self.learning[name].step(gradient, rates[name], count)
+        self._descend(rates, count)
         if "score" in self.learning and self.settings.cut_penalty:
             distance = self.settings.cut_penalty * rates["score"]
             pull_to_keeping(self.score, distance, from_above=bool(self.settings.amplify))
         if kept is not None:
             self.score[kept] = INITIAL_SCORE
         self.fuse()
+
+    def _descend(self, rates: dict[str, float], count: int) -> None:
+        for name, gradient in self.gradients().items():
+            if name in self.learning:
+                self.learning[name].step(gradient, rates[name], count)
 
     def settle(self, stays: np.ndarray) -> None:
         """Of the cut kernels only those stay cut that `stays`, in the order of the scores, is True for.
@@ -130,6 +133,7 @@ class TrainedLayer:
         """Gradients of beta and gamma (O,), and under `score` that of the soft mask, score-shaped."""
         factor = self._factor()
         felt = self._products()
+        let_go(self.pristine.weight)  # before the mask takes its place
         if "score" in self.learning and felt.ndim == 2:
             felt = reduce_kernels(felt, self.settings.granularity)
         result = {"beta": self.dbeta, "gamma": self.dgamma} if self.batch_norm else {"beta": self.dbias}
@@ -166,10 +170,11 @@ class TrainedLayer:
         """sum_i M S, (O,): that of all as if nothing were cut, and what that says too much of the few that are."""
         O = len(felt)
         total = felt.reshape(O, -1).sum(axis=1)
-        if self._ran is None:
+        mask = self._mask_as_run()  # made again: those of all layers would be a tenth of the memory that weights take
+        if mask is None:
             return total
-        too_much = (1 - self._ran.cut_scale) * felt.reshape(-1)[self._ran.cut]
-        filters = self._ran.cut // (felt.size // O)
+        too_much = (1 - mask.cut_scale) * felt.reshape(-1)[mask.cut]
+        filters = mask.cut // (felt.size // O)
         return total - np.bincount(filters, too_much, minlength=O).astype(felt.dtype)
 
     def mask(self) -> SoftMask:
@@ -191,12 +196,12 @@ class TrainedLayer:
 
     def fuse(self) -> None:
         """Make the weight and bias that the graph reads, in place; the pristine weight then leaves memory."""
-        factor = self._factor()
-        self._ran = self._mask_as_run()
+        factor, mask = self._factor(), self._mask_as_run()
+        self.cut = 0 if mask is None else mask.cut.size
         if self.form in MASK_ALONE:
-            self._mask_into(self.weight, self._ran, factor)
+            self._mask_into(self.weight, mask, factor)
         else:
-            fuse_weight_into(self.weight, self.pristine.weight, self._ran, factor, self.settings.granularity)
+            fuse_weight_into(self.weight, self.pristine.weight, mask, factor, self.settings.granularity)
         self._fuse_places()
         let_go(self.pristine.weight)
         if self.turned is not None:
@@ -226,11 +231,6 @@ class TrainedLayer:
         else:
             _, self.bias[:] = fuse_layer(self.layer, self.pristine, state, self.settings.granularity, self.weight)
         let_go(self.pristine.weight)
-
-    @property
-    def cut(self) -> int:
-        """How many of its scores are cut."""
-        return 0 if self._ran is None else self._ran.cut.size
 
     def _mask_as_run(self) -> SoftMask | None:
         """The mask that the graph's weight carries, with `in_pack_bits` as a pack would hold it."""
