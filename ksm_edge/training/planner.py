@@ -119,14 +119,7 @@ def make_plan(
     if settings.views:
         _require_front(bundle, settings, engine)
     if not engine.plans_memory:
-        if budget_bytes is not None:
-            raise UsageError(f"the runtime {runtime} keeps no memory budget: leave it out")
-        if tune:
-            raise UsageError(f"the runtime {runtime} has no forms to choose from: leave out --tune")
-        if settings.activation_bits < ACTIVATION_BITS[0]:
-            raise UsageError(f"the runtime {runtime} keeps activations as it likes: leave out --activation-bits")
-        if settings.product_bits < PRODUCT_BITS[0]:
-            raise UsageError(f"the runtime {runtime} multiplies as it likes: leave out --product-bits")
+        _require_nothing_planned(settings, budget_bytes, runtime, tune=tune)
         return _unmeasured_plan(bundle, classes, settings, engine)
 
     search = _Search(bundle, classes, settings, budget_bytes, goes_on=before is not None)
@@ -264,6 +257,18 @@ def _most_images(one: int, most: int, comfortable: int) -> int:
     while count * 2 <= most and one * count * 2 <= comfortable:
         count *= 2
     return count
+
+
+def _require_nothing_planned(settings: Settings, budget_bytes: int | None, runtime: str, *, tune: bool) -> None:
+    """UsageError for what a runtime that is not planned for would pass over in silence."""
+    if budget_bytes is not None:
+        raise UsageError(f"the runtime {runtime} keeps no memory budget: leave it out")
+    if tune:
+        raise UsageError(f"the runtime {runtime} has no forms to choose from: leave out --tune")
+    if settings.activation_bits < ACTIVATION_BITS[0]:
+        raise UsageError(f"the runtime {runtime} keeps activations as it likes: leave out --activation-bits")
+    if settings.product_bits < PRODUCT_BITS[0]:
+        raise UsageError(f"the runtime {runtime} multiplies as it likes: leave out --product-bits")
 
 
 def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
