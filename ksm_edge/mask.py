@@ -116,11 +116,12 @@ def soft_mask(score: np.ndarray, *, soft: bool = True, amplify: bool = False) ->
     if cut.size < score.size:
         low, high = min(low, 0.0), max(high, 0.0)
     if soft and high - low > SMALLEST_RANGE:
-        # Rounding may pass the ends by an ulp.
-        scale = np.clip((cut - number(low)) * number(SCALE_LIMIT / (high - low)), 0, SCALE_LIMIT)
+        np.subtract(cut, number(low), out=scale)
+        scale *= number(SCALE_LIMIT / (high - low))
+        np.clip(scale, 0, SCALE_LIMIT, out=scale)  # rounding may pass the ends by an ulp
     if amplify:
         np.subtract(2, scale, out=scale, where=amplified)
-    return SoftMask(places, scale.astype(score.dtype, copy=False), score.shape, low, high)
+    return SoftMask(places, scale, score.shape, low, high)
 
 
 def score_from_scale(mask: SoftMask) -> np.ndarray:

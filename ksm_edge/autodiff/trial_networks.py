@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ksm_edge.autodiff.example import Example
 from ksm_edge.autodiff.gradient_graph import FEATURES, IMAGE, GradientGraph, build
 from ksm_edge.autodiff.spec import GradientSpec
 from ksm_edge.autodiff.tiles import PLACES, transform_into
@@ -79,16 +80,6 @@ _NETWORKS: dict[str, tuple[_Step, ...]] = {
 NAMES = tuple(_NETWORKS)
 # Of a second one its gradient graph of standard operators would have more memory than compiling others takes.
 IMAGES = {"by tiles": 2, "with clips": 1, "smooth": 2}
-
-
-@dataclass(frozen=True)
-class Example:
-    """A gradient graph of this network, and numbers for it: float32, and the same ones for every graph."""
-
-    model: bytes
-    inputs: dict[str, np.ndarray]
-    externals: dict[str, np.ndarray]  # initializers
-    outputs: tuple[str, ...]
 
 
 def example(name: str, *, own: bool, half_products: bool = False) -> Example:

@@ -3,12 +3,13 @@
 They are compiled where they are installed, and a compiler may make them wrong, as gcc 14.2 for Arm did (see setup.py).
 Masks that are learned from wrong gradients are worse ones, and nothing else would tell. So before the first graph with
 them, and after every installation, gradients of a few small networks are computed both ways, in a process of its own:
-what a wrong operator does to that is no harm here.
+what a wrong operator does to that is no harm here. Another one has built their graphs before.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from ksm_edge.resident import give_back, use_compact_heap
 from ksm_edge.runtimes import cache
 
 if TYPE_CHECKING:
-    from ksm_edge.autodiff.trial_networks import Example
+    from ksm_edge.autodiff.example import Example
 
 # Sums in another order change a number by 3e-6 of the largest beside it, and factors in half precision by 0.01 (x86-64,
 # with AVX2 and without). Of mistakes that were made on purpose, such as a lane of a register that is lost, or the pixel
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 LIMIT, HALF_LIMIT = 1e-4, 0.05
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
 SECONDS = 900  # an emulated board takes tens of them: who takes so many will never end
+EXAMPLES = "examples"  # between the two, beside what is kept
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,26 @@ def _key_of(operators: str, *loops: str) -> str:
     return cache.machine_key("trial", file_sha256(Path(operators)), *loops)
 
 
-def try_into(folder: Path) -> None:
-    """In this process, where nothing has imported ONNX Runtime yet: that comes when the graphs have been built.
-
-    What is known is written as it comes, for whoever finds that this process has crashed.
-    """
+def build_into(folder: Path) -> None:
+    """What there is to run, in this process: the graphs of `trial_networks`, for `try_into` in another one."""
     from ksm_edge.autodiff.trial_networks import NAMES, example
 
     in_half = native.halves() is not None
     standard = [example(name, own=False) for name in NAMES]
     own = [example(name, own=True) for name in NAMES]
     halved = [example(name, own=True, half_products=True) for name in NAMES if in_half]
-    give_back()  # what building took, before ONNX Runtime is loaded
+    (folder / EXAMPLES).write_bytes(pickle.dumps((standard, own, halved)))
+
+
+def try_into(folder: Path) -> None:
+    """In this process, which has imported neither ONNX Runtime yet nor onnx: with that it would take more than
+    compiling a graph does.
+
+    What is known is written as it comes, for whoever finds that this process has crashed.
+    """
+    standard, own, halved = pickle.loads((folder / EXAMPLES).read_bytes())
+    (folder / EXAMPLES).unlink()
+    give_back()  # what starting took, before ONNX Runtime is loaded
     import onnxruntime  # noqa: F401
 
     give_back()  # what loading it took
@@ -128,7 +138,7 @@ def try_into(folder: Path) -> None:
     _write(Trial(None, None), folder)
     error, said = _judged(own, expected)
     _write(Trial(error, None, said), folder)
-    if in_half:
+    if halved:
         half_error, said_then = _judged(halved, expected)
         _write(Trial(error, half_error, said or said_then), folder)
 
@@ -180,26 +190,33 @@ def _write(found: Trial, folder: Path) -> None:
 
 
 def _try_in_child(folder: Path) -> None:
-    """KsmEdgeError where the process ended before it came to them, or otherwise than by what they are."""
+    """KsmEdgeError where a process ended before it came to them, or otherwise than by what they are."""
+    for step in STEPS:
+        if (end := _end_of(step, folder)) is not None:
+            how, said, is_theirs = end
+            if not (is_theirs and (folder / cache.DESCRIPTION).exists()):  # which is written when it comes to them
+                raise KsmEdgeError("\n".join([f"this project's operators could not be tried: the process {how}", said]))
+            _write(replace(_read(folder), said=f"the process {how}"), folder)
+
+
+def _end_of(step: str, folder: Path) -> tuple[str, str, bool] | None:
+    """How a step in a process of its own ended, what that said, and whether what runs there may be why; None: well."""
     try:
-        child = cache.child(__name__, str(folder), seconds=SECONDS)
+        child = cache.child(__name__, step, str(folder), seconds=SECONDS)
     except subprocess.TimeoutExpired:
-        end, said, is_theirs = f"took more than {SECONDS} s", "", True
-    else:
-        status, said = child.returncode, child.stderr.strip()
-        if status == 0:
-            return
-        end = f"was ended by signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"ended with {status}"
-        is_theirs = -status in CRASHES
-    if not (is_theirs and (folder / cache.DESCRIPTION).exists()):  # which it writes when it comes to them
-        raise KsmEdgeError("\n".join([f"this project's operators could not be tried: the process {end}", said]))
-    _write(replace(_read(folder), said=f"the process {end}"), folder)
+        return f"took more than {SECONDS} s", "", True
+    if not (status := child.returncode):
+        return None
+    how = f"was ended by signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"ended with {status}"
+    return how, child.stderr.strip(), -status in CRASHES
 
 
-def _main(folder: str) -> int:
+def _main(step: str, folder: str) -> int:
     use_compact_heap()
-    return cache.in_child(lambda: try_into(Path(folder)))
+    return cache.in_child(lambda: STEPS[step](Path(folder)))
 
+
+STEPS = {"build": build_into, "try": try_into}
 
 if __name__ == "__main__":
     sys.exit(_main(*sys.argv[1:]))

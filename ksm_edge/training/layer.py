@@ -173,9 +173,10 @@ class TrainedLayer:
         mask = self._mask_as_run()  # made again: to keep those of all layers took 9 of ResNet-18's 255 MiB
         if mask is None:
             return total
-        too_much = (1 - mask.cut_scale) * felt.reshape(-1)[mask.cut]
-        filters = mask.cut // (felt.size // O)
-        return total - np.bincount(filters, too_much, minlength=O).astype(felt.dtype)
+        too_much = np.zeros(O)
+        for cut, scale in blocks(mask.cut, mask.cut_scale):
+            too_much += np.bincount(cut // (felt.size // O), (1 - scale) * felt.reshape(-1)[cut], minlength=O)
+        return total - too_much.astype(felt.dtype)
 
     def mask(self) -> SoftMask:
         """The layer's soft mask, from its scores as they are now."""

@@ -48,6 +48,7 @@ def tried(folder: Path) -> Trial:
     """In this process, products in half precision too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "halves", lambda: "plain")
+        trial.build_into(folder)
         trial.try_into(folder)
     return trial._read(folder)
 
@@ -188,8 +189,20 @@ def test_only_a_number_that_is_small_passes() -> None:
 def test_they_are_tried_once_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     first = trial.trial()
     assert first.is_passed
+    assert [path.name for path in cache.cache_folder().glob("graphs/*/*")] == [cache.DESCRIPTION]
     monkeypatch.setattr(cache, "child", None)
     assert trial.trial() == first
+
+
+def test_who_runs_them_has_no_onnx_in_its_memory(tmp_path: Path) -> None:
+    """With it, and the parent beside, there would be more than compiling takes."""
+    trial.build_into(tmp_path)
+    code = (
+        "import sys; from ksm_edge.runtimes import trial; status = trial._main(*sys.argv[1:]); "
+        "sys.exit(status or 'onnx' in sys.modules)"
+    )
+    subprocess.run([trial.sys.executable, "-c", code, "try", str(tmp_path)], check=True)
+    assert trial._read(tmp_path).is_passed
 
 
 @pytest.mark.usefixtures("_nothing_known")
@@ -205,11 +218,11 @@ def test_others_are_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def ending(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     """Have the process that tries them end so where it first comes to one."""
     code = (
-        "import os, signal, sys, time; from pathlib import Path; from ksm_edge.runtimes import trial; "
-        f"trial._difference = lambda *_: {end}; trial.try_into(Path(sys.argv[1]))"
+        "import os, signal, sys, time; from ksm_edge.runtimes import trial; "
+        f"trial._difference = lambda *_: {end}; sys.exit(trial._main(*sys.argv[1:]))"
     )
     monkeypatch.setattr(
-        "ksm_edge.runtimes.cache.module_command", lambda _, folder: [trial.sys.executable, "-c", code, folder]
+        "ksm_edge.runtimes.cache.module_command", lambda _, *words: [trial.sys.executable, "-c", code, *words]
     )
 
 
@@ -230,7 +243,9 @@ def test_a_crash_is_a_trial_that_was_not_passed(end: str, said: str, monkeypatch
 
 @pytest.mark.usefixtures("_nothing_known")
 def test_what_never_ends_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(_: str, folder: str, **__: object) -> None:
+    def never(_: str, step: str, folder: str, **__: object) -> subprocess.CompletedProcess[str]:
+        if step == "build":
+            return subprocess.CompletedProcess([], 0, "", "")
         trial._write(FAILED, Path(folder))
         raise subprocess.TimeoutExpired("tried", trial.SECONDS)
 
@@ -252,9 +267,10 @@ def test_a_lack_of_memory_says_nothing_of_them(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("_nothing_known")
 def test_what_crashes_in_half_precision_is_no_reason_against_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(_: str, folder: str, **__: object) -> subprocess.CompletedProcess[str]:
-        trial._write(Trial(1e-6, None), Path(folder))
-        return subprocess.CompletedProcess([], -signal.SIGILL, "", "")
+    def crash(_: str, step: str, folder: str, **__: object) -> subprocess.CompletedProcess[str]:
+        if step == "try":
+            trial._write(Trial(1e-6, None), Path(folder))
+        return subprocess.CompletedProcess([], -signal.SIGILL if step == "try" else 0, "", "")
 
     monkeypatch.setattr(cache, "child", crash)
     assert trial.trial().is_passed
