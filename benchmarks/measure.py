@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,8 +171,18 @@ def _random_weights(path: Path, recipe: str) -> Path:
 CUT = 0.017  # share of kernels that default settings leave cut: 1.3 to 2.3 % on the tasks of accuracy.py
 
 
-def random_pack(bundle: Bundle) -> Pack:
-    """Masks and batch-norm as a short training leaves them; what the values are does not matter to the time."""
+def random_pack(
+    bundle: Bundle,
+    cut: float = CUT,
+    classes: Sequence[str] = ("a", "b"),
+    *,
+    masked: Container[str] | None = None,
+    amplify: bool = False,
+) -> Pack:
+    """Masks and batch-norm as a short training leaves them; what the values are does not matter to the time.
+
+    `cut`: the share of kernels that leave 1, in the layers `masked` (all); with `amplify` every other one grows.
+    """
     import numpy as np
 
     from ksm_edge.mask import INITIAL_SCORE, THRESHOLD, score_shape, soft_mask
@@ -180,13 +190,18 @@ def random_pack(bundle: Bundle) -> Pack:
 
     rng, layers = np.random.default_rng(0), {}
     for layer in bundle.layers:
+        if masked is not None and layer.name not in masked:
+            continue
         shape, filters = score_shape(layer.weight_shape, "kernel"), layer.weight_shape[0]
-        score = np.where(rng.random(shape) < CUT, rng.uniform(0, THRESHOLD, shape), INITIAL_SCORE).astype(np.float32)
+        score = np.where(rng.random(shape) < cut, rng.uniform(0, THRESHOLD, shape), INITIAL_SCORE).astype(np.float32)
         gamma, beta = (rng.normal(0, 0.01, filters).astype(np.float32) for _ in range(2))
-        layers[layer.name] = LayerState(soft_mask(score), gamma * layer.has_norm, beta)
+        if amplify:
+            score = np.where(rng.random(shape) < 0.5, score, np.float32(2 * INITIAL_SCORE) - score)
+        mask = soft_mask(score, amplify=amplify)
+        layers[layer.name] = LayerState(mask, gamma * layer.has_norm, beta)
     return Pack(
         task="random",
-        classes=("a", "b"),
+        classes=tuple(classes),
         backbone=bundle.digest,
         recipe=bundle.recipe,
         granularity="kernel",
@@ -194,12 +209,12 @@ def random_pack(bundle: Bundle) -> Pack:
         statistics="frozen",
         input=bundle.input,
         layers=layers,
-        weight_shapes={layer.name: layer.weight_shape for layer in bundle.layers},
-        head_weight=np.zeros((2, bundle.features), np.float32),
-        head_bias=np.zeros(2, np.float32),
+        weight_shapes={layer.name: layer.weight_shape for layer in bundle.layers if layer.name in layers},
+        head_weight=np.zeros((len(classes), bundle.features), np.float32),
+        head_bias=np.zeros(len(classes), np.float32),
         record={},
         fused_digest="",
-        golden_logits=np.zeros((0, 2), np.float32),
+        golden_logits=np.zeros((0, len(classes)), np.float32),
     )
 
 

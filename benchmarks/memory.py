@@ -1,11 +1,12 @@
 """Does an adaptation take the memory that its plan expects?
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --recipes resnet18 resnet50
+    python benchmarks/memory.py --recipes resnet18 resnet50 --add
 
 Every recipe, several batches and ways to adapt, each a whole `ksm-edge adapt` of two epochs on generated photos in a
 process of its own that compiles its graphs first, as on a new board, under an enforced limit: what the plan expects.
-Where that stops it, the plan was wrong.
+Where that stops it, the plan was wrong. Two epochs hardly move a mask, so kernel-wise ones go on from a pack in which
+as many kernels leave 1 as the plan reckons with.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from measure import KSM_EDGE, Record, add_output, backbone, output, print_table
+from measure import KSM_EDGE, Record, add_output, backbone, output, print_table, random_pack, read
+
+if TYPE_CHECKING:
+    from ksm_edge.training.settings import Settings
 
 RECIPES = (
     "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0", "efficientnet_lite0",
@@ -85,6 +89,7 @@ MIB = 1 << 20
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="(default: all)")
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other recipes")
     add_output(parser)
     return parser
 
@@ -96,6 +101,10 @@ def main() -> int:
         cases = [case for case in cases if case[0] in ("mobilenet_v3_small", "resnet20_cifar10")]
     out = output(options, "memory")
     record = Record("memory", __doc__.split("\n")[0], {"classes": CLASSES, "images": CLASSES * IMAGES})
+    if options.add and out is not None and out.exists():
+        before = read(out)
+        record.runs = [run for run in before["runs"] if run["recipe"] not in options.recipes]
+        record.warnings += before["warnings"]
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         from ksm_edge.profiler.child import write_photos
 
@@ -134,10 +143,12 @@ def _size(recipe: str) -> int:
 def _run(bundle: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> dict[str, Any]:
     """One adaptation under the limit that its plan expects."""
     manifest = json.loads((bundle / "manifest.json").read_text())
-    command = [*KSM_EDGE, "adapt", str(photos), "--bundle", str(bundle), "--out", str(folder / "task.ksm"),
-               "--epochs", "2", "--threads", "1", "--json", *given]  # fmt: skip
-    expected = _expected(bundle, command[len(KSM_EDGE) :])
-    command = [str(expected) if word == SMALLEST else word for word in command]
+    words = ["adapt", str(photos), "--bundle", str(bundle), "--out", str(folder / "task.ksm"),
+             "--epochs", "2", "--threads", "1", "--json", *given]  # fmt: skip
+    expected, apart = _expected(bundle, words), _apart(bundle, words)
+    if apart is not None:
+        words += ["--from", str(_pack(bundle, words, apart, folder / "from.ksm", photos))]
+    command = [*KSM_EDGE, *(str(expected) if word == SMALLEST else word for word in words)]
     # A process of its own holds the limit, so that what it prints can be read.
     code = (
         "import json, sys; from ksm_edge.limits import run_limited; "
@@ -155,6 +166,7 @@ def _run(bundle: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> di
         "recipe": manifest["recipe"],
         "size": manifest["input"]["size"],
         "options": list(given),
+        "apart": apart,
         "expected_bytes": expected,
         "peak_rss_bytes": peak,
         "exceeded": outcome["exceeded"],
@@ -163,26 +175,58 @@ def _run(bundle: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> di
     }
 
 
-def _expected(path: Path, words: list[str]) -> int:
-    """What the planner says of that command."""
-    from ksm_edge.bundle.load import load_bundle
+def _asked(words: list[str]) -> tuple[Settings, int | None, int]:
+    """Settings, budget and threads of that command."""
     from ksm_edge.cli.adapt import budget_of
     from ksm_edge.cli.adapt_options import settings_of
     from ksm_edge.cli.main import build_parser
     from ksm_edge.device import this_machine
+
+    args = build_parser().parse_args(["1MiB" if word == SMALLEST else word for word in words])
+    return settings_of(args, this_machine(), CLASSES * IMAGES), budget_of(args, this_machine()), args.threads
+
+
+def _expected(path: Path, words: list[str]) -> int:
+    """What the planner says of that command."""
+    from ksm_edge.bundle.load import load_bundle
     from ksm_edge.errors import BudgetError
     from ksm_edge.training.planner import make_plan
 
-    smallest = SMALLEST in words
-    args = build_parser().parse_args(["1MiB" if word == SMALLEST else word for word in words])
-    settings, budget = settings_of(args, this_machine(), CLASSES * IMAGES), budget_of(args, this_machine())
+    settings, budget, threads = _asked(words)
     try:
-        plan = make_plan(load_bundle(path), CLASSES, settings, threads=args.threads, budget_bytes=budget)
+        plan = make_plan(load_bundle(path), CLASSES, settings, threads=threads, budget_bytes=budget)
     except BudgetError as refused:
-        if not smallest or refused.needed_bytes is None:
+        if SMALLEST not in words or refused.needed_bytes is None:
             raise
         return refused.needed_bytes
     return plan.expected_peak_bytes
+
+
+def _apart(path: Path, words: list[str]) -> float | None:
+    """The share of kernels that the plan reckons to leave 1; None where masks are none of a pack to go on from."""
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.training.footprint import apart_share, score_count
+
+    bundle, settings = load_bundle(path), _asked(words)[0]
+    if (settings.method, settings.granularity, settings.statistics) != ("ksm", "kernel", "frozen"):
+        return None
+    return apart_share(bundle, score_count(bundle, settings), CLASSES, settings)
+
+
+def _pack(path: Path, words: list[str], apart: float, out: Path, photos: Path) -> Path:
+    """A pack of which that share leaves 1."""
+    from ksm_edge.bundle.load import load_bundle
+    from ksm_edge.pack.files import save_pack
+    from ksm_edge.training.footprint import score_count
+    from ksm_edge.training.suited import amplifies
+    from ksm_edge.training.trainer import learning_layers
+
+    bundle, settings = load_bundle(path), _asked(words)[0]
+    _, masked = learning_layers(bundle.layers, settings)
+    classes = sorted(folder.name for folder in photos.iterdir())
+    amplify = amplifies(bundle, score_count(bundle, settings), CLASSES, settings)
+    save_pack(random_pack(bundle, apart, classes, masked=masked, amplify=amplify), out, **settings.pack_bits)
+    return out
 
 
 def _row(run: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ksm_edge.adapt.descent import Descent
+from ksm_edge.adapt.descent import read_parent
 from ksm_edge.adapt.job import Job, Timing
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.atomic import require_writable
@@ -19,7 +19,7 @@ from ksm_edge.data.split import stratified_split
 from ksm_edge.errors import BudgetError, DataError, KsmEdgeError, UsageError
 from ksm_edge.pack.files import save_pack
 from ksm_edge.pack.reader import decode
-from ksm_edge.resident import use_compact_heap
+from ksm_edge.resident import give_back, use_compact_heap
 from ksm_edge.training.checkpoint import read_identity
 from ksm_edge.training.packing import finished
 from ksm_edge.training.planner import make_plan
@@ -145,7 +145,7 @@ def prepared(
     _require_text(images.name, *images.classes)
     observer = observer or Observer()
     before = read_identity(checkpoint) if resume else {}
-    descent = None if parent is None else Descent.of(parent, images.classes)
+    descent, pack_bytes = (None, b"") if parent is None else read_parent(parent, images.classes)
     if descent is not None:
         settings = descent.settings(settings)
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
@@ -169,7 +169,8 @@ def prepared(
             if resume:
                 job.restore()
             elif descent is not None:
-                start_from(job.trainer, descent.pack, images.classes)
+                start_from(job.trainer, decode(pack_bytes), images.classes)
+                give_back()
             observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)
             yield job
 

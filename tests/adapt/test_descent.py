@@ -161,7 +161,7 @@ def test_a_child_names_its_parent_and_knows_the_new_class(
 def test_a_parent_that_has_learned_from_all_its_images_may_have_seen_what_a_child_holds_out(
     parent: Path, record: dict, seen: bool
 ) -> None:
-    assert Descent(replace(load_pack(parent), record=record), "").may_have_seen == seen
+    assert Descent.of(replace(load_pack(parent), record=record), b"").may_have_seen == seen
 
 
 def test_a_class_without_images_is_refused(bundle: Bundle, folder: Path, parent: Path, tmp_path: Path) -> None:
