@@ -19,7 +19,7 @@ PROCESS_BYTES = 147 * 2**19
 # Of these what opens images, which is over by then where views of them are kept.
 OPENING_BYTES = 5 * 2**20
 # Arena and heap round up, and keep what they had to split.
-ACTIVATION_SHARE, PARAMETER_SHARE = 1.21, 1.17
+ACTIVATION_SHARE, PARAMETER_SHARE = 1.21, 1.14
 # Weights as they are stored, where a graph reads them: pages around them come along.
 PAGES_SHARE = 1.15
 # Each further worker takes its activations, with a thread and scratch memory of its own.
@@ -28,21 +28,20 @@ WORKER_SHARE = 1.34
 # is being put together. Each further worker has its own in use, and the one that it was copied from.
 IMAGES_AHEAD, PARTS_IN_HAND = 4, 3
 # The update works on one layer after the other, with more arrays of its size than room that activations have left.
-LAYER_COPIES = 1.65
+LAYER_COPIES = 1.25
 # Moments in few bits save less than they are smaller by: of the rest's share there is less to spare.
 COMPACT_BYTES = 1  # a score
 # Scores that leave the kept ones before masks are thinned, as a share of all: at MobileNetV2's rate one in eight is
 # cut, and where kernels are amplified as many again; at a higher rate more, of ResNet-20 two thirds. From trainings of
 # as many steps as usual, and thrice as many. PACKING_BYTES, for each of them: packing looks at all at once, at places,
-# scales and the coder's bits. APART_BYTES, for each beyond one in eight, which the shares above have room for: places
-# and scales are made anew in every step, and arrays of changing size leave gaps.
+# scales and the coder's bits.
 APART_SHARE, MOST_APART = 1 / 8, 2 / 3
-PACKING_BYTES, APART_BYTES = 40, 30
+PACKING_BYTES = 26
 # A graph is compiled by a process of its own, which has its constants as the optimiser lays them out, and around the
 # largest of them copies; the one that waits for it has the rest. Chosen so that of ten backbones with all weights as
 # constants, and ResNet-20 with none, both together (as `limits.py` counts) took no more. benchmarks/memory.py holds
 # adaptations to it.
-COMPILING_BYTES, LAYER_BYTES, CONSTANT_COPIES = 90 << 20, 220 << 10, 3.2
+COMPILING_BYTES, LAYER_BYTES, CONSTANT_COPIES = 91 << 20, 220 << 10, 3.2
 FLOAT_BYTES = 4
 
 
@@ -67,10 +66,8 @@ def expected_peak_bytes(
         for each in (graph, *beside)
     )
     scores = score_count(bundle, settings)
-    apart = apart_share(bundle, scores, classes, settings)
     stepping = max(running) + int(LAYER_COPIES * FLOAT_BYTES * largest)
-    stepping += int(APART_BYTES * (apart - APART_SHARE) * scores)
-    packing = int(PACKING_BYTES * apart * scores)
+    packing = int(PACKING_BYTES * apart_share(bundle, scores, classes, settings) * scores)
     # Weights a second time.
     turned, stored = (
         FLOAT_BYTES * sum(_size(shape) for name, shape in graph.inputs.items() if name.endswith(kind))
