@@ -173,7 +173,7 @@ CUT = 0.017  # share of kernels that default settings leave cut: 1.3 to 2.3 % on
 
 def random_pack(
     bundle: Bundle,
-    cut: float = CUT,
+    apart: float = CUT,
     classes: Sequence[str] = ("a", "b"),
     *,
     masked: Container[str] | None = None,
@@ -181,7 +181,7 @@ def random_pack(
 ) -> Pack:
     """Masks and batch-norm as a short training leaves them; what the values are does not matter to the time.
 
-    `cut`: the share of kernels that leave 1, in the layers `masked` (all); with `amplify` every other one grows.
+    `apart`: the share of kernels that leave 1, in the layers `masked` (all); with `amplify` half of them grow.
     """
     import numpy as np
 
@@ -193,7 +193,7 @@ def random_pack(
         if masked is not None and layer.name not in masked:
             continue
         shape, filters = score_shape(layer.weight_shape, "kernel"), layer.weight_shape[0]
-        score = np.where(rng.random(shape) < cut, rng.uniform(0, THRESHOLD, shape), INITIAL_SCORE).astype(np.float32)
+        score = np.where(rng.random(shape) < apart, rng.uniform(0, THRESHOLD, shape), INITIAL_SCORE).astype(np.float32)
         gamma, beta = (rng.normal(0, 0.01, filters).astype(np.float32) for _ in range(2))
         if amplify:
             score = np.where(rng.random(shape) < 0.5, score, np.float32(2 * INITIAL_SCORE) - score)

@@ -5,8 +5,8 @@
 
 Every recipe, several batches and ways to adapt, each a whole `ksm-edge adapt` of two epochs on generated photos in a
 process of its own that compiles its graphs first, as on a new board, under an enforced limit: what the plan expects.
-Where that stops it, the plan was wrong. Two epochs hardly move a mask, so kernel-wise ones go on from a pack in which
-as many kernels leave 1 as the plan reckons with.
+Where that stops it, the plan was wrong. Two epochs hardly move a mask, so adaptations with kernel-wise masks go on from
+a pack in which as many kernels leave 1 as the plan reckons with.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from measure import KSM_EDGE, Record, add_output, backbone, output, print_table, random_pack, read
 
 if TYPE_CHECKING:
+    from ksm_edge.bundle.layers import Bundle
     from ksm_edge.training.settings import Settings
 
 RECIPES = (
@@ -102,8 +103,9 @@ def main() -> int:
     out = output(options, "memory")
     record = Record("memory", __doc__.split("\n")[0], {"classes": CLASSES, "images": CLASSES * IMAGES})
     if options.add and out is not None and out.exists():
-        before = read(out)
-        record.runs = [run for run in before["runs"] if run["recipe"] not in options.recipes]
+        before, again = read(out), {case[0] for case in cases}
+        of_before = {"commit": before["machine"].get("commit")}
+        record.runs = [{**of_before, **run} for run in before["runs"] if run["recipe"] not in again]
         record.warnings += before["warnings"]
     with tempfile.TemporaryDirectory(prefix="ksm-edge-") as folder:
         from ksm_edge.profiler.child import write_photos
@@ -115,8 +117,10 @@ def main() -> int:
             with backbone(None, size or _size(recipe), recipe=recipe) as bundle:
                 for case in cases:
                     if case[:2] == (recipe, size):
-                        record.runs.append(_run(bundle, photos, Path(folder), case[2]))
-                        print(_line(record.runs[-1]), file=sys.stderr)
+                        run = _run(bundle, photos, Path(folder), case[2])
+                        print(_line(run), file=sys.stderr)
+                        record.runs.append({**run, "commit": record.machine.get("commit")})
+                        record.runs.sort(key=lambda run: RECIPES.index(run["recipe"]))
                         record.summary = summary(record.runs)
                         record.save(out)
     print_table([("recipe", "pixels", "options", "expected, MiB", "measured, MiB", "ratio"), *map(_row, record.runs)])
@@ -140,14 +144,18 @@ def _size(recipe: str) -> int:
     return load_recipe(recipe).input.size
 
 
-def _run(bundle: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> dict[str, Any]:
+def _run(path: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> dict[str, Any]:
     """One adaptation under the limit that its plan expects."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    words = ["adapt", str(photos), "--bundle", str(bundle), "--out", str(folder / "task.ksm"),
+    from ksm_edge.bundle.load import load_bundle
+
+    bundle = load_bundle(path)
+    words = ["adapt", str(photos), "--bundle", str(path), "--out", str(folder / "task.ksm"),
              "--epochs", "2", "--threads", "1", "--json", *given]  # fmt: skip
-    expected, apart = _expected(bundle, words), _apart(bundle, words)
+    settings, budget, threads = _asked(words)
+    expected = _expected(bundle, settings, budget, threads, smallest=SMALLEST in words)
+    apart = _apart(bundle, settings)
     if apart is not None:
-        words += ["--from", str(_pack(bundle, words, apart, folder / "from.ksm", photos))]
+        words += ["--from", str(_pack(bundle, settings, apart, photos, folder / "from.ksm"))]
     command = [*KSM_EDGE, *(str(expected) if word == SMALLEST else word for word in words)]
     # A process of its own holds the limit, so that what it prints can be read.
     code = (
@@ -163,8 +171,8 @@ def _run(bundle: Path, photos: Path, folder: Path, given: tuple[str, ...]) -> di
         raise SystemExit(f"exit status {outcome['exit_status']} from {' '.join(command)}\n{done.stderr}")
     peak = max(outcome["peak_rss_bytes"], *(found["peak_rss_bytes"] for found in report), 0)
     return {
-        "recipe": manifest["recipe"],
-        "size": manifest["input"]["size"],
+        "recipe": bundle.recipe,
+        "size": bundle.input.size,
         "options": list(given),
         "apart": apart,
         "expected_bytes": expected,
@@ -186,42 +194,36 @@ def _asked(words: list[str]) -> tuple[Settings, int | None, int]:
     return settings_of(args, this_machine(), CLASSES * IMAGES), budget_of(args, this_machine()), args.threads
 
 
-def _expected(path: Path, words: list[str]) -> int:
-    """What the planner says of that command."""
-    from ksm_edge.bundle.load import load_bundle
+def _expected(bundle: Bundle, settings: Settings, budget: int | None, threads: int, *, smallest: bool) -> int:
+    """What the planner says; `smallest`: the smallest budget that it agrees to."""
     from ksm_edge.errors import BudgetError
     from ksm_edge.training.planner import make_plan
 
-    settings, budget, threads = _asked(words)
     try:
-        plan = make_plan(load_bundle(path), CLASSES, settings, threads=threads, budget_bytes=budget)
+        plan = make_plan(bundle, CLASSES, settings, threads=threads, budget_bytes=budget)
     except BudgetError as refused:
-        if SMALLEST not in words or refused.needed_bytes is None:
+        if not smallest or refused.needed_bytes is None:
             raise
         return refused.needed_bytes
     return plan.expected_peak_bytes
 
 
-def _apart(path: Path, words: list[str]) -> float | None:
-    """The share of kernels that the plan reckons to leave 1; None where masks are none of a pack to go on from."""
-    from ksm_edge.bundle.load import load_bundle
+def _apart(bundle: Bundle, settings: Settings) -> float | None:
+    """The share of kernels that the plan reckons to leave 1; None where no pack can be gone on from."""
     from ksm_edge.training.footprint import apart_share, score_count
 
-    bundle, settings = load_bundle(path), _asked(words)[0]
     if (settings.method, settings.granularity, settings.statistics) != ("ksm", "kernel", "frozen"):
         return None
     return apart_share(bundle, score_count(bundle, settings), CLASSES, settings)
 
 
-def _pack(path: Path, words: list[str], apart: float, out: Path, photos: Path) -> Path:
-    """A pack of which that share leaves 1."""
-    from ksm_edge.bundle.load import load_bundle
+def _pack(bundle: Bundle, settings: Settings, apart: float, photos: Path, out: Path) -> Path:
+    """A pack of these classes of which that share leaves 1."""
     from ksm_edge.pack.files import save_pack
     from ksm_edge.training.footprint import score_count
     from ksm_edge.training.suited import amplifies
     from ksm_edge.training.trainer import learning_layers
 
-    bundle, settings = load_bundle(path), _asked(words)[0]
     _, masked = learning_layers(bundle.layers, settings)
     classes = sorted(folder.name for folder in photos.iterdir())
     amplify = amplifies(bundle, score_count(bundle, settings), CLASSES, settings)

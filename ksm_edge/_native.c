@@ -1,4 +1,4 @@
-/* Loops that numpy takes several passes over memory for: decoding keep bits, fusing, and Adam.
+/* Loops that numpy takes several passes over memory for: decoding keep bits, finding what is cut, fusing, and Adam.
 
    Each has a form in numpy beside its caller, which runs where this was not compiled, says what is wrong where this
    refuses, and is what the tests hold it to, bit for bit (scores' Adam: to a millionth). Buffers come checked for type,
@@ -336,6 +336,20 @@ static int take_cuts(Rest *rest, Work *work, int32_t *cuts)
     return 0;
 }
 
+/* ---- What is cut, as ksm_edge/mask.py says ---- */
+
+/* The flat places of scores below `least` or above `most`, or that are no numbers, ascending; returns how many.
+   `places` has room for all of them. Whether a score is one is hard to predict: it is written down in any case. */
+static int64_t find_apart(const float *restrict score, int64_t count, float least, float most, int32_t *restrict places)
+{
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++) {
+        places[found] = (int32_t)i;
+        found += !(score[i] >= least) | (score[i] > most);
+    }
+    return found;
+}
+
 /* ---- Fusing, as ksm_edge/fuse.py says ---- */
 
 /* `out`, (filters, kernels, size): each weight times its filter's factor, those of a cut kernel times its scale first.
@@ -515,6 +529,33 @@ static PyObject *py_decode_keep(PyObject *module, PyObject *const *args, Py_ssiz
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(apart_doc, "apart(score, least, most, places)\n--\n\n"
+                        "The flat places of scores, float32, below `least` or above `most` or not numbers, to the front\n"
+                        "of `places`, int32 and of as many; returns how many they are.");
+
+static PyObject *py_apart(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "4 arguments are needed");
+    double least = PyFloat_AsDouble(args[1]), most = PyFloat_AsDouble(args[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    Array a[] = {{args[0], "f", 4, 0, {0}}, {args[3], "il", 4, 1, {0}}};
+    if (borrow(a, 2) < 0)
+        return NULL;
+    int64_t size = items(&a[0]), found = REFUSED;
+    if (items(&a[1]) == size && size <= INT32_MAX) {
+        Py_BEGIN_ALLOW_THREADS
+        found = find_apart(a[0].view.buf, size, (float)least, (float)most, a[1].view.buf);
+        Py_END_ALLOW_THREADS
+    }
+    give_back(a, 2);
+    if (found < 0)
+        return PyErr_Format(PyExc_ValueError, "the arrays do not fit");
+    return PyLong_FromLongLong(found);
+}
+
 PyDoc_STRVAR(fuse_doc, "fuse(weight, factor, cut, scale, out)\n--\n\n"
                        "(W M) f into out, as weight (O, I, kh, kw) float32, for f (O,) float32 and M given by the flat\n"
                        "numbers of cut kernels, (n,) int32, ascending, and their scales, (n,) float32.");
@@ -583,6 +624,7 @@ static PyObject *py_adam(PyObject *module, PyObject *const *args, Py_ssize_t cou
 
 static PyMethodDef METHODS[] = {
     {"adam", (PyCFunction)(void (*)(void))py_adam, METH_FASTCALL, adam_doc},
+    {"apart", (PyCFunction)(void (*)(void))py_apart, METH_FASTCALL, apart_doc},
     {"decode_keep", (PyCFunction)(void (*)(void))py_decode_keep, METH_FASTCALL, decode_keep_doc},
     {"fuse", (PyCFunction)(void (*)(void))py_fuse, METH_FASTCALL, fuse_doc},
     {NULL, NULL, 0, NULL},

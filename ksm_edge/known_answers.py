@@ -1,7 +1,8 @@
-"""What the loops of _native.c must make of a few numbers: nothing else would tell that a compiler made them wrong.
+"""What the loops of _native.c must make of a few numbers: a compiler that made them wrong would else go unnoticed.
 
-A pack would be fused into other weights than elsewhere, with a digest to match, and training would only be worse. It
-takes half a millisecond, so each process that loads them asks anew.
+Packs learned here would be fused, and digested, into other weights than elsewhere, and training would only be worse. It
+takes half a millisecond, so each process that loads them asks anew. What is asked is mostly good input: of refusals one
+for each loop that is given a pack's bytes. One that crashes ends the process, which nobody overlooks.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ KEEP_BITS = bytes.fromhex(
 
 def wrong(loops: ModuleType) -> list[str]:
     """Names of those whose answers differ."""
-    asked = {"decode_keep": _decodes, "fuse": _fuses, "adam": _descends}
+    asked = {"adam": _descends, "apart": _finds, "decode_keep": _decodes, "fuse": _fuses}
     return [name for name, answers_right in asked.items() if not _holds(answers_right, loops)]
 
 
 def _holds(answers_right: Callable[[ModuleType], bool], loops: ModuleType) -> bool:
     try:
         return answers_right(loops)
-    except (TypeError, ValueError):  # with which they refuse arrays that do not fit
+    except (AttributeError, SystemError, TypeError, ValueError):  # it is not there, or refuses
         return False
 
 
@@ -48,24 +49,38 @@ def cuts() -> list[np.ndarray]:
 
 
 def _decodes(loops: ModuleType) -> bool:
+    """And refuses bytes of which the last is missing."""
     expected = cuts()
-    found = loops.decode_keep(KEEP_BITS, np.array([SHAPE] * len(expected), np.int64))
-    if found is None:
-        return False
-    places, counts = found
-    return counts == [cut.size for cut in expected] and np.array_equal(
-        np.frombuffer(places, np.int32), np.concatenate(expected)
-    )
+    shapes = np.array([SHAPE] * len(expected), np.int64)
+    places, counts = loops.decode_keep(KEEP_BITS, shapes)
+    is_right = np.array_equal(np.frombuffer(places, np.int32), np.concatenate(expected))
+    return is_right and counts == [cut.size for cut in expected] and loops.decode_keep(KEEP_BITS[:-1], shapes) is None
+
+
+def _finds(loops: ModuleType) -> bool:
+    """Also a score that is no number."""
+    score = _numbers(3 * CELLS)
+    score[CELLS] = np.nan
+    places = np.empty(score.size, np.int32)
+    found = places[: loops.apart(score, -0.5, 0.75, places)]
+    return np.array_equal(found, np.flatnonzero(~(score >= -0.5) | (score > 0.75)))
 
 
 def _fuses(loops: ModuleType) -> bool:
-    """Bit for bit, with kernels of one weight and of nine."""
-    return all(_fuses_kernels(loops, side) for side in (1, 3))
-
-
-def _fuses_kernels(loops: ModuleType, side: int) -> bool:
-    weight, factor = _numbers(3, CELLS, side, side), _numbers(3)
+    """Bit for bit, with kernels of one weight and of nine; places that descend are refused."""
     cut = np.flatnonzero(_numbers(3 * CELLS) > 0.5).astype(np.int32)
+    return all(_fuses_kernels(loops, side, cut) for side in (1, 3)) and not _takes(loops, cut[::-1].copy())
+
+
+def _takes(loops: ModuleType, cut: np.ndarray) -> bool:
+    try:
+        return _fuses_kernels(loops, 1, cut) or True
+    except ValueError:
+        return False
+
+
+def _fuses_kernels(loops: ModuleType, side: int, cut: np.ndarray) -> bool:
+    weight, factor = _numbers(3, CELLS, side, side), _numbers(3)
     scale, out = _numbers(cut.size), np.empty_like(weight)
     loops.fuse(weight, factor, cut, scale, out)
     weight.reshape(-1, side * side)[cut] *= scale[:, None]
@@ -73,9 +88,11 @@ def _fuses_kernels(loops: ModuleType, side: int) -> bool:
 
 
 def _descends(loops: ModuleType) -> bool:
-    """Bit for bit; with the gradients of scores to a hundred thousandth, from no momentum, which would hide them."""
-    plain, of_scores = _step(loops, momentum=0.75), _step(loops, momentum=0.0, slope=6.0, shift=1.0)
-    return all(np.array_equal(*pair) for pair in plain) and all(np.allclose(*pair, 1e-5, 0) for pair in of_scores)
+    """Bit for bit; with the gradients of scores, down to where they end, to a hundred thousandth, and from no momentum,
+    which would hide them.
+    """
+    plain, of_scores = _step(loops, momentum=0.75), _step(loops, momentum=0.0, slope=18.0, shift=1.0)
+    return all(np.array_equal(*pair) for pair in plain) and all(np.allclose(*pair, 1e-5, 1e-8) for pair in of_scores)
 
 
 def _step(

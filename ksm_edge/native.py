@@ -27,8 +27,12 @@ def trusted(loops: ModuleType) -> ModuleType | None:
     """The same; None, with a warning, where it answers wrongly."""
     wrong = known_answers.wrong(loops)
     if wrong:
-        told = f"{loops.__file__} was compiled wrong, {' and '.join(wrong)} give other numbers than they must"
-        warnings.warn(f"{told}: numpy does their work, which takes longer", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{loops.__file__}: not the right numbers from {', '.join(wrong)}. It was compiled wrong, or for another "
+            "version: install the package again. Till then numpy does the work of all its loops, which takes longer",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return None if wrong else loops
 
 

@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as hnp
 from ksm_edge import mask as ksm
 from ksm_edge.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("each_form")
+
 GRANULARITIES = ["kernel", "channel", "element", "group:1", "group:2", "group:3", "group:100"]
 # (O, I per group, kh, kw): dense, 1x1, grouped (an I smaller than the input's channels looks the same), depthwise
 SHAPES = [(4, 5, 3, 3), (3, 7, 1, 1), (6, 2, 3, 3), (8, 1, 3, 3), (2, 8, 1, 5), (1, 1, 1, 1)]

@@ -125,6 +125,27 @@ def test_arrays_that_do_not_fit_each_other_are_refused(loops: ModuleType, wrong:
         loops.fuse(*(fuse_arguments() | wrong).values())
 
 
+def test_places_apart_take_only_arrays_that_fit(loops: ModuleType) -> None:
+    score, places = np.array([1, 0, np.nan, 3, -0.0, 2], np.float32), np.full(6, -1, np.int32)
+    assert loops.apart(score, 0.5, 2.0, places) == 4
+    assert places[:4].tolist() == [1, 2, 3, 4]
+    assert loops.apart(score, -np.inf, np.inf, places) == 1
+    assert loops.apart(score[:0], 0.5, 2.0, places[:0]) == 0
+    with pytest.raises(ValueError, match="do not fit"):
+        loops.apart(score, 0.5, 2.0, places[1:])
+    fixed = places.copy()
+    fixed.flags.writeable = False
+    for wrong in ((score.astype(float), places), (score, places.astype(np.int64)), (score[::2], places[::2])):
+        with pytest.raises((TypeError, BufferError, ValueError)):
+            loops.apart(wrong[0], 0.5, 2.0, wrong[1])
+    with pytest.raises((BufferError, ValueError), match=r"(?i)read-only|writable"):
+        loops.apart(score, 0.5, 2.0, fixed)
+    with pytest.raises(TypeError):
+        loops.apart(score, "0", 2.0, places)
+    with pytest.raises(TypeError):
+        loops.apart(score, 0.5, 2.0)
+
+
 def adam_arguments(count: int = 1003) -> dict[str, np.ndarray]:
     """Of all magnitudes, as a training in its middle has them."""
     rng = np.random.default_rng(0)

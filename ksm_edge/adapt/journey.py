@@ -145,7 +145,7 @@ def prepared(
     _require_text(images.name, *images.classes)
     observer = observer or Observer()
     before = read_identity(checkpoint) if resume else {}
-    descent, pack_bytes = (None, b"") if parent is None else read_parent(parent, images.classes)
+    descent, parent_data = (None, b"") if parent is None else read_parent(parent, images.classes)
     if descent is not None:
         settings = descent.settings(settings)
     with ImageCache(images, int(bundle.input.resize * CACHE_MARGIN), CACHE_BYTES) as cache:
@@ -169,8 +169,9 @@ def prepared(
             if resume:
                 job.restore()
             elif descent is not None:
-                start_from(job.trainer, decode(pack_bytes), images.classes)
+                start_from(job.trainer, decode(parent_data), images.classes)  # not before: others compiled meanwhile
                 give_back()
+            del parent_data
             observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)
             yield job
 

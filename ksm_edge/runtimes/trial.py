@@ -3,7 +3,7 @@
 They are compiled where they are installed, and a compiler may make them wrong, as gcc 14.2 for Arm did (see setup.py).
 Masks that are learned from wrong gradients are worse ones, and nothing else would tell. So before the first graph with
 them, and after every installation, gradients of a few small networks are computed both ways, in a process of its own:
-what a wrong operator does to that is no harm here. Another one has built their graphs before.
+what a wrong operator does to that is no harm here. Their graphs are built by another process before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LIMIT, HALF_LIMIT = 1e-4, 0.05
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
 SECONDS = 900  # an emulated board takes tens of them: who takes so many will never end
-EXAMPLES = "examples"  # between the two, beside what is kept
+EXAMPLES = "examples"  # file by which `build_into` hands over to `try_into`; it is gone when that begins
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,13 @@ def build_into(folder: Path) -> None:
     standard = [example(name, own=False) for name in NAMES]
     own = [example(name, own=True) for name in NAMES]
     halved = [example(name, own=True, half_products=True) for name in NAMES if in_half]
-    (folder / EXAMPLES).write_bytes(pickle.dumps((standard, own, halved)))
+    with open(folder / EXAMPLES, "wb") as file:
+        pickle.dump((standard, own, halved), file)
 
 
 def try_into(folder: Path) -> None:
-    """In this process, which has imported neither ONNX Runtime yet nor onnx: with that it would take more than
-    compiling a graph does.
+    """In this process, which has imported neither ONNX Runtime yet nor onnx: with onnx in memory it would take more
+    than compiling a graph does.
 
     What is known is written as it comes, for whoever finds that this process has crashed.
     """
@@ -200,15 +201,15 @@ def _try_in_child(folder: Path) -> None:
 
 
 def _end_of(step: str, folder: Path) -> tuple[str, str, bool] | None:
-    """How a step in a process of its own ended, what that said, and whether what runs there may be why; None: well."""
+    """How a step in a process of its own ended, what that said, and whether the operators may be why; None: well."""
     try:
         child = cache.child(__name__, step, str(folder), seconds=SECONDS)
     except subprocess.TimeoutExpired:
-        return f"took more than {SECONDS} s", "", True
+        return f"took more than {SECONDS} s", "", step == "try"
     if not (status := child.returncode):
         return None
     how = f"was ended by signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"ended with {status}"
-    return how, child.stderr.strip(), -status in CRASHES
+    return how, child.stderr.strip(), step == "try" and -status in CRASHES
 
 
 def _main(step: str, folder: str) -> int:

@@ -70,7 +70,7 @@ class TrainedLayer:
             self.learning["score"] = (CompactAdam if settings.moment_bits == 8 else Adam)(self.score, scores=True)
         self.settled = False  # True: kept kernels stay kept, see `settle`
         self.in_pack_bits = False  # True: the graph reads what a pack would hold
-        self.cut = 0  # of its scores
+        self.cut = 0  # how many of its scores are
         self.product = np.zeros(product_shape(form, layer), np.float32)
         self.dbias, self.dgamma, self.dbeta = (np.zeros(O, np.float32) for _ in range(3))
         self.weight = np.empty(fused_shape(form, layer), np.float32)
@@ -113,6 +113,7 @@ class TrainedLayer:
         self.fuse()
 
     def _descend(self, rates: dict[str, float], count: int) -> None:
+        """By itself, so that the gradients have left memory when the next weights are made."""
         for name, gradient in self.gradients().items():
             if name in self.learning:
                 self.learning[name].step(gradient, rates[name], count)
@@ -130,10 +131,12 @@ class TrainedLayer:
         self.fuse()
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """Gradients of beta and gamma (O,), and under `score` that of the soft mask, score-shaped."""
+        """Gradients of beta and gamma (O,), and under `score` that of the soft mask, score-shaped.
+
+        Scores, and whether they are as a pack holds them, must be those of the last `fuse`.
+        """
         factor = self._factor()
         felt = self._products()
-        let_go(self.pristine.weight)  # before the mask takes its place
         if "score" in self.learning and felt.ndim == 2:
             felt = reduce_kernels(felt, self.settings.granularity)
         result = {"beta": self.dbeta, "gamma": self.dgamma} if self.batch_norm else {"beta": self.dbias}
@@ -170,7 +173,7 @@ class TrainedLayer:
         """sum_i M S, (O,): that of all as if nothing were cut, and what that says too much of the few that are."""
         O = len(felt)
         total = felt.reshape(O, -1).sum(axis=1)
-        mask = self._mask_as_run()  # made again: to keep those of all layers took 9 of ResNet-18's 255 MiB
+        mask = self._mask_as_run()  # made again: kept, those of all layers would be 9 MiB of ResNet-18
         if mask is None:
             return total
         too_much = np.zeros(O)

@@ -119,7 +119,7 @@ def make_plan(
     if settings.views:
         _require_front(bundle, settings, engine)
     if not engine.plans_memory:
-        _require_nothing_planned(settings, budget_bytes, runtime, tune=tune)
+        _require_no_plan_needed(settings, budget_bytes, runtime, tune=tune)
         return _unmeasured_plan(bundle, classes, settings, engine)
 
     search = _Search(bundle, classes, settings, budget_bytes, goes_on=before is not None)
@@ -259,7 +259,7 @@ def _most_images(one: int, most: int, comfortable: int) -> int:
     return count
 
 
-def _require_nothing_planned(settings: Settings, budget_bytes: int | None, runtime: str, *, tune: bool) -> None:
+def _require_no_plan_needed(settings: Settings, budget_bytes: int | None, runtime: str, *, tune: bool) -> None:
     """UsageError for what a runtime that is not planned for would pass over in silence."""
     if budget_bytes is not None:
         raise UsageError(f"the runtime {runtime} keeps no memory budget: leave it out")

@@ -297,6 +297,22 @@ def test_what_says_nothing_of_them_is_an_error_and_not_kept(
 
 
 @pytest.mark.usefixtures("_nothing_known")
+@pytest.mark.parametrize("status", [-signal.SIGSEGV, 1, None], ids=["crash", "error", "never"])
+def test_graphs_that_cannot_be_built_say_nothing_of_them(status: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(_: str, step: str, *__: str, **___: object) -> subprocess.CompletedProcess[str]:
+        assert step == "build"
+        if status is None:
+            raise subprocess.TimeoutExpired("built", trial.SECONDS)
+        return subprocess.CompletedProcess([], status, "", "no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "child", build)
+        with pytest.raises(KsmEdgeError, match="could not be tried: the process "):
+            trial.trial()
+    assert trial.known() is None
+
+
+@pytest.mark.usefixtures("_nothing_known")
 @pytest.mark.parametrize("left", ["", "{}", "[]", '{"error": 0.0}', '{"error": "small", "half_error": null}'])
 def test_half_a_result_is_made_again(left: str) -> None:
     first = trial.trial()

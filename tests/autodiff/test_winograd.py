@@ -12,7 +12,7 @@ from test_fast_forms import SETTINGS, errors, steps
 from whole_network import random_bundle
 
 from ksm_edge import native
-from ksm_edge.autodiff import winograd
+from ksm_edge.autodiff import tiles, winograd
 from ksm_edge.autodiff.tiles import KERNEL, transform_into
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.training.settings import Settings
@@ -72,6 +72,17 @@ def test_weights_by_tiles_are_made_without_a_library_that_counts_cores(
     weight, mask = np.ones((*size, 3, 3), np.float32), np.ones(size, np.float32)
     transform_into(found := np.empty((36, *size), np.float32), weight, mask)
     np.testing.assert_allclose(found, transformed(weight.astype(float)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 10, 35])
+def test_weights_by_tiles_are_the_same_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    weight, mask = rng.standard_normal((8, 5, 3, 3)).astype(np.float32), rng.random((8, 5)).astype(np.float32)
+    found, whole = np.empty((2, 36, 8, 5), np.float32)
+    transform_into(whole, weight, mask)
+    monkeypatch.setattr(tiles, "BLOCK", block)
+    transform_into(found, weight, mask)
+    np.testing.assert_array_equal(found, whole)
 
 
 @pytest.mark.parametrize("images", [1, 3])
