@@ -1,7 +1,7 @@
 """What the loops of _native.c must make of a few numbers: a compiler that made them wrong would else go unnoticed.
 
 Packs learned here would be fused, and digested, into other weights than elsewhere, and training would only be worse. It
-takes half a millisecond, so each process that loads them asks anew. What is asked is mostly good input: of refusals one
+takes a millisecond, so each process that loads them asks anew. What is asked is mostly good input: of refusals one
 for each loop that is given a pack's bytes. One that crashes ends the process, which nobody overlooks.
 """
 
@@ -69,14 +69,15 @@ def _finds(loops: ModuleType) -> bool:
 def _fuses(loops: ModuleType) -> bool:
     """Bit for bit, with kernels of one weight and of nine; places that descend are refused."""
     cut = np.flatnonzero(_numbers(3 * CELLS) > 0.5).astype(np.int32)
-    return all(_fuses_kernels(loops, side, cut) for side in (1, 3)) and not _takes(loops, cut[::-1].copy())
+    return all(_fuses_kernels(loops, side, cut) for side in (1, 3)) and _refuses(loops, cut[::-1].copy())
 
 
-def _takes(loops: ModuleType, cut: np.ndarray) -> bool:
+def _refuses(loops: ModuleType, cut: np.ndarray) -> bool:
     try:
-        return _fuses_kernels(loops, 1, cut) or True
+        _fuses_kernels(loops, 1, cut)
     except ValueError:
-        return False
+        return True
+    return False
 
 
 def _fuses_kernels(loops: ModuleType, side: int, cut: np.ndarray) -> bool:

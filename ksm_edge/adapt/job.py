@@ -312,7 +312,7 @@ class Job:
             # None that is not yet thinned: its pack would be larger than was asked for.
             if self.trainer.is_thinned and progress.choose(validation, len(self.held_out)):
                 self.best = encode(pack, **self.settings.pack_bits)
-        del pack
+        del pack  # its masks would leave gaps behind
         give_back()
 
     def calibration(self, pack: Pack) -> Calibration:

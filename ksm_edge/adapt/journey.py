@@ -169,7 +169,8 @@ def prepared(
             if resume:
                 job.restore()
             elif descent is not None:
-                start_from(job.trainer, decode(parent_data), images.classes)  # not before: others compiled meanwhile
+                # Its masks are not to be there while graphs are compiled, nor while the child learns.
+                start_from(job.trainer, decode(parent_data), images.classes)
                 give_back()
             del parent_data
             observer.plan(plan, len(train), len(held_out), skipped, job.trainer.steps, job.progress.steps_done)

@@ -195,21 +195,21 @@ def _try_in_child(folder: Path) -> None:
     for step in STEPS:
         if (end := _end_of(step, folder)) is not None:
             how, said, is_theirs = end
-            if not (is_theirs and (folder / cache.DESCRIPTION).exists()):  # which is written when it comes to them
+            if not (is_theirs and (folder / cache.DESCRIPTION).exists()):  # which is first written when they run
                 raise KsmEdgeError("\n".join([f"this project's operators could not be tried: the process {how}", said]))
             _write(replace(_read(folder), said=f"the process {how}"), folder)
 
 
 def _end_of(step: str, folder: Path) -> tuple[str, str, bool] | None:
-    """How a step in a process of its own ended, what that said, and whether the operators may be why; None: well."""
+    """How a step in a process of its own ended, what that said, and whether what runs there may be why; None: well."""
     try:
         child = cache.child(__name__, step, str(folder), seconds=SECONDS)
     except subprocess.TimeoutExpired:
-        return f"took more than {SECONDS} s", "", step == "try"
+        return f"took more than {SECONDS} s", "", True
     if not (status := child.returncode):
         return None
     how = f"was ended by signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"ended with {status}"
-    return how, child.stderr.strip(), step == "try" and -status in CRASHES
+    return how, child.stderr.strip(), -status in CRASHES
 
 
 def _main(step: str, folder: str) -> int:

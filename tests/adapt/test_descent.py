@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ksm_edge.cli.main import main
 from ksm_edge.data.image_set import open_image_set
 from ksm_edge.errors import DataError, UsageError, WrongBackboneError
 from ksm_edge.fuse import fuse
+from ksm_edge.mask import SoftMask
 from ksm_edge.pack.files import load_pack, save_pack
 from ksm_edge.pack.record import Pack
 from ksm_edge.training.packing import to_pack
@@ -224,3 +226,19 @@ def test_the_command_line_goes_on_from_a_pack(
     assert main([*map(str, words), "--from", str(parent), "--batch", "8"]) == 0
     assert "on held-out images (epoch 1; its parent may have learned from them)" in capsys.readouterr().out
     assert load_pack(tmp_path / "x.ksm").record["parent"]["task"] == "two"
+
+
+def test_no_mask_stays_in_memory_while_a_child_learns(
+    bundle: Bundle, folder: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Neither the parent's nor those of its own layers."""
+
+    def masks() -> int:
+        gc.collect()
+        return sum(isinstance(each, SoftMask) for each in gc.get_objects())
+
+    before = masks()
+    images = open_image_set(folder / "two")
+    with prepared(bundle, images, checkpoint_path(tmp_path / "two.ksm"), SETTINGS, parent=parent) as job:
+        assert any(layer.cut for layer in job.trainer.layers.values())
+        assert masks() == before

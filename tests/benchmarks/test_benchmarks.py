@@ -375,11 +375,6 @@ def test_a_way_is_what_adapt_takes(load: Any) -> None:
     assert list(layers._words("")) == []
 
 
-def test_memory_is_told_by_its_extremes(load: Any) -> None:
-    runs = [{"expected_bytes": e, "peak_rss_bytes": 100, "exceeded": e < 100} for e in (110, 95, 104)]
-    assert load("memory").summary(runs) == {"least": 0.95, "most": 1.1, "exceeded": 1}
-
-
 def test_levers_are_held_against_the_usual_plan(load: Any) -> None:
     levers = load("levers")
     runs = [
