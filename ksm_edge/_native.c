@@ -19,6 +19,15 @@ enum {
     REFUSED = -1,
 };
 enum { NOTHING_CUT, WHOLE, BY_ROW, BY_COLUMN, BY_BOTH };
+enum { FLAGS = 64, WORD = 8 }; /* scores that are looked at together, and how many of them are told by one word */
+
+/* Loops over floats that are compiled a second time for the wider registers that most processors with AVX have; the
+   linker takes one when this is loaded. There is no FMA among them, so both give the same bits. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDER __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDER
+#endif
 
 /* ---- Bits, the highest of each byte first ---- */
 
@@ -339,13 +348,27 @@ static int take_cuts(Rest *rest, Work *work, int32_t *cuts)
 /* ---- What is cut, as ksm_edge/mask.py says ---- */
 
 /* The flat places of scores below `least` or above `most`, or that are no numbers, ascending; returns how many.
-   `places` has room for all of them. Whether a score is one is hard to predict: it is written down in any case. */
-static int64_t find_apart(const float *restrict score, int64_t count, float least, float most, int32_t *restrict places)
+   `places` has room for all of them. Most words of flags are 0. In one that is not, whether a score is meant is hard to
+   predict: it is written down in any case. */
+WIDER static int64_t find_apart(const float *restrict score, int64_t count, float least, float most,
+                                int32_t *restrict places)
 {
     int64_t found = 0;
-    for (int64_t i = 0; i < count; i++) {
-        places[found] = (int32_t)i;
-        found += !(score[i] >= least) | (score[i] > most);
+    for (int64_t first = 0; first < count; first += FLAGS) {
+        int64_t some = count - first < FLAGS ? count - first : FLAGS;
+        uint8_t flags[FLAGS] = {0};
+        for (int64_t i = 0; i < some; i++)
+            flags[i] = !(score[first + i] >= least) | (score[first + i] > most);
+        for (int64_t i = 0; i < some; i += WORD) {
+            uint64_t word;
+            memcpy(&word, flags + i, WORD);
+            if (!word)
+                continue;
+            for (int64_t j = i; j < i + WORD && j < some; j++) {
+                places[found] = (int32_t)(first + j);
+                found += flags[j];
+            }
+        }
     }
     return found;
 }
@@ -355,9 +378,9 @@ static int64_t find_apart(const float *restrict score, int64_t count, float leas
 /* `out`, (filters, kernels, size): each weight times its filter's factor, those of a cut kernel times its scale first.
    `cut` holds flat numbers of kernels; returns REFUSED where they are not ones of this layer, filter by filter, with
    `out` not finished. */
-static int fuse(const float *restrict weight, const float *restrict factor, int64_t filters, int64_t kernels,
-                int64_t size, const int32_t *restrict cut, const float *restrict scale, int64_t cuts,
-                float *restrict out)
+WIDER static int fuse(const float *restrict weight, const float *restrict factor, int64_t filters, int64_t kernels,
+                      int64_t size, const int32_t *restrict cut, const float *restrict scale, int64_t cuts,
+                      float *restrict out)
 {
     int64_t next = 0;
     for (int64_t o = 0; o < filters; o++) {
@@ -415,7 +438,7 @@ static inline void descend(float *restrict parameter, const float *restrict grad
     }
 }
 
-static void adam(float *parameter, const float *gradient, float *mean, float *square, int64_t count, Rates rates)
+WIDER static void adam(float *parameter, const float *gradient, float *mean, float *square, int64_t count, Rates rates)
 {
     if (rates.slope != 0)
         descend(parameter, gradient, mean, square, count, rates, 1);

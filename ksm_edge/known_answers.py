@@ -58,12 +58,16 @@ def _decodes(loops: ModuleType) -> bool:
 
 
 def _finds(loops: ModuleType) -> bool:
-    """Also a score that is no number."""
-    score = _numbers(3 * CELLS)
-    score[CELLS] = np.nan
+    """Many, of which one is no number, and few: one of nine, so that they lie at all places of eight."""
+    many, few = _numbers(3 * CELLS), np.zeros(3 * CELLS, np.float32)
+    many[CELLS], few[::9] = np.nan, -1
+    return all(_finds_apart(loops, score, -0.5, 0.75) for score in (many, few))
+
+
+def _finds_apart(loops: ModuleType, score: np.ndarray, least: float, most: float) -> bool:
     places = np.empty(score.size, np.int32)
-    found = places[: loops.apart(score, -0.5, 0.75, places)]
-    return np.array_equal(found, np.flatnonzero(~(score >= -0.5) | (score > 0.75)))
+    found = places[: loops.apart(score, least, most, places)]
+    return np.array_equal(found, np.flatnonzero(~(score >= least) | (score > most)))
 
 
 def _fuses(loops: ModuleType) -> bool:
