@@ -11,8 +11,9 @@
 #include "_rows.h"
 
 enum { MAX_STRIDE = 2, MAX_CLASSES = MAX_STRIDE * MAX_STRIDE, MAX_INSIDE = 64 };
-enum { GROUP = 8 };    /* channels that are made at once of a 1x1 conv */
-enum { PIXELS = 256 }; /* floats of each of dozens of planes that stay in the innermost cache */
+enum { GROUP = 8 };      /* channels that are made at once of a 1x1 conv */
+enum { PIXELS = 256 };   /* floats of each of dozens of planes that stay in the innermost cache, */
+enum { CACHED = 32768 }; /* and of all in front of a 1x1 conv, together with as many of their gradient, in the next one */
 
 typedef struct {
     int64_t images, channels, H, W, h, w; /* of the conv's input and output */
@@ -55,19 +56,19 @@ INLINE void frame(const Depthwise *d, const Frames *f, const float *plane, float
         int64_t i = (row + top) / down;
         if (i >= f->rows)
             break;
-        for (int64_t b = 0; b < right; b++) {
-            /* columns j right + b - left of the image, from the first j where there is one */
-            int64_t first = b < left ? (left - b + right - 1) / right : 0;
-            int64_t end = least(f->pitch, (d->W - b + left + right - 1) / right);
-            float *to = frames + ((row + top) % down * right + b) * f->size + i * f->pitch;
-            const float *from = plane + b - left;
-            if (right == 1)
-                for (int64_t j = first; j < end; j++)
-                    to[j] = from[j];
-            else
-                for (int64_t j = first; j < end; j++)
-                    to[j] = from[2 * j];
+        float *to = frames + (row + top) % down * right * f->size + i * f->pitch;
+        if (right == 1) {
+            copy_rows(plane, 0, to + left, 0, least(d->W, f->pitch - left), 1);
+            continue;
         }
+        /* Columns in pairs, from the first whose two are both of the image; one may stand alone at either end. */
+        int64_t first = (left + 1) / 2, end = least(f->pitch, (d->W + left) / 2);
+        float *odd = to + f->size;
+        if (left % 2)
+            odd[left / 2] = plane[0];
+        split_pairs(plane + 2 * first - left, end - first, to + first, odd + first);
+        if (end < f->pitch && (d->W + left) % 2)
+            to[end] = plane[d->W - 1];
     }
 }
 
@@ -111,8 +112,14 @@ INLINE void forward_plane(const Forward *f, const ForwardRoom *room, int64_t cha
     frame(d, &room->layout, x, room->frames);
     for (int64_t row = 0; row < d->h; row += room->block) {
         int64_t rows = least(room->block, d->h - row), count = rows * pitch;
-        const float *kernel = f->weight + channel * taps;
-        weighted_sum(room->frames + row * pitch, &room->layout.taps, kernel, scale, bias, count, made);
+        const float *kernel = f->weight + channel * taps, *from = room->frames + row * pitch;
+        float *to = y + row * d->w;
+        if (d->w >= LANES) {
+            weighted_rows_sum(from, pitch, &room->layout.taps, kernel, scale, bias, d->w, rows, to, d->w);
+            activate(to, behind, rows * d->w, to);
+            continue;
+        }
+        weighted_sum(from, &room->layout.taps, kernel, scale, bias, count, made);
         activate(made, behind, rounded_up(count), made);
         copy_rows(made, pitch, y + row * d->w, d->w, d->w, rows);
     }
@@ -153,8 +160,8 @@ INLINE Gradients gradients_of(const Depthwise *d)
     for (int64_t row = 0; row < down; row++)
         for (int64_t column = 0; column < right; column++) {
             Taps *taps = &g.taps[row * right + column];
-            for (int64_t i = 0; i < d->kernel[0]; i++)
-                for (int64_t j = 0; j < d->kernel[1]; j++) {
+            for (int64_t i = d->kernel[0] - 1; i >= 0; i--)
+                for (int64_t j = d->kernel[1] - 1; j >= 0; j--) {
                     int64_t y = row + d->pads[0] - i, x = column + d->pads[1] - j;
                     if (y % down || x % right)
                         continue;
@@ -182,6 +189,10 @@ INLINE void spread(const Depthwise *d, const Gradients *g, const float *frame, c
     for (int64_t a = 0; a < least(down, rows); a++) {
         int64_t some = (rows - a + down - 1) / down, count = some * g->pitch;
         float *odd = made + rounded_up(count), *to = out + a * d->W;
+        if (right == 1 && d->W >= LANES) {
+            weighted_rows_sum(from, g->pitch, &g->taps[a], weight, 1, 0, d->W, some, to, down * d->W);
+            continue;
+        }
         weighted_sum(from, &g->taps[a * right], weight, 1, 0, count, made);
         if (right == 1) {
             copy_rows(made, g->pitch, to, down * d->W, d->W, some);
@@ -189,13 +200,9 @@ INLINE void spread(const Depthwise *d, const Gradients *g, const float *frame, c
         }
         weighted_sum(from, &g->taps[a * right + 1], weight, 1, 0, count, odd);
         for (int64_t i = 0; i < some; i++, to += down * d->W) {
-            const float *even_row = made + i * g->pitch, *odd_row = odd + i * g->pitch;
-            for (int64_t j = 0; j < d->W / 2; j++) {
-                to[2 * j] = even_row[j];
-                to[2 * j + 1] = odd_row[j];
-            }
+            join_pairs(made + i * g->pitch, odd + i * g->pitch, d->W / 2, to);
             if (d->W % 2)
-                to[d->W - 1] = even_row[d->W / 2];
+                to[d->W - 1] = made[i * g->pitch + d->W / 2];
         }
     }
 }
@@ -232,10 +239,32 @@ INLINE BackwardRoom backward_room(const Depthwise *d)
     return room;
 }
 
-/* Of one plane, with t = conv^T(dz, W): product += sum x t, dbias += sum dz, dx = t scale where x passes, sums += sum dx.
-   dx may be x's own memory. y is what a clip behind made; otherwise it is not looked at. */
-INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t channel, const float *dy,
-                           const float *y, const float *x, float *dx, Totals *totals)
+/* dz of the rows that dx's from `row` to before `end` are made of, into the frame; dbias += the sum of those that no other
+   part of dx counts: these parts begin at multiples of the stride. */
+INLINE void gradients(const Backward *b, const BackwardRoom *room, int64_t row, int64_t end, const float *dy,
+                      const float *y, Totals *totals)
+{
+    const Depthwise *d = b->d;
+    const Gradients *layout = &room->layout;
+    int64_t down = d->strides[0], before = row + d->pads[0] - d->kernel[0];
+    int64_t first = row == 0 || before < 0 ? 0 : before / down + 1, own = row / down;
+    int64_t last = end < d->H ? least(d->h, (end - 1 + d->pads[0]) / down + 1) : d->h;
+    int64_t own_end = end < d->H ? end / down : d->h;
+    for (int64_t i = first, rows; i < last; i += rows) {
+        int64_t border = i < own ? own : i < own_end ? own_end : last;
+        rows = least(room->some, least(border, last) - i);
+        float *to = room->frame + (layout->above + i) * layout->pitch + layout->front;
+        float total = pass_and_sum(dy + i * d->w, NULL, y + i * d->w, d->behind, 1, rows * d->w, NULL, room->made, NULL);
+        totals->dbias += i >= own && i < own_end ? total : 0;
+        copy_rows(room->made, d->w, to, layout->pitch, d->w, rows);
+    }
+}
+
+/* Of one plane's rows from `row` to before `end`, with t = conv^T(dz, W): product += sum x t, dbias += sum dz, dx = t scale
+   where x passes, sums += sum dx. dy and y are whole planes; y is what a clip behind made, otherwise it is not looked at
+   and the rows are all there are. x and dx are these rows, and may be the same memory. */
+INLINE void backward_rows(const Backward *b, const BackwardRoom *room, int64_t channel, int64_t row, int64_t end,
+                          const float *dy, const float *y, const float *x, float *dx, Totals *totals)
 {
     const Depthwise *d = b->d;
     const Gradients *layout = &room->layout;
@@ -245,15 +274,9 @@ INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t 
         forward_plane(&again, &room->again, channel, (Activation){CLIP, -INFINITY, INFINITY}, x, room->z);
         y = room->z;
     }
-    for (int64_t row = 0; row < d->h; row += room->some) {
-        int64_t rows = least(room->some, d->h - row), count = rows * d->w;
-        float *to = room->frame + (layout->above + row) * layout->pitch + layout->front;
-        pass(dy + row * d->w, y + row * d->w, d->behind, 1, count, room->made);
-        totals->dbias += sum(room->made, count);
-        copy_rows(room->made, d->w, to, layout->pitch, d->w, rows);
-    }
-    for (int64_t row = 0; row < d->H; row += room->most, x += room->most * d->W, dx += room->most * d->W) {
-        int64_t rows = least(room->most, d->H - row), count = rows * d->W;
+    gradients(b, room, row, end, dy, y, totals);
+    for (; row < end; row += room->most, x += room->most * d->W, dx += room->most * d->W) {
+        int64_t rows = least(room->most, end - row), count = rows * d->W;
         spread(d, layout, room->frame, b->weight + channel * taps, row, rows, room->made, room->t);
         const float *met = x;
         if (d->before.kind != CLIP && d->behind.kind != CLIP) {
@@ -262,10 +285,7 @@ INLINE void backward_plane(const Backward *b, const BackwardRoom *room, int64_t 
             activate(x, d->before, count, room->activated);
             met = room->activated;
         }
-        totals->product += product(met, room->t, count);
-        pass(room->t, x, d->before, b->scale[channel], count, room->t);
-        totals->sums += sum(room->t, count);
-        memcpy(dx, room->t, (size_t)count * sizeof(float));
+        totals->sums += pass_and_sum(room->t, met, x, d->before, b->scale[channel], count, room->t, dx, &totals->product);
     }
 }
 
@@ -280,7 +300,7 @@ static int backward(const void *work, int64_t first, int64_t last)
         Totals totals = {0};
         for (int64_t image = 0; image < d->images; image++) {
             int64_t plane = image * d->channels + channel, large = plane * d->H * d->W, small = plane * d->h * d->w;
-            backward_plane(b, &room, channel, b->dy + small, b->y + small, b->x + large, b->dx + large, &totals);
+            backward_rows(b, &room, channel, 0, d->H, b->dy + small, b->y + small, b->x + large, b->dx + large, &totals);
         }
         b->product[channel] = b->product_before[channel] + (float)totals.product;
         b->dbias[channel] = b->dbias_before[channel] + (float)totals.dbias;
@@ -310,9 +330,9 @@ INLINE Widening widening(const Depthwise *d, const float *weight, const float *s
     return w;
 }
 
-/* TILE channels of one or two LANES of pixels from `i` on. */
+/* TILE channels of one or two LANES of pixels from `i` on; planes are `pitch` apart. */
 INLINE void widen_some(const Depthwise *d, const Widening *w, const float *x, int tile, int64_t i, int some,
-                       float *planes)
+                       float *planes, int64_t pitch)
 {
     int64_t pixels = d->H * d->W;
     Lanes made[TILE][2];
@@ -325,36 +345,38 @@ INLINE void widen_some(const Depthwise *d, const Widening *w, const float *x, in
                 made[c][l] += w->weight[k * GROUP + tile + c] * load(x + k * pixels + i + l * LANES);
     for (int c = 0; c < TILE; c++)
         for (int l = 0; l < some; l++)
-            store(planes + (tile + c) * pixels + i + l * LANES, made[c][l]);
+            store(planes + (tile + c) * pitch + i + l * LANES, made[c][l]);
 }
 
-/* planes (GROUP, pixels) of x (inside, pixels): the 1x1 conv and, if it is a clip, the activation behind it. */
-INLINE void widen(const Depthwise *d, const Widening *w, const float *x, float *planes)
+/* planes (GROUP, count) of the first `count` pixels of x (inside, pixels): the 1x1 conv and, if it is a clip, the
+   activation behind it. */
+INLINE void widen(const Depthwise *d, const Widening *w, const float *x, int64_t count, float *planes)
 {
     int64_t pixels = d->H * d->W;
-    for (int64_t at = 0; at < pixels; at += BLOCK) {
-        int64_t end = least(at + BLOCK, pixels), whole = at + (end - at) / LANES * LANES;
+    for (int64_t at = 0; at < count; at += BLOCK) {
+        int64_t end = least(at + BLOCK, count), whole = at + (end - at) / LANES * LANES;
         for (int tile = 0; tile < GROUP; tile += TILE) {
             int64_t i = at;
             for (; i + LANES < whole; i += 2 * LANES)
-                widen_some(d, w, x, tile, i, 2, planes);
+                widen_some(d, w, x, tile, i, 2, planes, count);
             if (i < whole)
-                widen_some(d, w, x, tile, i, 1, planes);
+                widen_some(d, w, x, tile, i, 1, planes, count);
         }
         for (int64_t i = whole; i < end; i++)
             for (int c = 0; c < GROUP; c++) {
                 float made = w->shift[c];
                 for (int64_t k = 0; k < d->inside; k++)
                     made += w->weight[k * GROUP + c] * x[k * pixels + i];
-                planes[c * pixels + i] = made;
+                planes[c * count + i] = made;
             }
         for (int c = 0; c < GROUP && d->before.kind == CLIP; c++)
-            activate(planes + c * pixels + at, d->before, end - at, planes + c * pixels + at);
+            activate(planes + c * count + at, d->before, end - at, planes + c * count + at);
     }
 }
 
 /* product (GROUP, inside) += dz x^T, over pixels from `at` on to `end`, whole LANES; LANES of them apart. */
-INLINE void meet(const Depthwise *d, const float *dz, const float *x, int64_t at, int64_t end, Lanes *products)
+INLINE void meet(const Depthwise *d, const float *dz, int64_t pitch, const float *x, int64_t at, int64_t end,
+                 Lanes *products)
 {
     int64_t pixels = d->H * d->W;
     for (int64_t k = 0; k < d->inside; k += 2)
@@ -363,7 +385,7 @@ INLINE void meet(const Depthwise *d, const float *dz, const float *x, int64_t at
             for (int64_t i = at; i < end; i += LANES) {
                 Lanes x_even = load(x + k * pixels + i), x_odd = load(x + (k + 1) * pixels + i);
                 for (int c = 0; c < TILE; c++) {
-                    Lanes gradient = load(dz + (tile + c) * pixels + i);
+                    Lanes gradient = load(dz + (tile + c) * pitch + i);
                     even[c] += gradient * x_even;
                     odd[c] += gradient * x_odd;
                 }
@@ -376,14 +398,14 @@ INLINE void meet(const Depthwise *d, const float *dz, const float *x, int64_t at
 }
 
 /* Of TILE channels, to one or two LANES of pixels from `i` on. */
-INLINE void narrow_some(const Depthwise *d, const Widening *w, const float *dz, int tile, int64_t i, int some,
-                        int begun, float *dx)
+INLINE void narrow_some(const Depthwise *d, const Widening *w, const float *dz, int64_t pitch, int tile, int64_t i,
+                        int some, int begun, float *dx)
 {
     int64_t pixels = d->H * d->W;
     Lanes gradient[TILE][2], total[2];
     for (int c = 0; c < TILE; c++)
         for (int l = 0; l < some; l++)
-            gradient[c][l] = load(dz + (tile + c) * pixels + i + l * LANES);
+            gradient[c][l] = load(dz + (tile + c) * pitch + i + l * LANES);
     for (int64_t k = 0; k < d->inside; k++) {
         float *to = dx + k * pixels + i;
         for (int l = 0; l < some; l++)
@@ -397,44 +419,46 @@ INLINE void narrow_some(const Depthwise *d, const Widening *w, const float *dz, 
 }
 
 /* dx (inside, pixels) += weight^T dz, over the same pixels; `begun`: whether there is anything in dx yet. */
-INLINE void narrow(const Depthwise *d, const Widening *w, const float *dz, int64_t at, int64_t end, int begun, float *dx)
+INLINE void narrow(const Depthwise *d, const Widening *w, const float *dz, int64_t pitch, int64_t at, int64_t end,
+                   int begun, float *dx)
 {
     for (int tile = 0; tile < GROUP; tile += TILE, begun = 1) {
         int64_t i = at;
         for (; i + LANES < end; i += 2 * LANES)
-            narrow_some(d, w, dz, tile, i, 2, begun, dx);
+            narrow_some(d, w, dz, pitch, tile, i, 2, begun, dx);
         if (i < end)
-            narrow_some(d, w, dz, tile, i, 1, begun, dx);
+            narrow_some(d, w, dz, pitch, tile, i, 1, begun, dx);
     }
 }
 
-/* Both, for all pixels. */
-INLINE void meet_and_narrow(const Depthwise *d, const Widening *w, const float *dz, const float *x, int begun,
-                            float *product, float *dx)
+/* Both, for the first `count` pixels of x and dx; dz is (GROUP, count), product (GROUP, inside). */
+INLINE void meet_and_narrow(const Depthwise *d, const Widening *w, const float *dz, int64_t count, const float *x,
+                            int begun, float *product, float *dx)
 {
-    int64_t pixels = d->H * d->W, whole = pixels / LANES * LANES;
+    int64_t pixels = d->H * d->W, whole = count / LANES * LANES;
     Lanes products[MAX_INSIDE * GROUP] = {{0}};
     for (int64_t at = 0; at < whole; at += PIXELS) {
         int64_t end = least(at + PIXELS, whole);
-        meet(d, dz, x, at, end, products);
-        narrow(d, w, dz, at, end, begun, dx);
+        meet(d, dz, count, x, at, end, products);
+        narrow(d, w, dz, count, at, end, begun, dx);
     }
     for (int64_t k = 0; k < d->inside; k++) {
-        for (int c = 0; c < GROUP; c++) {
-            product[c * d->inside + k] += sum_of(products[k * GROUP + c]);
-            for (int64_t i = whole; i < pixels; i++)
-                product[c * d->inside + k] += dz[c * pixels + i] * x[k * pixels + i];
+        for (int c = 0; c < w->count; c++) {
+            float total = sum_of(products[k * GROUP + c]);
+            for (int64_t i = whole; i < count; i++)
+                total += dz[c * count + i] * x[k * pixels + i];
+            product[c * d->inside + k] += total;
         }
-        for (int64_t i = whole; i < pixels; i++) {
+        for (int64_t i = whole; i < count; i++) {
             float total = begun ? dx[k * pixels + i] : 0;
             for (int c = 0; c < GROUP; c++)
-                total += w->weight[k * GROUP + c] * dz[c * pixels + i];
+                total += w->weight[k * GROUP + c] * dz[c * count + i];
             dx[k * pixels + i] = total;
         }
     }
 }
 
-/* All groups one after the other on one thread, in the same room; backward each adds to dx. */
+/* All groups one after the other on one thread, in the same room. */
 static int widened_forward(const Forward *f)
 {
     const Depthwise *d = f->d;
@@ -445,7 +469,7 @@ static int widened_forward(const Forward *f)
     for (int64_t first = 0; first < d->channels; first += GROUP) {
         Widening w = widening(d, f->wide, f->shift, first);
         for (int64_t image = 0; image < d->images; image++) {
-            widen(d, &w, f->x + image * d->inside * pixels, f->planes);
+            widen(d, &w, f->x + image * d->inside * pixels, pixels, f->planes);
             for (int64_t c = 0; c < w.count; c++) {
                 float *y = f->y + (image * d->channels + first + c) * small;
                 forward_plane(f, &room, first + c, d->behind, f->planes + c * pixels, y);
@@ -456,41 +480,59 @@ static int widened_forward(const Forward *f)
     return 1;
 }
 
+/* How many rows of x and dx stay in the second level of cache while all groups pass over them. */
+INLINE int64_t rows_in_cache(const Depthwise *d)
+{
+    int64_t down = d->strides[0], rows = CACHED / (d->inside * d->W) / down * down;
+    if (d->behind.kind != CLIP) /* which needs what its conv made of the whole plane */
+        return d->H;
+    return rows > 2 * d->kernel[0] ? least(rows, d->H) : d->H;
+}
+
+/* The rows of `image` from `row` to before `end`, all groups one after the other, each of which adds to dx. */
+INLINE void widened_rows(const Backward *b, const BackwardRoom *room, int64_t image, int64_t row, int64_t end,
+                         Totals *totals)
+{
+    const Depthwise *d = b->d;
+    int64_t pixels = d->H * d->W, small = d->h * d->w, at = image * d->inside * pixels + row * d->W;
+    int64_t count = (end - row) * d->W;
+    for (int64_t first = 0; first < d->channels; first += GROUP) {
+        Widening w = widening(d, b->wide, b->shift, first);
+        widen(d, &w, b->x + at, count, b->planes);
+        for (int64_t c = 0; c < w.count; c++) {
+            int64_t channel = first + c, plane = (image * d->channels + channel) * small;
+            float *part = b->planes + c * count;
+            backward_rows(b, room, channel, row, end, b->dy + plane, b->y + plane, part, part, &totals[channel]);
+        }
+        memset(b->planes + w.count * count, 0, (size_t)((GROUP - w.count) * count) * sizeof(float));
+        meet_and_narrow(d, &w, b->planes, count, b->x + at, first > 0, b->wide_product + first * d->inside, b->dx + at);
+    }
+}
+
+/* On one thread, a few rows after the other. */
 static int widened_backward(const Backward *b)
 {
     const Depthwise *d = b->d;
-    int64_t pixels = d->H * d->W, small = d->h * d->w, inside = d->inside;
+    int64_t some = rows_in_cache(d);
     BackwardRoom room = backward_room(d);
-    if (!room.frame)
-        return 0;
-    for (int64_t first = 0; first < d->channels; first += GROUP) {
-        Widening w = widening(d, b->wide, b->shift, first);
-        Totals totals[GROUP] = {{0}};
-        float products[GROUP * MAX_INSIDE] = {0};
-        for (int64_t image = 0; image < d->images; image++) {
-            const float *x = b->x + image * inside * pixels;
-            widen(d, &w, x, b->planes);
-            for (int64_t c = 0; c < w.count; c++) {
-                int64_t at = (image * d->channels + first + c) * small;
-                float *plane = b->planes + c * pixels;
-                backward_plane(b, &room, first + c, b->dy + at, b->y + at, plane, plane, &totals[c]);
-            }
-            memset(b->planes + w.count * pixels, 0, (size_t)((GROUP - w.count) * pixels) * sizeof(float));
-            meet_and_narrow(d, &w, b->planes, x, first > 0, products, b->dx + image * inside * pixels);
-        }
-        for (int64_t c = 0; c < w.count; c++) {
-            int64_t channel = first + c;
-            b->product[channel] = b->product_before[channel] + (float)totals[c].product;
-            b->dbias[channel] = b->dbias_before[channel] + (float)totals[c].dbias;
-            b->dshift[channel] = b->shift_before[channel] + (float)totals[c].sums;
-            for (int64_t k = 0; k < inside; k++)
-                b->wide_product[channel * inside + k] =
-                    b->wide_product_before[channel * inside + k] + products[c * inside + k];
+    Totals *totals = calloc((size_t)d->channels, sizeof(Totals));
+    int done = room.frame && totals;
+    if (done) {
+        memmove(b->wide_product, b->wide_product_before, (size_t)(d->channels * d->inside) * sizeof(float));
+        for (int64_t image = 0; image < d->images; image++)
+            for (int64_t row = 0; row < d->H; row += some)
+                widened_rows(b, &room, image, row, least(row + some, d->H), totals);
+        for (int64_t channel = 0; channel < d->channels; channel++) {
+            b->product[channel] = b->product_before[channel] + (float)totals[channel].product;
+            b->dbias[channel] = b->dbias_before[channel] + (float)totals[channel].dbias;
+            b->dshift[channel] = b->shift_before[channel] + (float)totals[channel].sums;
         }
     }
-    free(room.again.frames);
+    if (room.frame)
+        free(room.again.frames);
     free(room.frame);
-    return 1;
+    free(totals);
+    return done;
 }
 
 /* ---- The gradient of an activation alone ---- */
@@ -517,8 +559,7 @@ static int gate(const void *work, int64_t first, int64_t last)
             int64_t begin = (image * shape[1] + channel) * pixels, end = begin + pixels;
             for (int64_t at = begin; at < end; at += BLOCK) {
                 int64_t count = least(BLOCK, end - at);
-                pass(g->dy + at, g->y + at, g->g->activation, 1, count, g->dz + at);
-                sums += sum(g->dz + at, count);
+                sums += pass_and_sum(g->dy + at, NULL, g->y + at, g->g->activation, 1, count, NULL, g->dz + at, NULL);
             }
         }
         g->sums[channel] = (float)sums;

@@ -6,6 +6,7 @@
 #pragma GCC target("avx2,fma")
 
 enum { LANES = 8, TILE = 4 };
+#define COMPARED 8
 
 #include "_loops.h"
 

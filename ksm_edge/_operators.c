@@ -11,6 +11,7 @@ enum { LANES = 8, TILE = 4 };
 #else
 enum { LANES = 4, TILE = 4 };
 #endif
+#define COMPARED 4
 
 #include "_halves.h"
 #include "_loops.h"

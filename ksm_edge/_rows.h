@@ -1,8 +1,9 @@
 /* Loops over floats that lie in a row, for all operators: sums, activations and their gradients, and a kernel's taps.
 
    Whoever includes this says how many floats LANES are, a register or two, and of how many channels TILE, times two
-   LANES, sums stay in registers beside what they are made from; with 16 LANES and <immintrin.h>, whether to move a few
-   of them by masks (HAS_MASKS). */
+   LANES, sums stay in registers beside what they are made from; how many floats the processor compares by one instruction
+   with a result as wide (COMPARED), if any, since GCC takes comparisons of wider ones apart; with 16 LANES and
+   <immintrin.h>, whether to move a few of them by masks (HAS_MASKS). */
 
 #ifndef KSM_EDGE_ROWS_H
 #define KSM_EDGE_ROWS_H
@@ -19,6 +20,8 @@ enum { BLOCK = 1024 }; /* floats that stay in the innermost cache */
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+/* What is unrolled for several counts, and takes as long to compile, is there once. */
+#define ONCE static __attribute__((noinline, unused))
 
 /* A part of an operator's work, the channels from `first` to before `last`. Returns 0 where memory ran out. */
 typedef int Run(const void *work, int64_t first, int64_t last);
@@ -37,6 +40,11 @@ typedef struct {
 INLINE int64_t rounded_up(int64_t count)
 {
     return (count + LANES - 1) / LANES * LANES;
+}
+
+INLINE int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
 }
 
 INLINE Lanes load(const float *from)
@@ -201,6 +209,70 @@ INLINE void pass(const float *gradient, const float *x, Activation activation, f
             out[i] = ((x[i] > activation.low) & (x[i] < activation.high)) ? scale * gradient[i] : 0;
 }
 
+#ifdef COMPARED
+typedef float Register __attribute__((vector_size(4 * COMPARED), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(4 * COMPARED), aligned(4), may_alias));
+
+/* What `pass` makes of a register behind a clip. */
+INLINE Register passed(Register gradient, Register x, Activation clip, float scale)
+{
+    return (Register)((Bits)(scale * gradient) & (x > clip.low) & (x < clip.high));
+}
+
+/* `pass_and_sum` behind a clip, in one pass over memory. */
+INLINE float clip_and_sum(const float *gradient, const float *met, const float *x, Activation clip, float scale,
+                          int64_t count, float *out, double *products)
+{
+    Register totals[2] = {{0}}, met_totals[2] = {{0}};
+    float total = 0, met_total = 0;
+    int64_t i = 0;
+    for (; i + 2 * COMPARED <= count; i += 2 * COMPARED)
+        for (int half = 0; half < 2; half++) {
+            int64_t at = i + half * COMPARED;
+            Register given = *(const Register *)(gradient + at);
+            Register made = passed(given, *(const Register *)(x + at), clip, scale);
+            if (met)
+                met_totals[half] += *(const Register *)(met + at) * given;
+            totals[half] += made;
+            *(Register *)(out + at) = made;
+        }
+    for (; i < count; i++) {
+        float given = gradient[i], made = ((x[i] > clip.low) & (x[i] < clip.high)) ? scale * given : 0;
+        met_total += met ? met[i] * given : 0;
+        total += made;
+        out[i] = made;
+    }
+    for (int j = 0; j < COMPARED; j++) {
+        total += totals[0][j] + totals[1][j];
+        met_total += met_totals[0][j] + met_totals[1][j];
+    }
+    if (met)
+        *products += met_total;
+    return total;
+}
+#endif
+
+/* What `pass` makes, `out`, and its sum; where `met` is given, *products grows by the sum of met times `gradient`. `out`
+   may be the memory of the gradient; it may be that of x where `room` is given, the gradient's own memory if that may be
+   written over. */
+INLINE float pass_and_sum(const float *gradient, const float *met, const float *x, Activation activation, float scale,
+                          int64_t count, float *room, float *out, double *products)
+{
+#ifdef COMPARED
+    if (activation.kind == CLIP && !does_nothing(activation))
+        return clip_and_sum(gradient, met, x, activation, scale, count, out, products);
+#endif
+    if (met)
+        *products += product(met, gradient, count);
+    if (room) {
+        pass(room, x, activation, scale, count, room);
+        memcpy(out, room, (size_t)count * sizeof(float));
+    } else {
+        pass(gradient, x, activation, scale, count, out);
+    }
+    return sum(out, count);
+}
+
 /* Rows of `width` from one distance between them to another. */
 INLINE void copy_rows(const float *from, int64_t from_pitch, float *to, int64_t to_pitch, int64_t width, int64_t rows)
 {
@@ -208,8 +280,61 @@ INLINE void copy_rows(const float *from, int64_t from_pitch, float *to, int64_t 
         int64_t i = 0;
         for (; i + LANES <= width; i += LANES)
             store(to + i, load(from + i));
-        copy_some(from + i, to + i, width - i);
+        if (width < LANES)
+            copy_some(from, to, width);
+        else if (i < width) /* some of them twice */
+            store(to + width - LANES, load(from + width - LANES));
     }
+}
+
+/* LANES of two times as many floats: for each place `l` the one whose number is given by it. */
+#ifdef __clang__
+#define PICKED(made, first, second, number)                                                                            \
+    for (int l = 0; l < LANES; l++)                                                                                    \
+        made[l] = (number) < LANES ? first[(number)] : second[(number) - LANES];
+#else /* GCC would not see that this is one instruction or two */
+typedef int32_t Places __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define PICKED(made, first, second, number)                                                                            \
+    {                                                                                                                  \
+        Places numbers;                                                                                                \
+        for (int l = 0; l < LANES; l++)                                                                                \
+            numbers[l] = (number);                                                                                     \
+        made = __builtin_shuffle(first, second, numbers);                                                              \
+    }
+#endif
+
+/* Every second float, and those behind them; some of them twice where they are no whole LANES. */
+INLINE void split_pairs(const float *from, int64_t count, float *even, float *odd)
+{
+    if (count < LANES)
+        for (int64_t i = 0; i < count; i++)
+            even[i] = from[2 * i], odd[i] = from[2 * i + 1];
+    else
+        for (int64_t i = 0; i < count; i += LANES) {
+            int64_t at = least(i, count - LANES);
+            Lanes first = load(from + 2 * at), second = load(from + 2 * at + LANES), evens, odds;
+            PICKED(evens, first, second, 2 * l)
+            PICKED(odds, first, second, 2 * l + 1)
+            store(even + at, evens);
+            store(odd + at, odds);
+        }
+}
+
+/* And together again. */
+INLINE void join_pairs(const float *even, const float *odd, int64_t count, float *to)
+{
+    if (count < LANES)
+        for (int64_t i = 0; i < count; i++)
+            to[2 * i] = even[i], to[2 * i + 1] = odd[i];
+    else
+        for (int64_t i = 0; i < count; i += LANES) {
+            int64_t at = least(i, count - LANES);
+            Lanes evens = load(even + at), odds = load(odd + at), first, second;
+            PICKED(first, evens, odds, l / 2 + l % 2 * LANES)
+            PICKED(second, evens, odds, (LANES + l) / 2 + l % 2 * LANES)
+            store(to + 2 * at, first);
+            store(to + 2 * at + LANES, second);
+        }
 }
 
 /* ---- Taps ---- */
@@ -232,32 +357,97 @@ INLINE void weighted(const float *row, const int64_t *offset, const float *weigh
     }
 }
 
-/* The same for taps of a kernel times `scale`, the loop over them unrolled for the usual counts. */
-INLINE void weighted_sum(const float *row, const Taps *taps, const float *kernel, float scale, float start,
-                         int64_t count, float *out)
+/* The same for `rows` rows of `width` floats, LANES or more, of which the last ones are made twice. */
+INLINE void weighted_rows(const float *row, int64_t pitch, const int64_t *offset, const float *weight, int taps,
+                          float start, int64_t width, int64_t rows, float *out, int64_t out_pitch)
 {
+    for (; rows > 0; rows--, row += pitch, out += out_pitch)
+        for (int64_t i = 0; i < width; i += LANES) {
+            int64_t at = least(i, width - LANES);
+            Lanes total = (Lanes){0} + start;
+            for (int k = 0; k < taps; k++)
+                total += weight[k] * load(row + offset[k] + at);
+            store(out + at, total);
+        }
+}
+
+INLINE int is_three_by_three(const Taps *taps, int64_t pitch)
+{
+    int is = taps->count == 9;
+    for (int k = 0; is && k < 9; k++)
+        is = taps->offset[k] == taps->offset[0] + k / 3 * pitch + k % 3;
+    return is;
+}
+
+/* The same for two rows at a time and the nine taps from `row` on: what is loaded serves both. */
+INLINE void three_by_three(const float *row, int64_t pitch, const float *weight, float start, int64_t width,
+                           int64_t rows, float *out, int64_t out_pitch)
+{
+    for (; rows > 1; rows -= 2, row += 2 * pitch, out += 2 * out_pitch)
+        for (int64_t i = 0; i < width; i += LANES) {
+            int64_t at = least(i, width - LANES);
+            Lanes upper = (Lanes){0} + start, lower = upper;
+            for (int k = 0; k < 12; k++) {
+                Lanes met = load(row + k / 3 * pitch + k % 3 + at);
+                if (k < 9)
+                    upper += weight[k] * met;
+                if (k >= 3)
+                    lower += weight[k - 3] * met;
+            }
+            store(out + at, upper);
+            store(out + out_pitch + at, lower);
+        }
+}
+
+typedef struct {
     float weight[MAX_TAPS];
+} TapWeights;
+
+/* A kernel's weights times `scale`, of these taps. */
+INLINE TapWeights weights_of(const Taps *taps, const float *kernel, float scale)
+{
+    TapWeights made;
     for (int k = 0; k < taps->count; k++)
-        weight[k] = scale * kernel[taps->tap[k]];
+        made.weight[k] = scale * kernel[taps->tap[k]];
+    return made;
+}
+
+/* `weighted` for taps of a kernel times `scale`, the loop over them unrolled for the usual counts. */
+ONCE void weighted_sum(const float *row, const Taps *taps, const float *kernel, float scale, float start,
+                       int64_t count, float *out)
+{
+    TapWeights k = weights_of(taps, kernel, scale);
     switch (taps->count) {
-    case 1: weighted(row, taps->offset, weight, 1, start, count, out); break;
-    case 2: weighted(row, taps->offset, weight, 2, start, count, out); break;
-    case 4: weighted(row, taps->offset, weight, 4, start, count, out); break;
-    case 6: weighted(row, taps->offset, weight, 6, start, count, out); break;
-    case 9: weighted(row, taps->offset, weight, 9, start, count, out); break;
-    case 25: weighted(row, taps->offset, weight, 25, start, count, out); break;
-    default: weighted(row, taps->offset, weight, taps->count, start, count, out);
+    case 1: weighted(row, taps->offset, k.weight, 1, start, count, out); break;
+    case 2: weighted(row, taps->offset, k.weight, 2, start, count, out); break;
+    case 4: weighted(row, taps->offset, k.weight, 4, start, count, out); break;
+    case 6: weighted(row, taps->offset, k.weight, 6, start, count, out); break;
+    case 9: weighted(row, taps->offset, k.weight, 9, start, count, out); break;
+    case 25: weighted(row, taps->offset, k.weight, 25, start, count, out); break;
+    default: weighted(row, taps->offset, k.weight, taps->count, start, count, out);
+    }
+}
+
+/* `weighted_rows` likewise. */
+ONCE void weighted_rows_sum(const float *row, int64_t pitch, const Taps *taps, const float *kernel, float scale,
+                            float start, int64_t width, int64_t rows, float *out, int64_t out_pitch)
+{
+    TapWeights k = weights_of(taps, kernel, scale);
+    if (is_three_by_three(taps, pitch)) {
+        int64_t even = rows / 2 * 2;
+        three_by_three(row + taps->offset[0], pitch, k.weight, start, width, even, out, out_pitch);
+        row += even * pitch, out += even * out_pitch, rows -= even;
+    }
+    switch (taps->count) {
+    case 9: weighted_rows(row, pitch, taps->offset, k.weight, 9, start, width, rows, out, out_pitch); break;
+    case 25: weighted_rows(row, pitch, taps->offset, k.weight, 25, start, width, rows, out, out_pitch); break;
+    default: weighted_rows(row, pitch, taps->offset, k.weight, taps->count, start, width, rows, out, out_pitch);
     }
 }
 
 INLINE int64_t rows_at_once(int64_t pitch)
 {
     return pitch < BLOCK ? BLOCK / pitch : 1;
-}
-
-INLINE int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 #endif

@@ -89,6 +89,17 @@ def test_gradients_are_the_same_for_every_geometry(
 
 
 @pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize(("kernel", "attributes"), GEOMETRIES, ids=str)
+def test_gradients_are_the_same_where_an_image_is_too_large_for_the_cache(
+    kernel: tuple[int, int], attributes: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it is done in two parts, the second of three rows: fewer than some kernels have."""
+    monkeypatch.setattr(own, "LARGE_BYTES", 0)
+    net = Net(block(kernel, **attributes), size=75, images=2, constants=HALF, own=True)
+    assert_gradients_are_those_of_standard_operators(net)
+
+
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("act", ["Relu", "Clip", "HardSwish", "Swish"])

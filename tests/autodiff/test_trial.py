@@ -100,12 +100,15 @@ MISTAKES = {
     "the last pixel of a sum": ("_rows.h", "lanes[0] += load_some(row + i, count - i);", ";"),
     "one tap of two": (
         "_rows.h",
-        "case 2: weighted(row, taps->offset, weight, 2, start, count, out)",
-        "case 2: weighted(row, taps->offset, weight, 1, start, count, out)",
+        "case 2: weighted(row, taps->offset, k.weight, 2, start, count, out)",
+        "case 2: weighted(row, taps->offset, k.weight, 1, start, count, out)",
     ),
     "a pixel behind the last whole register": (
-        "_depthwise.h", "product[c * d->inside + k] += dz[c * pixels + i] * x[k * pixels + i];", ";"
+        "_depthwise.h", "total += dz[c * count + i] * x[k * pixels + i];", ";"
     ),
+    "rows that two parts read": ("_depthwise.h", "i >= own && i < own_end ? total : 0", "total"),
+    "a row that only the next part needs": ("_depthwise.h", "before / down + 1, own", "before / down + 2, own"),
+    "one tap of the second row": ("_rows.h", "if (k >= 3)", "if (k > 3)"),
     "some channels": ("_depthwise.h", "w.shift[c] = shift[first + c];", "w.shift[c] = shift[first + c / 2];"),
 }  # fmt: skip
 MISTAKES_IN_HALF = {
