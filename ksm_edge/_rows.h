@@ -213,13 +213,7 @@ INLINE void pass(const float *gradient, const float *x, Activation activation, f
 typedef float Register __attribute__((vector_size(4 * COMPARED), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(4 * COMPARED), aligned(4), may_alias));
 
-/* What `pass` makes of a register behind a clip. */
-INLINE Register passed(Register gradient, Register x, Activation clip, float scale)
-{
-    return (Register)((Bits)(scale * gradient) & (x > clip.low) & (x < clip.high));
-}
-
-/* `pass_and_sum` behind a clip, in one pass over memory. */
+/* `pass_and_sum` behind a clip, in one pass over memory. No function is given a Register: gcc 14.2 for Arm crashes. */
 INLINE float clip_and_sum(const float *gradient, const float *met, const float *x, Activation clip, float scale,
                           int64_t count, float *out, double *products)
 {
@@ -229,8 +223,9 @@ INLINE float clip_and_sum(const float *gradient, const float *met, const float *
     for (; i + 2 * COMPARED <= count; i += 2 * COMPARED)
         for (int half = 0; half < 2; half++) {
             int64_t at = i + half * COMPARED;
-            Register given = *(const Register *)(gradient + at);
-            Register made = passed(given, *(const Register *)(x + at), clip, scale);
+            Register given = *(const Register *)(gradient + at), clipped = *(const Register *)(x + at);
+            Bits passed = (clipped > clip.low) & (clipped < clip.high);
+            Register made = (Register)((Bits)(scale * given) & passed);
             if (met)
                 met_totals[half] += *(const Register *)(met + at) * given;
             totals[half] += made;
@@ -399,32 +394,27 @@ INLINE void three_by_three(const float *row, int64_t pitch, const float *weight,
         }
 }
 
-typedef struct {
-    float weight[MAX_TAPS];
-} TapWeights;
-
 /* A kernel's weights times `scale`, of these taps. */
-INLINE TapWeights weights_of(const Taps *taps, const float *kernel, float scale)
+INLINE void scaled(const Taps *taps, const float *kernel, float scale, float *weight)
 {
-    TapWeights made;
     for (int k = 0; k < taps->count; k++)
-        made.weight[k] = scale * kernel[taps->tap[k]];
-    return made;
+        weight[k] = scale * kernel[taps->tap[k]];
 }
 
 /* `weighted` for taps of a kernel times `scale`, the loop over them unrolled for the usual counts. */
 ONCE void weighted_sum(const float *row, const Taps *taps, const float *kernel, float scale, float start,
                        int64_t count, float *out)
 {
-    TapWeights k = weights_of(taps, kernel, scale);
+    float weight[MAX_TAPS];
+    scaled(taps, kernel, scale, weight);
     switch (taps->count) {
-    case 1: weighted(row, taps->offset, k.weight, 1, start, count, out); break;
-    case 2: weighted(row, taps->offset, k.weight, 2, start, count, out); break;
-    case 4: weighted(row, taps->offset, k.weight, 4, start, count, out); break;
-    case 6: weighted(row, taps->offset, k.weight, 6, start, count, out); break;
-    case 9: weighted(row, taps->offset, k.weight, 9, start, count, out); break;
-    case 25: weighted(row, taps->offset, k.weight, 25, start, count, out); break;
-    default: weighted(row, taps->offset, k.weight, taps->count, start, count, out);
+    case 1: weighted(row, taps->offset, weight, 1, start, count, out); break;
+    case 2: weighted(row, taps->offset, weight, 2, start, count, out); break;
+    case 4: weighted(row, taps->offset, weight, 4, start, count, out); break;
+    case 6: weighted(row, taps->offset, weight, 6, start, count, out); break;
+    case 9: weighted(row, taps->offset, weight, 9, start, count, out); break;
+    case 25: weighted(row, taps->offset, weight, 25, start, count, out); break;
+    default: weighted(row, taps->offset, weight, taps->count, start, count, out);
     }
 }
 
@@ -432,16 +422,17 @@ ONCE void weighted_sum(const float *row, const Taps *taps, const float *kernel, 
 ONCE void weighted_rows_sum(const float *row, int64_t pitch, const Taps *taps, const float *kernel, float scale,
                             float start, int64_t width, int64_t rows, float *out, int64_t out_pitch)
 {
-    TapWeights k = weights_of(taps, kernel, scale);
+    float weight[MAX_TAPS];
+    scaled(taps, kernel, scale, weight);
     if (is_three_by_three(taps, pitch)) {
         int64_t even = rows / 2 * 2;
-        three_by_three(row + taps->offset[0], pitch, k.weight, start, width, even, out, out_pitch);
+        three_by_three(row + taps->offset[0], pitch, weight, start, width, even, out, out_pitch);
         row += even * pitch, out += even * out_pitch, rows -= even;
     }
     switch (taps->count) {
-    case 9: weighted_rows(row, pitch, taps->offset, k.weight, 9, start, width, rows, out, out_pitch); break;
-    case 25: weighted_rows(row, pitch, taps->offset, k.weight, 25, start, width, rows, out, out_pitch); break;
-    default: weighted_rows(row, pitch, taps->offset, k.weight, taps->count, start, width, rows, out, out_pitch);
+    case 9: weighted_rows(row, pitch, taps->offset, weight, 9, start, width, rows, out, out_pitch); break;
+    case 25: weighted_rows(row, pitch, taps->offset, weight, 25, start, width, rows, out, out_pitch); break;
+    default: weighted_rows(row, pitch, taps->offset, weight, taps->count, start, width, rows, out, out_pitch);
     }
 }
 

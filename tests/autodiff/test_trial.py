@@ -100,8 +100,8 @@ MISTAKES = {
     "the last pixel of a sum": ("_rows.h", "lanes[0] += load_some(row + i, count - i);", ";"),
     "one tap of two": (
         "_rows.h",
-        "case 2: weighted(row, taps->offset, k.weight, 2, start, count, out)",
-        "case 2: weighted(row, taps->offset, k.weight, 1, start, count, out)",
+        "case 2: weighted(row, taps->offset, weight, 2, start, count, out)",
+        "case 2: weighted(row, taps->offset, weight, 1, start, count, out)",
     ),
     "a pixel behind the last whole register": (
         "_depthwise.h", "total += dz[c * count + i] * x[k * pixels + i];", ";"
