@@ -13,7 +13,7 @@
 enum { MAX_STRIDE = 2, MAX_CLASSES = MAX_STRIDE * MAX_STRIDE, MAX_INSIDE = 64 };
 enum { GROUP = 8 };      /* channels that are made at once of a 1x1 conv */
 enum { PIXELS = 256 };   /* floats of each of dozens of planes that stay in the innermost cache, */
-enum { CACHED = 32768 }; /* and of all in front of a 1x1 conv, together with as many of their gradient, in the next one */
+enum { CACHED = 32768 }; /* and of all in front of a 1x1 conv, beside as many of their gradient, in the next one */
 
 typedef struct {
     int64_t images, channels, H, W, h, w; /* of the conv's input and output */
@@ -489,9 +489,10 @@ INLINE int64_t rows_in_cache(const Depthwise *d)
     return rows > 2 * d->kernel[0] ? least(rows, d->H) : d->H;
 }
 
-/* The rows of `image` from `row` to before `end`, all groups one after the other, each of which adds to dx. */
+/* The rows of `image` from `row` to before `end`, all groups one after the other, each of which adds to dx; products are
+   (channels, inside). */
 INLINE void widened_rows(const Backward *b, const BackwardRoom *room, int64_t image, int64_t row, int64_t end,
-                         Totals *totals)
+                         Totals *totals, float *products)
 {
     const Depthwise *d = b->d;
     int64_t pixels = d->H * d->W, small = d->h * d->w, at = image * d->inside * pixels + row * d->W;
@@ -505,7 +506,7 @@ INLINE void widened_rows(const Backward *b, const BackwardRoom *room, int64_t im
             backward_rows(b, room, channel, row, end, b->dy + plane, b->y + plane, part, part, &totals[channel]);
         }
         memset(b->planes + w.count * count, 0, (size_t)((GROUP - w.count) * count) * sizeof(float));
-        meet_and_narrow(d, &w, b->planes, count, b->x + at, first > 0, b->wide_product + first * d->inside, b->dx + at);
+        meet_and_narrow(d, &w, b->planes, count, b->x + at, first > 0, products + first * d->inside, b->dx + at);
     }
 }
 
@@ -516,22 +517,25 @@ static int widened_backward(const Backward *b)
     int64_t some = rows_in_cache(d);
     BackwardRoom room = backward_room(d);
     Totals *totals = calloc((size_t)d->channels, sizeof(Totals));
-    int done = room.frame && totals;
+    float *products = calloc((size_t)(d->channels * d->inside), sizeof(float));
+    int done = room.frame && totals && products;
     if (done) {
-        memmove(b->wide_product, b->wide_product_before, (size_t)(d->channels * d->inside) * sizeof(float));
         for (int64_t image = 0; image < d->images; image++)
             for (int64_t row = 0; row < d->H; row += some)
-                widened_rows(b, &room, image, row, least(row + some, d->H), totals);
+                widened_rows(b, &room, image, row, least(row + some, d->H), totals, products);
         for (int64_t channel = 0; channel < d->channels; channel++) {
             b->product[channel] = b->product_before[channel] + (float)totals[channel].product;
             b->dbias[channel] = b->dbias_before[channel] + (float)totals[channel].dbias;
             b->dshift[channel] = b->shift_before[channel] + (float)totals[channel].sums;
         }
+        for (int64_t i = 0; i < d->channels * d->inside; i++)
+            b->wide_product[i] = b->wide_product_before[i] + products[i];
     }
     if (room.frame)
         free(room.again.frames);
     free(room.frame);
     free(totals);
+    free(products);
     return done;
 }
 

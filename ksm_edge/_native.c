@@ -23,10 +23,12 @@ enum { FLAGS = 64, WORD = 8 }; /* scores that are looked at together, and how ma
 
 /* Loops over floats that are compiled a second time for the wider registers that most processors with AVX have; the
    linker takes one when this is loaded. There is no FMA among them, so both give the same bits. */
+#ifndef WIDER
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define WIDER __attribute__((target_clones("avx2", "default")))
 #else
 #define WIDER
+#endif
 #endif
 
 /* ---- Bits, the highest of each byte first ---- */

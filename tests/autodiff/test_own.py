@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +35,24 @@ def activation(kind: str, x: str) -> list[Op]:
     return [op(kind, f"{x} low high" if kind == "Clip" else x, f"{x}_y")]
 
 
-def block(kernel: tuple[int, int], *, wide: int = 10, act: str = "Clip", **attributes: object) -> list[Conv | Op]:
-    """An inverted residual block: 1x1 conv, activation, depthwise conv, activation, 1x1 conv."""
+def block(
+    kernel: tuple[int, int],
+    *,
+    narrow: int = 6,
+    wide: int = 10,
+    act: str = "Clip",
+    behind: str | None = None,
+    **attributes: object,
+) -> list[Conv | Op]:
+    """An inverted residual block: 1x1 conv, activation, depthwise conv, activation (`behind`: another), 1x1 conv."""
+    behind = act if behind is None else behind
     return [
-        conv("stem", "image", 6, 3),
-        conv("wide", "stem", wide, 6),
+        conv("stem", "image", narrow, 3),
+        conv("wide", "stem", wide, narrow),
         *activation(act, "wide"),
         conv("depth", "wide_y", wide, 1, kernel, wide, **attributes),
-        *activation(act, "depth"),
-        conv("narrow", "depth_y", 5, wide),
+        *(activation(behind, "depth") if behind else ()),
+        conv("narrow", "depth_y" if behind else "depth", 5, wide),
     ]
 
 
@@ -71,6 +81,8 @@ GEOMETRIES = [
     ((7, 7), {"pads": [3, 3, 3, 3]}),
     ((1, 1), {"strides": [2, 2]}),
     ((2, 2), {"strides": [2, 2]}),
+    ((9, 1), {"pads": [4, 0, 4, 0]}),
+    ((1, 9), {"pads": [0, 4, 0, 4]}),
 ]
 
 
@@ -88,15 +100,38 @@ def test_gradients_are_the_same_for_every_geometry(
     assert operators(net) == expected
 
 
+# Rows of this side and so many channels, and as many of their gradient, are too many for the cache: parts of 27 rows, or
+# of 26 with strides.
+LARGE_SIDE, LARGE_NARROW = 75, 16
+
+
+def test_large_images_are_done_in_three_parts() -> None:
+    header = Path(native.__file__).with_name("_depthwise.h").read_text()
+    found = re.search(r"CACHED = (\d+)", header)
+    assert found is not None
+    assert LARGE_SIDE / 3 < int(found[1]) // (LARGE_SIDE * LARGE_NARROW) < LARGE_SIDE / 2
+
+
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize(("kernel", "attributes"), GEOMETRIES, ids=str)
 def test_gradients_are_the_same_where_an_image_is_too_large_for_the_cache(
     kernel: tuple[int, int], attributes: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that it is done in two parts, the second of three rows: fewer than some kernels have."""
     monkeypatch.setattr(own, "LARGE_BYTES", 0)
-    net = Net(block(kernel, **attributes), size=75, images=2, constants=HALF, own=True)
+    nodes = block(kernel, narrow=LARGE_NARROW, **attributes)
+    net = Net(nodes, size=LARGE_SIDE, images=2, constants=HALF, own=True)
     assert_gradients_are_those_of_standard_operators(net)
+    assert operators(net) == ["WidenedDepthwise", "WidenedDepthwiseGradient"]
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize(("act", "behind"), [("HardSwish", "Clip"), ("Clip", "HardSwish"), ("Clip", "")])
+def test_so_are_they_with_other_activations(act: str, behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "LARGE_BYTES", 0)
+    nodes = block((3, 3), narrow=LARGE_NARROW, act=act, behind=behind, pads=[1, 1, 1, 1])
+    net = Net(nodes, size=LARGE_SIDE, constants=HALF, own=True)
+    assert_gradients_are_those_of_standard_operators(net)
+    assert "WidenedDepthwiseGradient" in operators(net)
 
 
 @pytest.mark.usefixtures("loops")

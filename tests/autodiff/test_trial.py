@@ -107,7 +107,13 @@ MISTAKES = {
         "_depthwise.h", "total += dz[c * count + i] * x[k * pixels + i];", ";"
     ),
     "rows that two parts read": ("_depthwise.h", "i >= own && i < own_end ? total : 0", "total"),
-    "a row that only the next part needs": ("_depthwise.h", "before / down + 1, own", "before / down + 2, own"),
+    "a row of the part before": ("_depthwise.h", "before / down + 1, own", "before / down + 2, own"),
+    "a number behind the last register": ("_rows.h", "met_total += met ? met[i] * given : 0;", ";"),
+    "the second register of two": (
+        "_rows.h", "met_totals[0][j] + met_totals[1][j];", "met_totals[0][j];"
+    ),
+    "the end of a row": ("_rows.h", "store(to + width - LANES, load(from + width - LANES));", ";"),
+    "a column without another": ("_depthwise.h", "to[end] = plane[d->W - 1];", ";"),
     "one tap of the second row": ("_rows.h", "if (k >= 3)", "if (k > 3)"),
     "some channels": ("_depthwise.h", "w.shift[c] = shift[first + c];", "w.shift[c] = shift[first + c / 2];"),
 }  # fmt: skip
