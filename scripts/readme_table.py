@@ -143,7 +143,7 @@ def _step_rows(adaptation: dict[str, Any]) -> list[Row]:
 
 def _narrower_rows(adaptation: dict[str, Any]) -> list[Row]:
     ours, torch = (_usual_step(adaptation)[rival] for rival in (OURS, FULL))
-    what = "With 1 thread on a processor that has AVX2, in which arithmetic is most of a step"
+    what = "With 1 thread on a processor that has AVX2 and no AVX-512"
     time = f"{FULL}: {torch['step_ms']:.0f} ms (ratio {ours['time_ratio']:.2f})"
     return [(what, f"{ours['step_ms']:.0f} ms, {_mib(ours)} MiB", time)]
 

@@ -100,8 +100,7 @@ def test_gradients_are_the_same_for_every_geometry(
     assert operators(net) == expected
 
 
-# Rows of this side and so many channels, and as many of their gradient, are too many for the cache: parts of 27 rows, or
-# of 26 with strides.
+# A side, and channels, of which all rows are too many for the cache: parts of 27 rows, or of 26 with strides.
 LARGE_SIDE, LARGE_NARROW = 75, 16
 
 
