@@ -105,10 +105,8 @@ INLINE Words pairs(Lanes first, Lanes second)
 INLINE Words pairs_along(Lanes first, Lanes second)
 {
     Lanes even, odd;
-    for (int i = 0; i < LANES; i++) {
-        even[i] = 2 * i < LANES ? first[2 * i] : second[2 * i - LANES];
-        odd[i] = 2 * i < LANES ? first[2 * i + 1] : second[2 * i + 1 - LANES];
-    }
+    PICKED(even, first, second, 2 * l)
+    PICKED(odd, first, second, 2 * l + 1)
     return pairs(even, odd);
 }
 

@@ -54,8 +54,7 @@ INLINE void clear(float *to, int64_t count)
 INLINE void interleave(const float *restrict from, int64_t distance, int64_t step, int64_t count, float *restrict to)
 {
     int64_t pairs = step == 2 ? count / 2 : 0;
-    for (int64_t i = 0; i < pairs; i++)
-        to[2 * i] = from[i], to[2 * i + 1] = from[distance + i];
+    join_pairs(from, from + distance, pairs, to);
     for (int64_t i = 2 * pairs; i < count; i++)
         to[i] = from[i % step * distance + i / step];
 }
