@@ -7,7 +7,8 @@
 
 #include <immintrin.h>
 
-enum { LANES = 16, TILE = 8, ROWS = 12 };
+enum { LANES = 16, TILE = 8, ROWS = 12, REGISTERS = 2 };
+#define HALVES
 #define HAS_MASKS
 #define HAS_PAIRS
 
@@ -28,15 +29,15 @@ INLINE Pairs pairs_along(Lanes first, Lanes second)
     return (Pairs)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-INLINE Sixteen add_pairs(Sixteen total, uint32_t word, Pairs each)
+INLINE Sixteen add_product(Sixteen total, uint32_t word, Pairs each)
 {
     return (Sixteen)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32((int)word), (__m512bh)each);
 }
 
-#include "_halves.h"
+#include "_products.h"
 
 void ksm_edge_half_product_avx512(Multiplication m)
 {
-    half_product(m);
+    multiply(m);
 }
 #endif

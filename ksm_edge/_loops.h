@@ -4,6 +4,7 @@
 #define KSM_EDGE_LOOPS_H
 
 #include "_depthwise.h"
+#include "_products.h"
 #include "_wider.h"
 #include "_windows.h"
 #include "_winograd.h"
@@ -12,11 +13,13 @@ typedef struct {
     Run *forward, *backward, *gate, *transform, *contract, *windows, *pool_gradient;
     int (*widened_forward)(const Forward *f);
     int (*widened_backward)(const Backward *b);
+    Multiply *multiply;
 } Loops;
 
 #define ALL_LOOPS                                                                                                      \
     {                                                                                                                  \
-        forward, backward, gate, transform, contract, windows, pool_gradient, widened_forward, widened_backward        \
+        forward, backward, gate, transform, contract, windows, pool_gradient, widened_forward, widened_backward,       \
+            multiply                                                                                                   \
     }
 
 #ifdef WIDER_LOOPS

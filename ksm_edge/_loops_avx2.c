@@ -5,7 +5,7 @@
 #ifdef WIDER_LOOPS
 #pragma GCC target("avx2,fma")
 
-enum { LANES = 8, TILE = 4 };
+enum { LANES = 8, TILE = 4, ROWS = 4, REGISTERS = 3 };
 #define COMPARED 8
 
 #include "_loops.h"

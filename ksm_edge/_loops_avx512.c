@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-enum { LANES = 16, TILE = 8 };
+enum { LANES = 16, TILE = 8, ROWS = 8, REGISTERS = 3 };
 #define HAS_MASKS
 
 #include "_loops.h"

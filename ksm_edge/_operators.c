@@ -7,13 +7,12 @@
 
 /* For any processor of its kind: of SSE 16 registers of 4 floats, of NEON 32 of them, two by two. */
 #if defined(__aarch64__) || defined(__ARM_NEON)
-enum { LANES = 8, TILE = 4 };
+enum { LANES = 8, TILE = 4, ROWS = 4, REGISTERS = 3 };
 #else
-enum { LANES = 4, TILE = 4 };
+enum { LANES = 4, TILE = 4, ROWS = 4, REGISTERS = 3 };
 #endif
 #define COMPARED 4
 
-#include "_halves.h"
 #include "_loops.h"
 
 /* ---- ONNX Runtime's C interface: of its table of functions, which only grows at its end, the ones that are used ---- */
@@ -207,12 +206,12 @@ static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const ch
 /* ---- Loops, by what the processor has ---- */
 
 static const Loops plain = ALL_LOOPS, *loops = &plain;
-static HalfProduct *multiply_halves = half_product;
+static Multiply *multiply_halves = ksm_edge_half_product_plain;
 
 typedef struct {
     const char *name;
     const Loops *loops;
-    HalfProduct *halves; /* or this */
+    Multiply *halves; /* or this */
 } Choice;
 
 /* The widest first, and the fastest. */
@@ -227,7 +226,7 @@ static const Choice all_halves[] = {
 #ifdef PAIRED_HALVES
     {"avx512_bf16", .halves = ksm_edge_half_product_avx512},
 #endif
-    {"plain", .halves = half_product},
+    {"plain", .halves = ksm_edge_half_product_plain},
 };
 
 static int can_run(const Choice *choice)
@@ -403,21 +402,30 @@ static OrtStatus *compute_pool_gradient(void *kernel, OrtKernelContext *context)
 }
 
 /* In one thread: others have runs of their own. */
-static OrtStatus *compute_product(void *kernel, OrtKernelContext *context)
+static OrtStatus *multiplied(const Kernel *k, OrtKernelContext *context, int64_t terms, Multiply *multiply_words)
 {
-    const Kernel *k = kernel;
     const Product *p = &k->product;
     Multiplication m = {.p = p};
     const float **given[] = {&m.left, &m.right, &m.before};
     TRY(inputs(k, context, given, p->start == NOTHING ? 2 : 3));
     TRY(output(k, context, 0, p->made, p->rank, &m.made));
-    Room *room = take_room((p->rows + COLUMNS_KEPT) * most_words(p));
+    Room *room = take_room(room_words(p, terms));
     if (!room)
         return no_memory(k->api);
-    m.room = (uint32_t *)room->data;
-    multiply_halves(m);
+    m.room = room->data;
+    multiply_words(m);
     give_back(room);
     return NULL;
+}
+
+static OrtStatus *compute_product(void *kernel, OrtKernelContext *context)
+{
+    return multiplied(kernel, context, 1, loops->multiply);
+}
+
+static OrtStatus *compute_half_product(void *kernel, OrtKernelContext *context)
+{
+    return multiplied(kernel, context, 2, multiply_halves);
 }
 
 static OrtStatus *activation_of(const OrtApi *api, const OrtKernelInfo *info, const char *kind, const char *low,
@@ -613,6 +621,8 @@ enum {
     CONTRACTION,
     WINDOWS,
     MAX_POOL_GRADIENT,
+    PRODUCT,
+    PRODUCT_FROM,
     HALF_PRODUCT,
     HALF_PRODUCT_FROM,
     OPERATORS
@@ -631,8 +641,10 @@ static const Operator operators[OPERATORS] = {
     [CONTRACTION] = OPERATOR("Contraction", 3, 1, compute_contraction, nowhere),
     [WINDOWS] = OPERATOR("Windows", 1, 1, compute_windows, nowhere),
     [MAX_POOL_GRADIENT] = OPERATOR("MaxPoolGradient", 2, 1, compute_pool_gradient, nowhere),
-    [HALF_PRODUCT] = OPERATOR("HalfProduct", 2, 1, compute_product, nowhere),
-    [HALF_PRODUCT_FROM] = OPERATOR("HalfProductFrom", 3, 1, compute_product, nowhere),
+    [PRODUCT] = OPERATOR("Product", 2, 1, compute_product, nowhere),
+    [PRODUCT_FROM] = OPERATOR("ProductFrom", 3, 1, compute_product, nowhere),
+    [HALF_PRODUCT] = OPERATOR("HalfProduct", 2, 1, compute_half_product, nowhere),
+    [HALF_PRODUCT_FROM] = OPERATOR("HalfProductFrom", 3, 1, compute_half_product, nowhere),
 };
 
 static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const OrtKernelInfo *info, Kernel *k)
@@ -640,6 +652,8 @@ static OrtStatus *read_attributes(ptrdiff_t number, const OrtApi *api, const Ort
     switch (number) {
     case GATE: return read_gate(api, info, &k->gate);
     case CONTRACTION: return numbers(api, info, "kernels", k->kernels, 2);
+    case PRODUCT:
+    case PRODUCT_FROM:
     case HALF_PRODUCT:
     case HALF_PRODUCT_FROM: return read_product(api, info, &k->product);
     case WINDOWS:

@@ -63,7 +63,7 @@ def test_every_way_to_split_a_layer_is_asked_for() -> None:
 
 
 def test_every_loop_is_asked(tmp_path: Path) -> None:
-    library = mistakes.compiled("_native.c", tmp_path, "_native.c", "MAX_WIDTH = 25, ", "MAX_WIDTH = 25, ")
+    library = mistakes.compiled(["_native.c"], tmp_path, "_native.c", "MAX_WIDTH = 25, ", "MAX_WIDTH = 25, ")
     loops = loaded(library)
     asked = {name for name, *_ in MISTAKES.values()}
     assert {name for name in dir(loops) if not name.startswith("_")} == asked
@@ -75,7 +75,7 @@ def test_every_loop_is_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_answer_is_noticed(mistake: str, tmp_path: Path) -> None:
     loop, text, other = MISTAKES[mistake]
-    loops = loaded(mistakes.compiled("_native.c", tmp_path, "_native.c", text, other))
+    loops = loaded(mistakes.compiled(["_native.c"], tmp_path, "_native.c", text, other))
     assert known_answers.wrong(loops) == [loop]
     with pytest.warns(RuntimeWarning, match=f"not the right numbers from {loop}\\. .* numpy does the work"):
         assert native.trusted(loops) is None

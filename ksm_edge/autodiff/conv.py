@@ -30,7 +30,7 @@ import numpy as np
 from ksm_edge.autodiff import products, windows, winograd
 from ksm_edge.autodiff.graph import CONTRIB, Emitter, Node, Shape
 from ksm_edge.autodiff.rules import transposed_conv
-from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, GradientSpec
+from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, STANDARD, GradientSpec
 from ksm_edge.autodiff.tape import OVER_IMAGES, Tape
 from ksm_edge.bundle.layers import Layer
 
@@ -89,7 +89,7 @@ def forward(emit: Emitter, node: Node, layer: Layer, form: str, shapes: Mapping[
     if form == "winograd":
         winograd.forward(emit, node, layer, (shapes[node.inputs[0]], shapes[node.output]), output)
         return
-    if form == "pointwise" and emit.half_products and Geometry.of(node, layer).strides == (1, 1):
+    if form == "pointwise" and emit.products != STANDARD and Geometry.of(node, layer).strides == (1, 1):
         products.pointwise(emit, layer, node.inputs[0], shapes[node.inputs[0]], output)
         return
     x, geometry = node.inputs[0], Geometry.of(node, layer).attributes
@@ -164,7 +164,7 @@ def _accumulate_gemm(tape: Tape, name: str, dz: tuple[str, Shape], x: tuple[str,
     """name (O, I) := acc + dz x^T over images and pixels; `dz`, `x`: names, and shapes (n, O, h, w), (n, I, h, w)."""
     emit, (n, O, h, w), I = tape.emit, dz[1], x[1][1]
     before, total = emit.input(f"acc:{name}", (O, I)), emit.output(name, (O, I))
-    if emit.half_products:
+    if emit.products != STANDARD:
         products.accumulated(emit, before, dz[0], x[0], (n, O, I, h * w), total)
     else:
         emit("Gemm", _by_channel(tape, *dz), _by_channel(tape, *x), before, name=total, transB=1)
@@ -298,7 +298,7 @@ def _pointwise_input_gradient(tape: Tape, node: Node, layer: Layer, dz: str, *, 
     V; from 28 x 28 on V^T dz is faster.
     """
     emit, (O, I, _, _), (n, _, h, w) = tape.emit, layer.weight_shape, tape.shapes[node.output]
-    if emit.half_products:
+    if emit.products != STANDARD:
         return products.pointwise_input_gradient(emit, layer, dz, (n, O, h, w))
     columns = emit.reshape(dz, (O, h * w) if n == 1 else (n, O, h * w))
     # V a second time, as a matrix: ONNX Runtime copies a graph input that is reshaped.

@@ -16,7 +16,7 @@ from ksm_edge.autodiff.graph import Emitter, Node, Shape
 from ksm_edge.autodiff.halved import with_halves
 from ksm_edge.autodiff.recompute import with_least_kept
 from ksm_edge.autodiff.rules import RULES
-from ksm_edge.autodiff.spec import FRONT, WHOLE, GradientSpec, transformed_shape
+from ksm_edge.autodiff.spec import FRONT, STANDARD, WHOLE, GradientSpec, transformed_shape
 from ksm_edge.autodiff.tape import Tape, gradient_wanted
 from ksm_edge.bundle.layers import Layer
 from ksm_edge.errors import UnsupportedError
@@ -60,7 +60,7 @@ def build(
     table = {layer.name: layer for layer in layers}
     nodes = read_nodes(backbone)
     shapes = static_shapes(backbone, spec.micro_batch, spec.size)
-    emit = Emitter(dtype, spec.half_products)
+    emit = Emitter(dtype, spec.products if spec.own else STANDARD)
     emit.constants.update(_constants(backbone, dtype))
     if spec.part != WHOLE:
         nodes = _part(nodes, spec, shapes)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from ksm_edge.autodiff.spec import STANDARD
 from ksm_edge.bundle.freeze import IR_VERSION, OPSET
 
 CONTRIB = "com.microsoft"  # operators outside the standard that every stock onnxruntime wheel has
@@ -43,7 +44,7 @@ class Emitter:
     """Collects ONNX nodes in the order in which they are to run; every tensor gets a name of its own."""
 
     dtype: type[np.floating[Any]] = np.float32
-    half_products: bool = False  # where there is a choice, see `products`
+    products: str = STANDARD  # where there is a choice, see `products`
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     externals: dict[str, Shape] = field(default_factory=dict)

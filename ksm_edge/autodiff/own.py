@@ -247,13 +247,13 @@ def _made(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> list[tuple[str
 
 def room_bytes(model: onnx.ModelProto) -> int:
     """What these operators need to work in, the one that needs most: a room stays until the last session ends."""
-    return WORD_BYTES * max((math.prod(_room_shape(node)) for node in model.graph.node), default=0)
+    return WORD_BYTES * max((_room_words(node) for node in model.graph.node), default=0)
 
 
-def _room_shape(node: onnx.NodeProto) -> Shape:
+def _room_words(node: onnx.NodeProto) -> int:
     if node.op_type in products.OPERATORS:
-        return products.room_shape(_attributes(node))
-    return (GROUP, *_attributes(node)["image_shape"][2:]) if node.op_type in WIDENED else (0,)
+        return products.room_words(node.op_type, _attributes(node))
+    return GROUP * math.prod(_attributes(node)["image_shape"][2:]) if node.op_type in WIDENED else 0
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""Nodes of matrix products in half precision, in operators of this project (`_halves.h`).
+"""Nodes of matrix products by operators of this project (`_products.h`).
 
-    HalfProduct      A, B -> A B
-    HalfProductFrom  A, B, C -> A B + C
+    Product, HalfProduct          A, B -> A B
+    ProductFrom, HalfProductFrom  A, B, C -> A B + C
 
 of one A for all images, or of an A for each, and then the sum over images of A B^T. Several images share what is read,
-rounded or written once: A and its words, or what is added to.
+put in order or written once. The first of each two is float32 throughout; where a 1x1 conv has few pixels, or few
+channels on one side, it leaves more of a processor's arithmetic to use than ONNX Runtime does.
 
-A and B are rounded to bfloat16 where they are multiplied, by which each of their numbers errs by up to 2^-8 of itself.
-Sums, and all that lies between two products, are float32. Convs in Winograd's domain stay as they are: what comes back
-from there errs by ten times as much as what is multiplied in it.
+For HALVES A and B are rounded to bfloat16 where they are multiplied, by which each of their numbers errs by up to 2^-8
+of itself. Sums, and all that lies between two products, are float32. Convs in Winograd's domain stay as they are: what
+comes back from there errs by ten times as much as what is multiplied in it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ksm_edge.autodiff.graph import OWN, Emitter, Shape
+from ksm_edge.autodiff.spec import FLOATS, HALVES
 from ksm_edge.bundle.layers import Layer
 
-OPERATORS = ("HalfProduct", "HalfProductFrom")
+# By what sums begin with: nothing, or C.
+BY_PRECISION = {FLOATS: ("Product", "ProductFrom"), HALVES: ("HalfProduct", "HalfProductFrom")}
+OPERATORS = tuple(name for names in BY_PRECISION.values() for name in names)
 # What sums begin with, by its number there.
 NOTHING, EACH, BY_ROW = range(3)
-COLUMNS_KEPT, DEEPEST = 256, 512  # columns of a right side, and terms, that are in half precision at once, as there
+COLUMNS_KEPT, WORDS_KEPT = (
+    256,
+    240,
+)  # columns of a right side, and words of each sum, that are in order at once, as there
 
 
 def pointwise(emit: Emitter, layer: Layer, x: str, shape: Shape, output: str) -> None:
@@ -55,7 +62,14 @@ def _emit(
     `turned`: the left side is read transposed. `summed`: the right one is, and the sums go over all images.
     """
     attributes = {"sides": list(sides), "turned": [int(turned)], "summed": [int(summed)], "start": [start]}
-    emit(OPERATORS[start > NOTHING], *given, name=name, domain=OWN, output_shape=list(made), **attributes)
+    emit(
+        BY_PRECISION[emit.products][start > NOTHING],
+        *given,
+        name=name,
+        domain=OWN,
+        output_shape=list(made),
+        **attributes,
+    )
 
 
 def made_shape(attributes: Mapping[str, Any]) -> Shape:
@@ -63,12 +77,16 @@ def made_shape(attributes: Mapping[str, Any]) -> Shape:
     return tuple(attributes["output_shape"])
 
 
-def room_shape(attributes: Mapping[str, Any]) -> Shape:
-    """Of words: where parts of both sides lie in half precision while it runs."""
-    n, rows, _, terms = attributes["sides"]
-    words = (min(terms, DEEPEST) + 1) // 2
-    together = max(1, min(n, DEEPEST // 2 // words)) if attributes["summed"][0] else 1
-    return rows + COLUMNS_KEPT, together * words
+def room_words(op: str, attributes: Mapping[str, Any]) -> int:
+    """Of four bytes: where parts of both sides lie in order while it runs, and a result that has to be turned."""
+    (n, rows, columns, terms), is_summed = attributes["sides"], bool(attributes["summed"][0])
+    is_half = op in BY_PRECISION[HALVES]
+    is_swapped = is_summed and (columns - rows) * terms * n > 16 * rows * columns
+    words = (terms + 1) // 2 if is_half else terms
+    together = max(1, min(n, WORDS_KEPT // words)) if is_summed else 1
+    in_place = not is_half and together == 1
+    kept = COLUMNS_KEPT + (0 if in_place else columns if is_swapped else rows)
+    return kept * together * min(words, WORDS_KEPT) + (rows * columns if is_swapped else 0)
 
 
 def operations(attributes: Mapping[str, Any]) -> float:

@@ -11,6 +11,8 @@ Shape = tuple[int, ...]
 
 # The front of a backbone is all that no layer that learns lies in: what it makes of an image stays the same.
 WHOLE, FRONT, REST = "whole", "front", "rest"
+# Who multiplies the matrices of 1x1 convs and of accumulators: ONNX Runtime, or `_products.h`, in float32 or in half.
+STANDARD, FLOATS, HALVES = "standard", "floats", "halves"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class GradientSpec:
     widened: bool = True  # with `own`: 1x1 convs are done along with the depthwise convs behind them
     tile_bytes: int = 0  # with `own` and `fast`: 3x3 convs by tiles whose weights take up to so much, see `winograd`
     half: bool = False  # keep the forward pass's tensors in half precision where that gains: see `autodiff.halved`
-    half_products: bool = False  # with `own`: multiply matrices in half precision, see `autodiff.products`
+    products: str = STANDARD  # with `own`: or FLOATS or HALVES, see `autodiff.products`
     formed_at: int = 0  # pixels that the forms of convs are chosen for; 0: those of `size`
     recompute: bool = False  # keep little of the forward pass, and compute the rest again: see `autodiff.recompute`
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ksm_edge.autodiff.example import Example
 from ksm_edge.autodiff.gradient_graph import FEATURES, IMAGE, GradientGraph, build
-from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.spec import FLOATS, GradientSpec
 from ksm_edge.autodiff.tiles import PLACES, transform_into
 from ksm_edge.bundle.layers import Layer
 
@@ -82,13 +82,13 @@ NAMES = tuple(_NETWORKS)
 IMAGES = {"by tiles": 2, "with clips": 1, "smooth": 2}
 
 
-def example(name: str, *, own: bool, half_products: bool = False) -> Example:
+def example(name: str, *, own: bool, products: str = FLOATS) -> Example:
     """Of one of NAMES, with this project's operators, or with standard ones alone: outputs are the same either way."""
     steps = (_STEM, *_NETWORKS[name])
     layers = [step.layer for step in steps]
     learning = frozenset(layer.name for layer in layers)
-    spec = GradientSpec(IMAGES[name], SIZE, CLASSES, learning, own=own, inside=not own)
-    graph = build(_network(steps), layers, replace(spec, tile_bytes=2**22, half_products=half_products))
+    spec = GradientSpec(IMAGES[name], SIZE, CLASSES, learning, own=own, inside=not own, products=products)
+    graph = build(_network(steps), layers, replace(spec, tile_bytes=2**22))
     given = _arrays(steps, graph)
     inputs, externals = (
         {name: np.ascontiguousarray(given[name], np.float32) for name in names}

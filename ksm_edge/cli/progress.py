@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ksm_edge.adapt.observer import Observer
 from ksm_edge.adapt.views import stored_bytes
+from ksm_edge.autodiff.spec import HALVES
 from ksm_edge.resident import peak_rss_bytes
 from ksm_edge.training.checkpoint import Progress
 from ksm_edge.training.planner import Plan
@@ -147,7 +148,7 @@ def _memory(plan: Plan) -> str:
 
 def _products(plan: Plan) -> str:
     """What came of asking for half precision."""
-    if plan.graph.spec.half_products:
+    if plan.graph.spec.products == HALVES:
         return ", products in half precision"
     if plan.settings.statistics == "batch":
         return ", products in float32, as statistics are the batch's own"

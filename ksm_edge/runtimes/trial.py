@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ksm_edge import native
-from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.spec import HALVES, STANDARD, GradientSpec
 from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.errors import KsmEdgeError
 from ksm_edge.resident import give_back, use_compact_heap
@@ -92,13 +92,13 @@ def trusted_if_known(spec: GradientSpec) -> GradientSpec | None:
 
 
 def _needs_any(spec: GradientSpec) -> bool:
-    """A head alone learns by standard operators, but for products in half precision."""
-    return spec.own and (bool(spec.trained) or spec.half_products)
+    """A head alone learns by standard operators, but for products that were asked for."""
+    return spec.own and (bool(spec.trained) or spec.products != STANDARD)
 
 
 def _with_what_passed(spec: GradientSpec, found: Trial) -> GradientSpec:
-    half_products = spec.half_products and found.is_passed_in_half
-    return replace(spec, own=found.is_passed, half_products=half_products)
+    is_passed = found.is_passed_in_half if spec.products == HALVES else found.is_passed
+    return replace(spec, own=found.is_passed, products=spec.products if is_passed else STANDARD)
 
 
 def _key() -> str:
@@ -118,7 +118,7 @@ def build_into(folder: Path) -> None:
     in_half = native.halves() is not None
     standard = [example(name, own=False) for name in NAMES]
     own = [example(name, own=True) for name in NAMES]
-    halved = [example(name, own=True, half_products=True) for name in NAMES if in_half]
+    halved = [example(name, own=True, products=HALVES) for name in NAMES if in_half]
     with open(folder / EXAMPLES, "wb") as file:
         pickle.dump((standard, own, halved), file)
 

@@ -20,7 +20,7 @@ from ksm_edge.bundle.tensorfile import write_tensors
 from ksm_edge.errors import DamagedFileError, UnsupportedVersionError, UsageError
 from ksm_edge.training.choice import as_good
 
-VERSION = 20
+VERSION = 21
 BEST = "best_pack"
 
 

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from ksm_edge import native
-from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, GradientSpec
+from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, HALVES, GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.resident import rss_bytes
@@ -47,7 +47,7 @@ FORMS: tuple[Form, ...] = tuple(
     )
 )
 # What of a form changes last bits: a training keeps to it.
-CHOSEN = ("fast", "inside", "own", "widened", "tile_bytes", "half_products")
+CHOSEN = ("fast", "inside", "own", "widened", "tile_bytes", "products")
 
 Candidate = tuple[Settings, int, CompiledGraph]  # settings, workers, graph
 
@@ -200,7 +200,7 @@ class _Search:
     def with_more_images(self, kind: Settings, workers: int, single: CompiledGraph) -> CompiledGraph:
         """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget."""
         one = max(activation_bytes(each.graph) for each in _stages(self.bundle, self.settings, single))
-        comfortable = COMFORTABLE_HALF_BYTES if single.spec.half_products else COMFORTABLE_BYTES
+        comfortable = COMFORTABLE_HALF_BYTES if single.spec.products == HALVES else COMFORTABLE_BYTES
         count = _most_images(one, self.settings.batch // workers, comfortable)
         while count > 1:
             # Several images may take more than their number says: in float32 they are transposed for their products.
@@ -280,7 +280,7 @@ def _require_as_before(before: Mapping[str, Any], engine: Engine) -> None:
             "the training was begun with operators in C, which this installation lacks: install the package where "
             "there is a C compiler, or start anew, without --resume"
         )
-    if before["half_products"] and native.halves() is None:
+    if before["products"] == HALVES and native.halves() is None:
         raise UsageError(
             "the training was begun with products in half precision, for which this processor has no instruction: go "
             "on where it was begun, or start anew, without --resume"

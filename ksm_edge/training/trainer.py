@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ksm_edge import native
-from ksm_edge.autodiff.spec import FRONT, REST, WHOLE, GradientSpec
+from ksm_edge.autodiff.spec import FLOATS, FRONT, HALVES, REST, STANDARD, WHOLE, GradientSpec
 from ksm_edge.bundle.layers import Bundle, Layer, select
 from ksm_edge.errors import KsmEdgeError, UsageError
 from ksm_edge.mask import score_shape
@@ -312,11 +312,17 @@ def gradient_spec(bundle: Bundle, classes: int, settings: Settings, micro_batch:
         tile_bytes=TILE_BYTES if settings.statistics == "frozen" else 0,
         part=part,
         half=settings.activation_bits < ACTIVATION_BITS[0],
-        # With the batch's own statistics a run is one for all threads, which these products are not shared out to.
-        half_products=settings.product_bits < PRODUCT_BITS[0]
-        and settings.statistics == "frozen"
-        and native.halves() is not None,
+        products=_products(settings, trained),
     )
+
+
+def _products(settings: Settings, trained: Collection[str]) -> str:
+    """Who is to multiply; with the batch's own statistics a run is one for all threads, and ours keep to one."""
+    if settings.statistics == "batch":
+        return STANDARD
+    if settings.product_bits < PRODUCT_BITS[0] and native.halves() is not None:
+        return HALVES
+    return FLOATS if trained and native.multiplies_faster() else STANDARD
 
 
 def of_size(spec: GradientSpec, size: int) -> GradientSpec:
@@ -331,11 +337,13 @@ def forward_spec(spec: GradientSpec, forms: Mapping[str, str], size: int | None 
     """
     # Forward `fast` is about tiles alone, so one graph serves both; but weights that are made inside are stems' too.
     tile_bytes = spec.tile_bytes if "winograd" in forms.values() else 0
-    exact = replace(of_size(spec, size or spec.size), half=False, half_products=False)
+    exact = replace(
+        of_size(spec, size or spec.size), half=False, products=STANDARD if spec.products == HALVES else spec.products
+    )
     read = replace(exact, fast=spec.fast or not spec.inside, tile_bytes=tile_bytes)
     return replace(read, backward=False, statistics="frozen", classes=0, recompute=False, part=WHOLE)
 
 
 def front_spec(spec: GradientSpec) -> GradientSpec:
     """What makes the images of the rest: forward, and without parameters."""
-    return replace(forward_spec(spec, {}), part=FRONT, half_products=spec.half_products)
+    return replace(forward_spec(spec, {}), part=FRONT, products=spec.products)

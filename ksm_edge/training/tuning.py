@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ksm_edge import native
-from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.spec import FLOATS, HALVES, STANDARD, GradientSpec
 from ksm_edge.bundle.digest import file_sha256
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
@@ -34,6 +34,8 @@ from ksm_edge.training.trainer import Trainer
 # By what is said of them, what they change of a `GradientSpec`.
 ALTERNATIVES: Mapping[str, Mapping[str, Any]] = {
     "standard operators": {"own": False},
+    "standard products": {"products": STANDARD},
+    "this project's products": {"products": FLOATS},
     "no 1x1 convs along with depthwise ones": {"widened": False},
     "no convs by tiles": {"tile_bytes": 0},
     "larger convs by tiles": {"tile_bytes": 2**24},
@@ -68,7 +70,14 @@ def forms_that_may_differ(usual: CompiledGraph) -> dict[str, Mapping[str, Any]]:
     spec = usual.spec
     if not (spec.own and spec.trained):
         return {USUAL: {}}
-    differ = {name: form for name, form in ALTERNATIVES.items() if spec.tile_bytes or "tile_bytes" not in form}
+    # With a batch's own statistics nothing is done by tiles, and a run is one for all threads; halves were asked for.
+    fixed = set() if spec.tile_bytes else {"tile_bytes"}
+    fixed |= {"products"} if spec.statistics == "batch" or spec.products == HALVES else set()
+    differ = {
+        name: form
+        for name, form in ALTERNATIVES.items()
+        if not fixed & form.keys() and any(getattr(spec, part) != value for part, value in form.items())
+    }
     return {USUAL: {}, **differ}
 
 

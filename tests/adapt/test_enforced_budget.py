@@ -13,6 +13,7 @@ from random_recipe import random_state
 from shapes import CLASSES, make_shapes
 
 from ksm_edge import native
+from ksm_edge.autodiff.spec import HALVES
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.make import freeze_recipe, save_bundle
 from ksm_edge.bundle.recipe import at_size, load_recipe, recipe_names
@@ -77,7 +78,7 @@ def test_products_in_half_precision_take_what_is_expected_of_them(threads: int, 
     bundle = random_bundle("mobilenet_v2", tmp_path / "bundle")
     settings = Settings(batch=4, product_bits=16)
     plan = make_plan(bundle, len(CLASSES), settings, threads=threads, budget_bytes=None)
-    assert plan.graph.spec.half_products
+    assert plan.graph.spec.products == HALVES
     assert_kept(bundle, photos, "--product-bits", 16, threads=threads, budget_bytes=plan.expected_peak_bytes)
 
 

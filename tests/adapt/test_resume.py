@@ -15,6 +15,7 @@ from tiny import LAYERS
 from ksm_edge.adapt.interrupt import interrupt_held_back
 from ksm_edge.adapt.journey import Interrupted, adapt, checkpoint_path
 from ksm_edge.adapt.observer import Observer
+from ksm_edge.autodiff.spec import STANDARD
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.data.image_set import ImageSet
 from ksm_edge.errors import KsmEdgeError, UsageError
@@ -113,7 +114,7 @@ def test_that_holds_for_torch(bundle: Bundle, images: ImageSet, tmp_path: Path, 
 
 
 LEAST = {"micro_batch": 1, "runtime": "onnxruntime", "workers": 1, "fast": False, "inside": True, "moment_bits": 8,
-         "own": False, "widened": True, "tile_bytes": 0, "half_products": False}  # fmt: skip
+         "own": False, "widened": True, "tile_bytes": 0, "products": STANDARD}  # fmt: skip
 
 
 def test_a_training_of_slower_forms_stays_with_them(

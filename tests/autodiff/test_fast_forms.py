@@ -15,7 +15,7 @@ from whole_network import random_bundle
 
 from ksm_edge.autodiff.gradient_graph import build
 from ksm_edge.autodiff.liveness import tensor_bytes
-from ksm_edge.autodiff.spec import GradientSpec
+from ksm_edge.autodiff.spec import FLOATS, HALVES, GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError
 from ksm_edge.runtimes.compile import CompiledGraph, compile_graph
@@ -177,7 +177,9 @@ def test_only_strides_leave_transposed_convs(tmp_path: Path) -> None:
     assert not any(name.endswith(".turned") for name in graphs[False].inputs)
 
 
-@pytest.mark.parametrize("ways", [{}, {"own": False, "tile_bytes": 0}, {"half_products": True}], ids=str)
+@pytest.mark.parametrize(
+    "ways", [{}, {"own": False, "tile_bytes": 0}, {"products": FLOATS}, {"products": HALVES}], ids=str
+)
 @pytest.mark.parametrize("recipe", ["mobilenet_v2", "efficientnet_b0", "resnet18", "squeezenet1_1"])
 def test_nothing_large_is_made_that_nobody_reads(recipe: str, ways: dict[str, Any], tmp_path: Path) -> None:
     """ONNX Runtime would hold it until the run's end."""

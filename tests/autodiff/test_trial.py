@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import mistakes
@@ -17,6 +18,7 @@ import pytest
 
 from ksm_edge import native
 from ksm_edge.autodiff.graph import OWN
+from ksm_edge.autodiff.spec import FLOATS, HALVES, STANDARD
 from ksm_edge.autodiff.trial_networks import NAMES, example
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
@@ -54,7 +56,8 @@ def tried(folder: Path) -> Trial:
 
 
 def test_every_operator_is_tried() -> None:
-    graphs = [onnx.load_from_string(example(name, own=True, half_products=True).model).graph for name in NAMES]
+    examples = [example(name, own=True, products=precision) for name in NAMES for precision in (FLOATS, HALVES)]
+    graphs = [onnx.load_from_string(each.model).graph for each in examples]
     found = {node.op_type for graph in graphs for node in graph.node if node.domain == OWN}
     assert found == set(re.findall(r'= OPERATOR\("(\w+)"', (PACKAGE / "_operators.c").read_text()))
 
@@ -62,7 +65,8 @@ def test_every_operator_is_tried() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_graph_is_given_the_same_numbers_for_the_same_outputs(name: str) -> None:
     plain, *others = (
-        example(name, own=own, half_products=half) for own, half in ((False, False), (True, False), (True, True))
+        example(name, own=own, products=precision)
+        for own, precision in ((False, STANDARD), (True, FLOATS), (True, HALVES))
     )
     assert not any(node.domain == OWN for node in onnx.load_from_string(plain.model).graph.node)
     for other in others:
@@ -115,14 +119,25 @@ MISTAKES = {
     "the end of a row": ("_rows.h", "store(to + width - LANES, load(from + width - LANES));", ";"),
     "a column without another": ("_depthwise.h", "to[end] = plane[d->W - 1];", ";"),
     "one tap of the second row": ("_rows.h", "if (k >= 3)", "if (k > 3)"),
+    "terms of the left side": ("_products.h", "left += along, right += PANEL", "right += PANEL"),
+    "what a product is added to": ("_products.h", "(Sums)load(t->from + i * t->from_pitch + r * LANES)", "(Sums){0}"),
+    "a tile that is not whole": ("_products.h", "t.from = tile;", "memset(tile, 0, sizeof tile);"),
+    "a column that is alone": (
+        "_products.h", "product(left + i * part->down, right, part->words)", "product(left, right, part->words)"
+    ),
+    "a column of a left side that is turned": (
+        "_products.h", "load_some(left + r * LANES, rows - r * LANES);", "load_some(left, rows - r * LANES);"
+    ),
+    "what a turned result is added to": ("_products.h", "before + turned[j * p->rows + i]", "turned[j * p->rows + i]"),
+    "the order of words": ("_products.h", "(LANES + l) / 2 + l % 2 * LANES", "(LANES + l) / 2 + 1 % 2 * LANES"),
     "some channels": ("_depthwise.h", "w.shift[c] = shift[first + c];", "w.shift[c] = shift[first + c / 2];"),
 }  # fmt: skip
 MISTAKES_IN_HALF = {
     "a pair of terms": (
-        "_halves.h", "for (int64_t k = 0; k < words; k++, left", "for (int64_t k = 0; k < words - 1; k++, left"
+        "_halves.h", "+ (Sums)(all & high) * (Sums)(each & high)", ""
     ),
-    "what was there before": (
-        "_halves.h", "start = load_some(m->before + place + j, to.count - j);", "start = (Lanes){0};"
+    "the second of a row's": (
+        "_halves.h", "PICKED(odd, first, second, 2 * l + 1)", "PICKED(odd, first, second, 2 * l)"
     ),
 }  # fmt: skip
 
@@ -132,7 +147,7 @@ def compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     """Makes the operators anew, for every processor alike, with one text in place of another in a file."""
 
     def make(name: str, text: str, other: str) -> None:
-        library = mistakes.compiled("_operators.c", tmp_path, name, text, other)
+        library = mistakes.compiled(["_operators.c", "_halves_plain.c"], tmp_path, name, text, other)
         monkeypatch.setattr(native, "operators", str(library))
 
     return make
@@ -332,17 +347,26 @@ def test_half_a_result_is_made_again(left: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "own", "half_products"),
-    [(RIGHT, True, True), (WRONG, False, False), (FAILED, False, False), (WRONG_IN_HALF, True, False)],
+    ("found", "own", "passed"),
+    [
+        (RIGHT, True, {STANDARD, FLOATS, HALVES}),
+        (WRONG, False, {STANDARD}),
+        (FAILED, False, {STANDARD}),
+        (WRONG_IN_HALF, True, {STANDARD, FLOATS}),
+    ],
 )
 def test_only_what_passed_is_used(
-    found: Trial, own: bool, half_products: bool, embedded: Bundle, monkeypatch: pytest.MonkeyPatch
+    found: Trial, own: bool, passed: set[str], embedded: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "trial", lambda: found)
-    for method in ("ksm", "head"):
-        asked = replace(gradient_spec(embedded, 3, Settings(method=method), 1), half_products=True)
+    for method, products in product(("ksm", "head"), (STANDARD, FLOATS, HALVES)):
+        asked = replace(gradient_spec(embedded, 3, Settings(method=method), 1), products=products)
         assert asked.own
-        assert trusted(asked) == replace(asked, own=own, half_products=half_products)
+        answer = trusted(asked)
+        if method == "head" and products == STANDARD:
+            assert answer == asked  # has none
+        else:
+            assert answer == replace(asked, own=own, products=products if products in passed else STANDARD)
 
 
 @pytest.mark.usefixtures("_nothing_known")

@@ -11,6 +11,7 @@ import pytest
 from tiny import saved_tiny_bundle
 
 from ksm_edge import native
+from ksm_edge.autodiff import spec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import UsageError
@@ -25,6 +26,7 @@ from ksm_edge.training.tuning import ALTERNATIVES, USUAL, Tuned, forms_that_may_
 
 SETTINGS = Settings(batch=4)
 LARGER, STANDARD, APART = "larger convs by tiles", "standard operators", "no 1x1 convs along with depthwise ones"
+PRODUCTS = {spec.FLOATS: "standard products", spec.STANDARD: "this project's products"}
 MIB = 2**20
 
 needs_operators = pytest.mark.skipif(native.operators is None, reason="installed without a C compiler")
@@ -62,21 +64,26 @@ def test_the_usual_forms_stay_unless_others_are_clearly_faster(ms: dict[str, flo
 @pytest.mark.parametrize(
     ("changes", "others"),
     [
-        ({}, {*ALTERNATIVES}),
+        ({}, {*ALTERNATIVES} - {*PRODUCTS.values()}),
         ({"statistics": "batch"}, {STANDARD, APART}),  # never by tiles
         ({"method": "head"}, set()),
     ],
     ids=["default", "batch statistics", "head"],
 )
-def test_only_what_may_differ_is_looked_at(changes: dict[str, str], others: set[str], bundle: Bundle) -> None:
-    assert graphs(bundle, settings=replace(SETTINGS, **changes)).keys() == {USUAL, *others}
+def test_only_what_may_differ_is_looked_at(
+    changes: dict[str, str], others: set[str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for faster, other in ((True, PRODUCTS[spec.FLOATS]), (False, PRODUCTS[spec.STANDARD])):
+        monkeypatch.setattr(native, "multiplies_faster", lambda faster=faster: faster)
+        expected = {USUAL, *others, *([] if changes else [other])}
+        assert graphs(bundle, settings=replace(SETTINGS, **changes)).keys() == expected
 
 
 @needs_operators
 def test_only_graphs_that_do_differ_are_measured(bundle: Bundle) -> None:
     """At 16 pixels nothing is done by tiles, nor is a 1x1 conv done along with another."""
     found = measured(bundle, SETTINGS, Engine(), graphs(bundle))
-    assert found.ms.keys() == {USUAL, STANDARD}
+    assert found.ms.keys() == {USUAL, STANDARD, PRODUCTS[graphs(bundle)[USUAL].spec.products]}
     assert all(ms > 0 for ms in found.ms.values())
 
 
