@@ -133,7 +133,8 @@ class TrainedLayer:
     def gradients(self) -> dict[str, np.ndarray]:
         """Gradients of beta and gamma (O,), and under `score` that of the soft mask, score-shaped.
 
-        Scores, and whether they are as a pack holds them, must be those of the last `fuse`.
+        Made in the accumulator's own memory, where it has room for them: what it held is gone then. Scores, and whether
+        they are as a pack holds them, must be those of the last `fuse`.
         """
         factor = self._factor()
         felt = self._products()
@@ -149,17 +150,19 @@ class TrainedLayer:
         return result
 
     def _products(self) -> np.ndarray:
-        """S: (O, I), (O, 1) in the channel form, or (O, I, kh, kw) for element-wise masks."""
+        """S: (O, I), (O, 1) in the channel form, or (O, I, kh, kw) for element-wise masks; in place of the product, if
+        that is as large.
+        """
         W, product = self.pristine.weight, self.product
         O, I, kh, kw = W.shape
         if self.form == "channel":
-            return product[:, None].copy()
+            return product[:, None]
         if self.form in MASK_ALONE:
-            return product.copy()
+            return product
         if self.settings.granularity == "element":
             return W * self._taps().transpose(1, 2, 0).reshape(O, I, kh, kw)
         if self.form == "pointwise":
-            return W[:, :, 0, 0] * product
+            return np.multiply(W[:, :, 0, 0], product, out=product)
         return np.einsum("oik,koi->oi", W.reshape(O, I, kh * kw), self._taps())
 
     def _taps(self) -> np.ndarray:
