@@ -9,7 +9,6 @@
 
 typedef uint32_t Word;
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float Sums __attribute__((vector_size(4 * LANES)));
 
 enum { TERMS = 2 };
 

@@ -21,7 +21,7 @@ exit 0
 IN_PAIRS = ["-mno-early-ldp-fusion", "-mno-late-ldp-fusion"]
 STRICT = ["-Werror"]  # where a distribution's own flags are warned of
 OF_GCC = ["-fno-tree-loop-distribute-patterns", "-Wno-psabi"]
-SOURCES = {"ksm_edge/_native.c", "ksm_edge/_operators.c", "ksm_edge/_loops_avx2.c"}
+SOURCES = {f"ksm_edge/{name}.c" for name in ("_native", "_operators", "_halves_plain", "_loops_avx2")}
 
 
 def flags_of_sources(folder: Path, unknown: Sequence[str]) -> dict[str, set[str]]:

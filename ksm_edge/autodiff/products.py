@@ -27,10 +27,8 @@ BY_PRECISION = {FLOATS: ("Product", "ProductFrom"), HALVES: ("HalfProduct", "Hal
 OPERATORS = tuple(name for names in BY_PRECISION.values() for name in names)
 # What sums begin with, by its number there.
 NOTHING, EACH, BY_ROW = range(3)
-COLUMNS_KEPT, WORDS_KEPT = (
-    256,
-    240,
-)  # columns of a right side, and words of each sum, that are in order at once, as there
+# Columns of a right side, and words of each sum, that are in order at once, as in _words.h.
+COLUMNS_KEPT, WORDS_KEPT = 256, 240
 
 
 def pointwise(emit: Emitter, layer: Layer, x: str, shape: Shape, output: str) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Sums in another order change a number by 3e-6 of the largest beside it, and factors in half precision by 0.01 (x86-64,
 # with AVX2 and without). Of mistakes that were made on purpose, such as a lane of a register that is lost, or the pixel
-# behind the last whole one, all but one changed some number by 0.008 and more, in half precision by 0.3.
+# behind the last whole one, all but one changed some number by 0.008 and more, in half precision by 1.2.
 LIMIT, HALF_LIMIT = 1e-4, 0.05
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
 SECONDS = 900  # an emulated board takes tens of them: who takes so many will never end

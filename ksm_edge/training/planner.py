@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from ksm_edge import native
-from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, HALVES, GradientSpec
+from ksm_edge.autodiff.spec import FEW_CHANNELS, FEW_COLUMNS, FLOATS, HALVES, STANDARD, GradientSpec
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.errors import BudgetError, UsageError
 from ksm_edge.resident import rss_bytes
@@ -122,7 +122,7 @@ def make_plan(
         _require_no_plan_needed(settings, budget_bytes, runtime, tune=tune)
         return _unmeasured_plan(bundle, classes, settings, engine)
 
-    search = _Search(bundle, classes, settings, budget_bytes, goes_on=before is not None)
+    search = _Search(bundle, classes, settings, threads, budget_bytes, goes_on=before is not None)
     smallest = before["micro_batch"] if before else 1 if settings.statistics == "frozen" else settings.batch
     kind, workers, graph = search.first(_candidates(bundle, settings, threads, smallest, before), smallest)
     found = None
@@ -157,11 +157,15 @@ class _Search:
     bundle: Bundle
     classes: int
     settings: Settings
+    threads: int
     budget_bytes: int | None
     goes_on: bool  # with a training that was begun before
 
-    def graph(self, kind: Settings, images: int, form: Form) -> CompiledGraph:
-        spec = replace(gradient_spec(self.bundle, self.classes, kind, images), **form)
+    def graph(self, kind: Settings, workers: int, images: int, form: Form) -> CompiledGraph:
+        spec = gradient_spec(self.bundle, self.classes, kind, images)
+        if spec.products == FLOATS and workers < self.threads:
+            spec = replace(spec, products=STANDARD)  # which are shared out to threads, where ours keep to one
+        spec = replace(spec, **form)
         if self.budget_bytes is not None:
             require_compiling(self.bundle, self.settings, spec, self.budget_bytes)
         found = trial.trusted(spec)
@@ -190,7 +194,7 @@ class _Search:
         """The first that fits, or else the smallest."""
         smallest: Candidate | None = None
         for kind, workers, form in candidates:
-            candidate = kind, workers, self.graph(kind, images, form)
+            candidate = kind, workers, self.graph(kind, workers, images, form)
             if self.fits(candidate):
                 return candidate
             smallest = candidate if smallest is None else min(smallest, candidate, key=self.peak)
@@ -203,8 +207,8 @@ class _Search:
         comfortable = COMFORTABLE_HALF_BYTES if single.spec.products == HALVES else COMFORTABLE_BYTES
         count = _most_images(one, self.settings.batch // workers, comfortable)
         while count > 1:
-            # Several images may take more than their number says: in float32 they are transposed for their products.
-            graph = self.graph(kind, count, FORMS[0])
+            # Several images may take more than their number says: ONNX Runtime's products have them transposed.
+            graph = self.graph(kind, workers, count, FORMS[0])
             if self.fits((kind, workers, graph)):
                 return graph
             count //= 2
@@ -214,7 +218,7 @@ class _Search:
         """What was measured of the usual graph and of those in other forms, and the fastest; of those that fit."""
         images, here = usual.spec.micro_batch, rss_bytes()  # of this process, while another one measures
         forms = forms_that_may_differ(usual)
-        graphs = {name: self.graph(kind, images, {**FORMS[0], **form}) for name, form in forms.items()}
+        graphs = {name: self.graph(kind, engine.workers, images, {**FORMS[0], **form}) for name, form in forms.items()}
         fitting = {name: graph for name, graph in graphs.items() if self.fits((kind, engine.workers, graph), here)}
         found = measured(self.bundle, kind, engine, fitting)
         return found, graphs[found.name]

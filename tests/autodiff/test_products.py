@@ -85,12 +85,12 @@ def session_of(emit: Emitter, given: Shapes, made: Shapes) -> onnxruntime.Infere
 
 
 # Fewer than a register, and than the rows and columns that are worked on at once, and more; odd sums, and long ones; a
-# column that is alone; sums so long, and columns so many, that they are turned.
+# column that is alone, of one image and of the last of seven; sums so long, and columns so many, that they are turned.
 SIZES = [(1, 1, 1), (5, 3, 33), (17, 13, 16), (24, 12, 49), (31, 40, 300), (7, 515, 20), (3, 1030, 513), (9, 49, 700),
-         (70, 25, 241)]  # fmt: skip
+         (70, 25, 241), (12, 10, 7)]  # fmt: skip
 
 
-@pytest.mark.parametrize("images", [1, 3, 40])
+@pytest.mark.parametrize("images", [1, 3, 7, 40])
 @pytest.mark.parametrize(("O", "I", "P"), SIZES)
 def test_products_are_those_of_numbers_as_they_are_met(O: int, I: int, P: int, images: int, precision: str) -> None:
     rng = np.random.default_rng(0)

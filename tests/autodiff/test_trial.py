@@ -129,7 +129,7 @@ MISTAKES = {
         "_products.h", "load_some(left + r * LANES, rows - r * LANES);", "load_some(left, rows - r * LANES);"
     ),
     "what a turned result is added to": ("_products.h", "before + turned[j * p->rows + i]", "turned[j * p->rows + i]"),
-    "the order of words": ("_products.h", "(LANES + l) / 2 + l % 2 * LANES", "(LANES + l) / 2 + 1 % 2 * LANES"),
+    "the order of words": ("_words.h", "(LANES + l) / 2 + l % 2 * LANES", "(LANES + l) / 2 + 1 % 2 * LANES"),
     "some channels": ("_depthwise.h", "w.shift[c] = shift[first + c];", "w.shift[c] = shift[first + c / 2];"),
 }  # fmt: skip
 MISTAKES_IN_HALF = {

@@ -110,6 +110,13 @@ def expected(layer: TrainedLayer, dweight: np.ndarray, dbias: np.ndarray) -> dic
     return found
 
 
+@pytest.mark.parametrize("name", ["project", "dw"])
+def test_gradients_of_scores_are_made_where_the_product_was(name: str) -> None:
+    layer = trained(name)
+    accumulate(layer)
+    assert np.shares_memory(layer.gradients()["score"], layer.product)
+
+
 @each
 @every
 @pytest.mark.parametrize("method", ["ksm", "norm"])

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from tiny import LAYERS, saved_tiny_bundle
 
+from ksm_edge import native
+from ksm_edge.autodiff.spec import FLOATS, STANDARD
 from ksm_edge.bundle.layers import Bundle
 from ksm_edge.bundle.load import load_bundle
 from ksm_edge.errors import BudgetError, UnsupportedError, UsageError
@@ -176,6 +178,19 @@ def test_each_thread_has_a_micro_batch_where_there_are_enough(
     found = plan(bundle, None, replace(SETTINGS, batch=batch), threads)
     assert found.engine.workers == expected
     assert found.engine.workers * found.micro_batch <= batch
+
+
+@pytest.mark.parametrize(("threads", "batch", "expected"), [(4, 16, FLOATS), (4, 3, STANDARD), (1, 1, FLOATS)])
+def test_products_of_one_thread_are_not_for_a_run_that_has_several(
+    bundle: Bundle, threads: int, batch: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.operators is None:
+        pytest.skip("installed without a C compiler")
+    monkeypatch.setattr(native, "multiplies_faster", lambda: True)
+    found = plan(bundle, None, replace(SETTINGS, batch=batch), threads)
+    assert found.choices["products"] == found.forward.spec.products == expected
+    again = make_plan(bundle, 4, found.settings, threads=threads, budget_bytes=None, before=found.choices)
+    assert again.choices == found.choices
 
 
 def test_batch_statistics_know_one_run_alone(bundle: Bundle) -> None:

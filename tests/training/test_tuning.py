@@ -18,7 +18,7 @@ from ksm_edge.errors import UsageError
 from ksm_edge.runtimes import cache
 from ksm_edge.runtimes.compile import CompiledGraph, compiled
 from ksm_edge.runtimes.engine import Engine
-from ksm_edge.training import planner
+from ksm_edge.training import planner, tuning
 from ksm_edge.training.planner import Plan, make_plan
 from ksm_edge.training.settings import Settings
 from ksm_edge.training.trainer import gradient_spec
@@ -77,6 +77,23 @@ def test_only_what_may_differ_is_looked_at(
         monkeypatch.setattr(native, "multiplies_faster", lambda faster=faster: faster)
         expected = {USUAL, *others, *([] if changes else [other])}
         assert graphs(bundle, settings=replace(SETTINGS, **changes)).keys() == expected
+
+
+@needs_operators
+def test_halves_that_were_asked_for_stay(bundle: Bundle) -> None:
+    usual = compiled(bundle, replace(gradient_spec(bundle, 4, SETTINGS, 1), products=spec.HALVES))
+    for form in forms_that_may_differ(usual).values():
+        assert replace(usual.spec, **form).products == spec.HALVES
+        assert replace(usual.spec, **form).own
+
+
+def test_an_update_is_timed_behind_what_it_uses_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SECONDS", 0)
+    calls: list[str] = []
+    found = tuning._fastest(lambda: calls.append("accumulate"), lambda: calls.append("update"))
+    assert calls == ["accumulate", "update"] * (1 + tuning.RUNS)
+    assert len(found) == 2
+    assert all(ms > 0 for ms in found)
 
 
 @needs_operators
@@ -157,7 +174,7 @@ def test_a_plan_takes_what_was_measured_and_a_training_keeps_to_it(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual, tuned = usual_plan(bundle).choices, plan(bundle, monkeypatch)
-    assert tuned.choices == {**usual, "own": False}
+    assert tuned.choices == {**usual, "own": False, "products": spec.STANDARD}
     assert tuned.tuned is not None
     monkeypatch.setattr(planner, "measured", None)  # not asked again
     for tune in (False, True):
