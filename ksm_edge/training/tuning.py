@@ -74,7 +74,7 @@ def forms_that_may_differ(usual: CompiledGraph) -> dict[str, Mapping[str, Any]]:
 
 
 def _may_differ(spec: GradientSpec, form: Mapping[str, Any]) -> bool:
-    """Nothing is done by tiles with a batch's own statistics, and a run is one for all threads; halves were asked for."""
+    """A batch's own statistics go without tiles, in one run for all threads; halves were asked for."""
     if spec.products == HALVES and "products" in form:
         return False
     if spec.statistics == "batch" and form.get("products") == FLOATS:
