@@ -52,7 +52,7 @@ METHODS = {
     "head": Method("head only", _always("--method", "head"), ours=True),
     "linear": Method("classifier only, logistic regression", None),
     # At the default's rate of 2e-4 a score for each weight falls to chance on omniglot_small1; chosen on its validation
-    # split. So it does behind a head that learns as slowly as the default's, at 5e-4.
+    # split. Behind a head that learns as slowly as the default's, at 5e-4, masks fall apart as well.
     "piggyback": Method(
         "binary masks as Piggyback's, 1 bit per weight",
         _always("--granularity", "element", "--binary", "--score-rate", "1e-4", "--head-rate", "2e-3", "--norm-rate",
