@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from readme_table import ROOT, between, load
+from readme_table import ROOT, between, load, machines
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import accuracy_tables  # found by the line above
@@ -284,8 +284,9 @@ def _mib(row: Mapping[str, float]) -> str:
 
 
 def _origin(content: Mapping[str, Any]) -> str:
-    machine, day = content["machine"], content["after"]["time"][:10]
-    return f"{machine['cpu']}, {machine['cores']} cores; {day}; raw values in `benchmarks/results/`."
+    return (
+        f"{'; '.join(sorted(machines(content)))}; {content['after']['time'][:10]}; raw values in `benchmarks/results/`."
+    )
 
 
 def forgetting_tables(content: Mapping[str, Any]) -> str:

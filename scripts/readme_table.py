@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +238,20 @@ def _mib(row: dict[str, Any]) -> str:
     return f"{row['peak_rss_bytes'] / 2**20:.0f}"
 
 
-def _cores(count: int) -> str:
-    return f"{count} core{'s' if count > 1 else ''}"
+def machines(content: Mapping[str, Any]) -> set[str]:
+    """What a file of results was measured on: each run of a grid may have had a machine of its own."""
+    of_runs = [run.get("machine") for run in content.get("runs", []) if isinstance(run, Mapping)]
+    return {_named(machine) for machine in (content["machine"], *of_runs) if machine and "cpu" in machine}
+
+
+def _named(machine: Mapping[str, Any]) -> str:
+    cores = machine["cores"]
+    return f"{machine['cpu']}, {cores} core{'s' if cores > 1 else ''}"
 
 
 def _origin(results: dict[str, dict[str, Any]]) -> str:
     """Where and when, and whether the machine was disturbed."""
-    machines = sorted({f"{c['machine']['cpu']}, {_cores(c['machine']['cores'])}" for c in results.values()})
+    used = sorted(set().union(*map(machines, results.values())))
     days = sorted({content["after"]["time"][:10] for content in results.values()})
     disturbed = [name for name, content in results.items() if content["warnings"]]
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
@@ -253,7 +261,7 @@ def _origin(results: dict[str, dict[str, Any]]) -> str:
     changed = any(found[method]["earlier"] for found in shown for method in ("ksm", "linear") if method in found)
     since = " In brackets: what has changed since a task was learned ([more](docs/accuracy.md))." if changed else ""
     return (
-        f"{'; '.join(machines)}; {when}.{busy} Written by `scripts/readme_table.py` from `benchmarks/results/`. "
+        f"{'; '.join(used)}; {when}.{busy} Written by `scripts/readme_table.py` from `benchmarks/results/`. "
         f"Classifier only: logistic regression on the features of the same frozen backbone.{since}"
     )
 

@@ -294,6 +294,13 @@ def pages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return script
 
 
+def test_every_machine_of_a_grid_is_named(pages: Any) -> None:
+    mine, other, unnamed = {"cpu": "Mine", "cores": 2}, {"cpu": "Other", "cores": 1}, {"bytes_per_second": 1.0}
+    runs = [{"machine": other}, {"machine": mine}, {"machine": unnamed}, {"step_ms": 1.0}]
+    content = {"machine": mine, "after": ACCURACY[0]["after"], "runs": runs}
+    assert pages._origin(content).startswith("Mine, 2 cores; Other, 1 core; 2026-01-02;")
+
+
 ROW = {"board": "a-board", "threads": 4, "network": "a-net", "training": False, "ms": 20.0, "predicted_ms": 22.0}
 PREDICTION = {
     "summary": {
