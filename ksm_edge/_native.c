@@ -1,8 +1,9 @@
-/* Loops that numpy takes several passes over memory for: decoding keep bits, finding what is cut, fusing, and Adam.
+/* Loops that numpy takes several passes over memory for: decoding keep bits, finding what is cut, fusing, what masks
+   feel, and Adam.
 
    Each has a form in numpy beside its caller, which runs where this was not compiled, says what is wrong where this
-   refuses, and is what the tests hold it to, bit for bit (scores' Adam: to a millionth). Buffers come checked for type,
-   contiguity and alignment; what is read from a pack is not believed before it is checked. */
+   refuses, and is what the tests hold it to, bit for bit (sums and scores' Adam: to a millionth). Buffers come checked
+   for type, contiguity and alignment; what is read from a pack is not believed before it is checked. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -20,6 +21,7 @@ enum {
 };
 enum { NOTHING_CUT, WHOLE, BY_ROW, BY_COLUMN, BY_BOTH };
 enum { FLAGS = 64, WORD = 8 }; /* scores that are looked at together, and how many of them are told by one word */
+enum { SUMS = 16 };            /* that a row's is made of: the same on all processors, and enough for their registers */
 
 /* Loops over floats that are compiled a second time for the wider registers that most processors with AVX have; the
    linker takes one when this is loaded. There is no FMA among them, so both give the same bits. */
@@ -349,30 +351,50 @@ static int take_cuts(Rest *rest, Work *work, int32_t *cuts)
 
 /* ---- What is cut, as ksm_edge/mask.py says ---- */
 
-/* The flat places of scores below `least` or above `most`, or that are no numbers, ascending; returns how many.
-   `places` has room for all of them. Most words of flags are 0. In one that is not, whether a score is meant is hard to
-   predict: it is written down in any case. */
-WIDER static int64_t find_apart(const float *restrict score, int64_t count, float least, float most,
-                                int32_t *restrict places)
+typedef struct {
+    int32_t *numbers;
+    int64_t count, room;
+} Places;
+
+/* Whether there is room for FLAGS more. */
+static int has_room(Places *places)
 {
-    int64_t found = 0;
+    if (places->count + FLAGS <= places->room)
+        return 1;
+    int64_t room = 2 * places->room + FLAGS;
+    int32_t *numbers = PyMem_RawRealloc(places->numbers, (size_t)room * sizeof(int32_t));
+    if (!numbers)
+        return 0;
+    *places = (Places){numbers, places->count, room};
+    return 1;
+}
+
+/* The flat places of scores below `least` or above `most`, or that are no numbers, ascending; REFUSED where memory is
+   short. Most words of flags are 0. In one that is not, whether a score is meant is hard to predict: it is written down
+   in any case. */
+WIDER static int find_apart(const float *restrict score, int64_t count, float least, float most, Places *places)
+{
     for (int64_t first = 0; first < count; first += FLAGS) {
         int64_t some = count - first < FLAGS ? count - first : FLAGS;
         uint8_t flags[FLAGS] = {0};
         for (int64_t i = 0; i < some; i++)
             flags[i] = !(score[first + i] >= least) | (score[first + i] > most);
+        if (!has_room(places))
+            return REFUSED;
+        int32_t *next = places->numbers + places->count;
         for (int64_t i = 0; i < some; i += WORD) {
             uint64_t word;
             memcpy(&word, flags + i, WORD);
             if (!word)
                 continue;
             for (int64_t j = i; j < i + WORD && j < some; j++) {
-                places[found] = (int32_t)(first + j);
-                found += flags[j];
+                *next = (int32_t)(first + j);
+                next += flags[j];
             }
         }
+        places->count = next - places->numbers;
     }
-    return found;
+    return 0;
 }
 
 /* ---- Fusing, as ksm_edge/fuse.py says ---- */
@@ -403,11 +425,61 @@ WIDER static int fuse(const float *restrict weight, const float *restrict factor
     return next == cuts ? 0 : REFUSED;
 }
 
+/* ---- What masks feel, as ksm_edge/training/felt.py says ---- */
+
+/* One filter's row: S, or what with `weight` makes it, into f S; returns the sum of S. */
+static inline float feel_row(float *restrict row, const float *restrict weight, float factor, int64_t kernels,
+                             int is_product)
+{
+    float sums[SUMS] = {0};
+    int64_t i = 0;
+    for (; i + SUMS <= kernels; i += SUMS)
+        for (int j = 0; j < SUMS; j++) {
+            float felt = is_product ? weight[i + j] * row[i + j] : row[i + j];
+            sums[j] += felt;
+            row[i + j] = felt * factor;
+        }
+    for (int j = 0; i < kernels; i++, j++) {
+        float felt = is_product ? weight[i] * row[i] : row[i];
+        sums[j] += felt;
+        row[i] = felt * factor;
+    }
+    for (int half = SUMS / 2; half; half /= 2)
+        for (int j = 0; j < half; j++)
+            sums[j] += sums[j + half];
+    return sums[0];
+}
+
+/* `felt`, (filters, kernels), in place, and each filter's sum of M S: that of all as if nothing were cut, and what that
+   says too much of the few that are. `weight` NULL: `felt` is S already. REFUSED as `fuse` does. */
+WIDER static int feel(float *restrict felt, const float *restrict weight, const float *restrict factor,
+                      int64_t filters, int64_t kernels, const int32_t *restrict cut, const float *restrict scale,
+                      int64_t cuts, float *restrict sums)
+{
+    int64_t next = 0;
+    for (int64_t o = 0; o < filters; o++) {
+        float *row = felt + o * kernels;
+        const float *its = weight ? weight + o * kernels : NULL;
+        double too_much = 0;
+        for (; next < cuts; next++) {
+            int64_t i = *(const volatile int32_t *)&cut[next] - o * kernels; /* read once: it is checked */
+            if (i >= kernels)
+                break;
+            if (i < 0)
+                return REFUSED;
+            too_much += (1 - scale[next]) * (its ? its[i] * row[i] : row[i]);
+        }
+        sums[o] = its ? feel_row(row, its, factor[o], kernels, 1) : feel_row(row, its, factor[o], kernels, 0);
+        sums[o] -= (float)too_much;
+    }
+    return next == cuts ? 0 : REFUSED;
+}
+
 /* ---- Adam, as ksm_edge/training/adam.py says ---- */
 
 typedef struct {
     float momentum, gain, decay, square_gain; /* pairs that add up to 1 */
-    float size, floor;
+    float size, floor, stay; /* what is that stays so; NaN: none */
     float slope, shift; /* of what tanh is taken of a score, see `keep_gradient` in ksm_edge/mask.py; slope 0: no score */
 } Rates;
 
@@ -431,12 +503,13 @@ static inline void descend(float *restrict parameter, const float *restrict grad
                            float *restrict square, int64_t count, Rates rates, int of_score)
 {
     for (int64_t i = 0; i < count; i++) {
-        float g = gradient[i];
+        float g = gradient[i], from = parameter[i];
         if (of_score)
-            g = g * keep_gradient(parameter[i], rates.slope, rates.shift);
+            g = g * keep_gradient(from, rates.slope, rates.shift);
         mean[i] = mean[i] * rates.momentum + rates.gain * g;
         square[i] = square[i] * rates.decay + g * g * rates.square_gain;
-        parameter[i] -= mean[i] / (sqrtf(square[i]) + rates.floor) * rates.size;
+        float to = from - mean[i] / (sqrtf(square[i]) + rates.floor) * rates.size;
+        parameter[i] = from == rates.stay ? from : to;
     }
 }
 
@@ -554,31 +627,37 @@ static PyObject *py_decode_keep(PyObject *module, PyObject *const *args, Py_ssiz
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(apart_doc, "apart(score, least, most, places)\n--\n\n"
-                        "The flat places of scores, float32, below `least` or above `most` or not numbers, to the front\n"
-                        "of `places`, int32 and of as many; returns how many they are.");
+PyDoc_STRVAR(apart_doc, "apart(score, least, most)\n--\n\n"
+                        "The flat places of scores, float32, below `least` or above `most` or not numbers, ascending:\n"
+                        "bytes of int32.");
 
 static PyObject *py_apart(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    if (count != 4)
-        return PyErr_Format(PyExc_TypeError, "4 arguments are needed");
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "3 arguments are needed");
     double least = PyFloat_AsDouble(args[1]), most = PyFloat_AsDouble(args[2]);
     if (PyErr_Occurred())
         return NULL;
-    Array a[] = {{args[0], "f", 4, 0, {0}}, {args[3], "il", 4, 1, {0}}};
-    if (borrow(a, 2) < 0)
+    Array score = {args[0], "f", 4, 0, {0}};
+    if (borrow(&score, 1) < 0)
         return NULL;
-    int64_t size = items(&a[0]), found = REFUSED;
-    if (items(&a[1]) == size && size <= INT32_MAX) {
+    int64_t size = items(&score);
+    Places places = {NULL, 0, 0};
+    PyObject *found = NULL;
+    if (size > INT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "more scores than int32 counts");
+    } else {
+        int held;
         Py_BEGIN_ALLOW_THREADS
-        found = find_apart(a[0].view.buf, size, (float)least, (float)most, a[1].view.buf);
+        held = find_apart(score.view.buf, size, (float)least, (float)most, &places);
         Py_END_ALLOW_THREADS
+        found = held < 0 ? PyErr_NoMemory()
+                         : PyBytes_FromStringAndSize((char *)places.numbers, places.count * (int64_t)sizeof(int32_t));
     }
-    give_back(a, 2);
-    if (found < 0)
-        return PyErr_Format(PyExc_ValueError, "the arrays do not fit");
-    return PyLong_FromLongLong(found);
+    PyMem_RawFree(places.numbers);
+    give_back(&score, 1);
+    return found;
 }
 
 PyDoc_STRVAR(fuse_doc, "fuse(weight, factor, cut, scale, out)\n--\n\n"
@@ -613,21 +692,57 @@ static PyObject *py_fuse(PyObject *module, PyObject *const *args, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(adam_doc, "adam(parameter, gradient, mean, square, momentum, decay, size, floor, slope, shift)\n--\n\n"
+PyDoc_STRVAR(feel_doc, "feel(felt, weight, factor, cut, scale, sums)\n--\n\n"
+                       "f S into felt, (O, I) float32, which is S / W, or S where weight is None; sums of M S into sums,\n"
+                       "(O,); f (O,) float32 and M as for fuse.");
+
+static PyObject *py_feel(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 6)
+        return PyErr_Format(PyExc_TypeError, "6 arguments are needed");
+    int has_weight = args[1] != Py_None;
+    Array a[] = {{args[0], "f", 4, 1, {0}},
+                 {has_weight ? args[1] : args[0], "f", 4, 0, {0}},
+                 {args[2], "f", 4, 0, {0}},
+                 {args[3], "ilq", 4, 0, {0}},
+                 {args[4], "f", 4, 0, {0}},
+                 {args[5], "f", 4, 1, {0}}};
+    if (borrow(a, 6) < 0)
+        return NULL;
+    const Py_buffer *felt = &a[0].view;
+    int held = REFUSED;
+    if (felt->ndim == 2 && a[1].view.len == felt->len && items(&a[2]) == felt->shape[0] &&
+        items(&a[3]) == items(&a[4]) && items(&a[5]) == felt->shape[0]) {
+        const float *weight = has_weight ? a[1].view.buf : NULL;
+        Py_BEGIN_ALLOW_THREADS
+        held = feel(felt->buf, weight, a[2].view.buf, felt->shape[0], felt->shape[1], a[3].view.buf, a[4].view.buf,
+                    items(&a[3]), a[5].view.buf);
+        Py_END_ALLOW_THREADS
+    }
+    give_back(a, 6);
+    if (held < 0)
+        return PyErr_Format(PyExc_ValueError, "the arrays do not fit, or cut kernels are not ascending");
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(adam_doc, "adam(parameter, gradient, mean, square, momentum, decay, size, floor, stay, slope, shift)\n"
+                       "--\n\n"
                        "One step in place on float32 arrays of one size, of which the gradient is only read.");
 
 static PyObject *py_adam(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    if (count != 10)
-        return PyErr_Format(PyExc_TypeError, "10 arguments are needed");
-    double given[6];
-    for (int i = 0; i < 6; i++)
+    if (count != 11)
+        return PyErr_Format(PyExc_TypeError, "11 arguments are needed");
+    double given[7];
+    for (int i = 0; i < 7; i++)
         given[i] = PyFloat_AsDouble(args[4 + i]);
     if (PyErr_Occurred())
         return NULL;
     Rates rates = {(float)given[0], (float)(1 - given[0]), (float)given[1], (float)(1 - given[1]),
-                   (float)given[2], (float)given[3],       (float)given[4], (float)given[5]};
+                   (float)given[2], (float)given[3],       (float)given[4], (float)given[5],
+                   (float)given[6]};
     Array a[] = {{args[0], "f", 4, 1, {0}},
                  {args[1], "f", 4, 0, {0}},
                  {args[2], "f", 4, 1, {0}},
@@ -651,6 +766,7 @@ static PyMethodDef METHODS[] = {
     {"adam", (PyCFunction)(void (*)(void))py_adam, METH_FASTCALL, adam_doc},
     {"apart", (PyCFunction)(void (*)(void))py_apart, METH_FASTCALL, apart_doc},
     {"decode_keep", (PyCFunction)(void (*)(void))py_decode_keep, METH_FASTCALL, decode_keep_doc},
+    {"feel", (PyCFunction)(void (*)(void))py_feel, METH_FASTCALL, feel_doc},
     {"fuse", (PyCFunction)(void (*)(void))py_fuse, METH_FASTCALL, fuse_doc},
     {NULL, NULL, 0, NULL},
 };

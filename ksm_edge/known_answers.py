@@ -26,7 +26,7 @@ KEEP_BITS = bytes.fromhex(
 
 def wrong(loops: ModuleType) -> list[str]:
     """Names of those whose answers differ."""
-    asked = {"adam": _descends, "apart": _finds, "decode_keep": _decodes, "fuse": _fuses}
+    asked = {"adam": _descends, "apart": _finds, "decode_keep": _decodes, "feel": _feels, "fuse": _fuses}
     return [name for name, answers_right in asked.items() if not _holds(answers_right, loops)]
 
 
@@ -65,8 +65,7 @@ def _finds(loops: ModuleType) -> bool:
 
 
 def _finds_apart(loops: ModuleType, score: np.ndarray, least: float, most: float) -> bool:
-    places = np.empty(score.size, np.int32)
-    found = places[: loops.apart(score, least, most, places)]
+    found = np.frombuffer(loops.apart(score, least, most), np.int32)
     return np.array_equal(found, np.flatnonzero(~(score >= least) | (score > most)))
 
 
@@ -92,6 +91,22 @@ def _fuses_kernels(loops: ModuleType, side: int, cut: np.ndarray) -> bool:
     return np.array_equal(out, weight * factor[:, None, None, None])
 
 
+def _feels(loops: ModuleType) -> bool:
+    """All but sums bit for bit, with and without a weight."""
+    cut = np.flatnonzero(_numbers(3 * CELLS) > 0.5).astype(np.int32)
+    scale, factor = _numbers(cut.size), _numbers(3) * 3
+    mask = np.ones((3, CELLS), np.float32)
+    mask.reshape(-1)[cut] = scale
+    for weight in (None, np.cos(_numbers(3, CELLS))):
+        felt, sums = _numbers(3, CELLS), np.empty(3, np.float32)
+        S = felt if weight is None else weight * felt
+        expected = S * factor[:, None], (S * mask).sum(axis=1)
+        loops.feel(felt, weight, factor, cut, scale, sums)
+        if not np.array_equal(felt, expected[0]) or not np.allclose(sums, expected[1], 1e-5, 1e-5):
+            return False
+    return True
+
+
 def _descends(loops: ModuleType) -> bool:
     """Bit for bit; with the gradients of scores, down to where they end, to a hundred thousandth, and from no momentum,
     which would hide them.
@@ -107,15 +122,15 @@ def _step(
     p, g, m, v = _numbers(4, CELLS)
     v = np.abs(v)
     found = [p.copy(), m.copy(), v.copy()]
-    decay, size, floor = 0.875, 2**-7, 2**-10  # as exact in float32
-    loops.adam(found[0], g, *found[1:], momentum, decay, size, floor, slope, shift)
+    decay, size, floor, stay = 0.875, 2**-7, 2**-10, float(p[CELLS // 2])  # as exact in float32
+    loops.adam(found[0], g, *found[1:], momentum, decay, size, floor, stay, slope, shift)
     if slope:
         kept = slope / 2 / np.cosh(slope * p.astype(np.float64) - shift) ** 2
         g = (g * kept).astype(np.float32)
     m = m * np.float32(momentum) + np.float32(1 - momentum) * g
     v = v * np.float32(decay) + g * g * np.float32(1 - decay)
-    p = p - m / (np.sqrt(v) + np.float32(floor)) * np.float32(size)
-    return zip(found, (p, m, v), strict=True)
+    moved = p - m / (np.sqrt(v) + np.float32(floor)) * np.float32(size)
+    return zip(found, (np.where(p == stay, p, moved), m, v), strict=True)
 
 
 def _numbers(*shape: int) -> np.ndarray:

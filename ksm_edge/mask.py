@@ -126,8 +126,7 @@ def soft_mask(score: np.ndarray, *, soft: bool = True, amplify: bool = False) ->
 def _apart(score: np.ndarray, most: float) -> np.ndarray:
     """Flat places, int32 and ascending, of scores below the threshold or above `most`, or that are no numbers."""
     if native.loops is not None and score.dtype == np.float32 and score.flags.c_contiguous and score.flags.aligned:
-        places = np.empty(score.size, np.int32)  # of which the system gives memory for as much as is written
-        return places[: native.loops.apart(score, THRESHOLD, most, places)].copy()
+        return np.frombuffer(native.loops.apart(score, THRESHOLD, most), np.int32)
     number = score.dtype.type
     return np.flatnonzero(~(score >= number(THRESHOLD)) | (score > number(most))).astype(np.int32)
 

@@ -29,6 +29,10 @@ MISTAKES = {
     "another filter's factor": ("fuse", "made[i] = row[i] * factor[o];", "made[i] = row[i] * factor[o / 2];"),
     "the last of a kernel": ("fuse", "i < first + size; i++", "i < first + size - (size > 1); i++"),
     "rounded once": ("fuse", "(row[i] * scale[next]) * factor[o]", "row[i] * (scale[next] * factor[o])"),
+    "the last of a row": ("feel", "i < kernels; i++, j++", "i < kernels - 1; i++, j++"),
+    "half of the sums": ("feel", "half = SUMS / 2; half;", "half = SUMS / 2; half > 1;"),
+    "what is cut twice": ("feel", "too_much += (1 - scale[next])", "too_much += 2 * (1 - scale[next])"),
+    "another row's weight": ("feel", "weight + o * kernels : NULL", "weight : NULL"),
     "a product and a sum rounded once": (
         "adam", "mean[i] * rates.momentum + rates.gain * g;", "fmaf(mean[i], rates.momentum, rates.gain * g);"
     ),
@@ -36,6 +40,7 @@ MISTAKES = {
     "the last parameter": ("adam", "i < count; i++) {\n        float g", "i < count - 1; i++) {\n        float g"),
     "where gradients end": ("adam", "x > 12.0f ? 12.0f", "x > 9.0f ? 9.0f"),
     "a term of the series": ("adam", "1 + u * (1.0f / 56)", "1 + u * (1.0f / 50)"),
+    "what stays": ("adam", "from == rates.stay ? from : to", "to"),
     "all of them refused": ("adam", "items(&a[2]) == size &&", "items(&a[2]) > size &&"),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import sysconfig
 from pathlib import Path
@@ -125,25 +126,61 @@ def test_arrays_that_do_not_fit_each_other_are_refused(loops: ModuleType, wrong:
         loops.fuse(*(fuse_arguments() | wrong).values())
 
 
-def test_places_apart_take_only_arrays_that_fit(loops: ModuleType) -> None:
-    score, places = np.array([1, 0, np.nan, 3, -0.0, 2], np.float32), np.full(6, -1, np.int32)
-    assert loops.apart(score, 0.5, 2.0, places) == 4
-    assert places[:4].tolist() == [1, 2, 3, 4]
-    assert loops.apart(score, -np.inf, np.inf, places) == 1
-    assert loops.apart(score[:0], 0.5, 2.0, places[:0]) == 0
-    with pytest.raises(ValueError, match="do not fit"):
-        loops.apart(score, 0.5, 2.0, places[1:])
-    fixed = places.copy()
-    fixed.flags.writeable = False
-    for wrong in ((score.astype(float), places), (score, places.astype(np.int64)), (score[::2], places[::2])):
+def test_places_apart_are_looked_for_in_arrays_of_the_right_type_alone(loops: ModuleType) -> None:
+    score = np.array([1, 0, np.nan, 3, -0.0, 2], np.float32)
+    assert np.frombuffer(loops.apart(score, 0.5, 2.0), np.int32).tolist() == [1, 2, 3, 4]
+    assert np.frombuffer(loops.apart(score, -np.inf, np.inf), np.int32).tolist() == [2]
+    assert loops.apart(score[:0], 0.5, 2.0) == b""
+    for wrong in (score.astype(float), score[::2]):
         with pytest.raises((TypeError, BufferError, ValueError)):
-            loops.apart(wrong[0], 0.5, 2.0, wrong[1])
-    with pytest.raises((BufferError, ValueError), match=r"(?i)read-only|writable"):
-        loops.apart(score, 0.5, 2.0, fixed)
+            loops.apart(wrong, 0.5, 2.0)
     with pytest.raises(TypeError):
-        loops.apart(score, "0", 2.0, places)
+        loops.apart(score, "0", 2.0)
     with pytest.raises(TypeError):
-        loops.apart(score, 0.5, 2.0)
+        loops.apart(score, 0.5)
+
+
+def test_places_apart_of_any_share_find_room(loops: ModuleType) -> None:
+    """For as many as they are, of a large layer: nothing knows in advance."""
+    for share in (0.0, 1e-3, 0.5, 1.0):
+        score = -np.float32(np.random.default_rng(0).random(200_003) < share)
+        assert np.array_equal(np.frombuffer(loops.apart(score, -0.5, 1.0), np.int32), np.flatnonzero(score))
+
+
+def feel_arguments() -> dict[str, np.ndarray]:
+    return {
+        "felt": np.full((2, 3), 2, np.float32),
+        "weight": np.ones((2, 3), np.float32),
+        "factor": np.full(2, 4, np.float32),
+        "cut": np.array([1, 4], np.int32),
+        "scale": np.array([0.5, 0.25], np.float32),
+        "sums": np.zeros(2, np.float32),
+    }
+
+
+def test_what_masks_feel_takes_only_arrays_that_fit(loops: ModuleType) -> None:
+    given = feel_arguments()
+    loops.feel(*given.values())
+    assert given["sums"].tolist() == [5, 4.5]
+    assert (given["felt"] == 8).all()
+    for name, right in feel_arguments().items():
+        wider = np.int64 if name == "cut" else np.float64
+        with pytest.raises(TypeError, match="is no aligned array"):
+            loops.feel(*(feel_arguments() | {name: right.astype(wider)}).values())
+        with pytest.raises(ValueError, match="do not fit, or cut kernels are not ascending"):
+            loops.feel(*(feel_arguments() | {name: right[1:]}).values())
+    with pytest.raises(ValueError, match="do not fit"):
+        loops.feel(*(feel_arguments() | {"felt": np.ones(6, np.float32)}).values())
+    for cut in ([4, 1], [1, 6], [-1, 4]):
+        with pytest.raises(ValueError, match="cut kernels are not ascending"):
+            loops.feel(*(feel_arguments() | {"cut": np.array(cut, np.int32)}).values())
+    for name in ("felt", "sums"):
+        fixed = feel_arguments()[name]
+        fixed.flags.writeable = False
+        with pytest.raises((BufferError, ValueError), match=r"(?i)read-only|writable"):
+            loops.feel(*(feel_arguments() | {name: fixed}).values())
+    with pytest.raises(TypeError):
+        loops.feel(*list(feel_arguments().values())[1:])
 
 
 def adam_arguments(count: int = 1003) -> dict[str, np.ndarray]:
@@ -185,13 +222,14 @@ def test_the_gradient_of_keeping_is_as_exact_as_float32_is(loops: ModuleType) ->
     """Read from the first step of plain descent: momentum 0, and a floor of 1 beside which no square is seen."""
     score = np.concatenate([np.linspace(-3, 3, 4001), [-1e30, 1e30, -0.0, THRESHOLD]]).astype(np.float32)
     mean, square = np.zeros_like(score), np.zeros_like(score)
-    loops.adam(score.copy(), np.ones_like(score), mean, square, 0.0, SQUARE_DECAY, 0.0, 1.0, SLOPE, SLOPE * THRESHOLD)
+    rates = 0.0, SQUARE_DECAY, 0.0, 1.0, math.nan, SLOPE, SLOPE * THRESHOLD
+    loops.adam(score.copy(), np.ones_like(score), mean, square, *rates)
     exact = keep_gradient(score.astype(np.float64))
     np.testing.assert_allclose(mean, exact, rtol=2e-6, atol=1e-9)
 
 
 def test_adam_takes_only_arrays_that_fit(loops: ModuleType) -> None:
-    numbers = (MOMENTUM, SQUARE_DECAY, 1e-3, 1e-8, 0.0, 0.0)
+    numbers = (MOMENTUM, SQUARE_DECAY, 1e-3, 1e-8, math.nan, 0.0, 0.0)
     given = adam_arguments()
     loops.adam(*given.values(), *numbers)
     for name, right in given.items():

@@ -13,6 +13,7 @@ With batch statistics f is not part of the weight: dM = S, and dgamma and dbeta 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,9 @@ from ksm_edge.mask import (
 )
 from ksm_edge.pack.quantize import dequantize_difference, dequantize_scale, quantize_difference, quantize_scale
 from ksm_edge.pack.record import LayerState
-from ksm_edge.training.adam import Adam, CompactAdam, blocks
+from ksm_edge.training.adam import Adam, CompactAdam
+from ksm_edge.training.blocks import blocks
+from ksm_edge.training.felt import feel
 from ksm_edge.training.settings import Settings
 
 TURNED_ROWS = 64  # of a matrix that is transposed at once: the lines they lie in stay in the first level of cache
@@ -103,20 +106,18 @@ class TrainedLayer:
 
     def step(self, rates: dict[str, float], count: int) -> None:
         """One optimizer step from what the accumulators hold, then the next fused weights."""
-        kept = self.score == INITIAL_SCORE if self.settled else None
         self._descend(rates, count)
         if "score" in self.learning and self.settings.cut_penalty:
             distance = self.settings.cut_penalty * rates["score"]
             pull_to_keeping(self.score, distance, from_above=bool(self.settings.amplify))
-        if kept is not None:
-            self.score[kept] = INITIAL_SCORE
         self.fuse()
 
     def _descend(self, rates: dict[str, float], count: int) -> None:
         """By itself, so that the gradients have left memory when the next weights are made."""
         for name, gradient in self.gradients().items():
             if name in self.learning:
-                self.learning[name].step(gradient, rates[name], count)
+                stay = INITIAL_SCORE if self.settled and name == "score" else math.nan
+                self.learning[name].step(gradient, rates[name], count, stay=stay)
 
     def settle(self, stays: np.ndarray) -> None:
         """Of the cut kernels only those stay cut that `stays`, in the order of the scores, is True for.
@@ -136,34 +137,36 @@ class TrainedLayer:
         Made in the accumulator's own memory, where it has room for them: what it held is gone then. Scores, and whether
         they are as a pack holds them, must be those of the last `fuse`.
         """
-        factor = self._factor()
-        felt = self._products()
-        if "score" in self.learning and felt.ndim == 2:
-            felt = reduce_kernels(felt, self.settings.granularity)
+        felt, weight = self._products()
+        if "score" in self.learning and felt.shape != self.score.shape:
+            felt = felt if weight is None else np.multiply(felt, weight, out=felt)
+            felt, weight = reduce_kernels(felt, self.settings.granularity), None
+        # The mask is made again: kept, those of all layers would be 9 MiB of ResNet-18.
+        mask = None if self.batch_norm else self._mask_as_run()
+        total = feel(felt.reshape(len(felt), -1), weight, self._factor(), mask)
         result = {"beta": self.dbeta, "gamma": self.dgamma} if self.batch_norm else {"beta": self.dbias}
         if not self.batch_norm:
-            df = self._masked_sum(felt) + (self.pristine.bias - self.mean) * self.dbias
+            df = total + (self.pristine.bias - self.mean) * self.dbias
             result["gamma"] = df / np.sqrt(self.var + np.float32(self.layer.eps))
         if "score" in self.learning:
-            felt *= factor.reshape(-1, *[1] * (felt.ndim - 1))
             result["score"] = felt
         return result
 
-    def _products(self) -> np.ndarray:
-        """S: (O, I), (O, 1) in the channel form, or (O, I, kh, kw) for element-wise masks; in place of the product, if
-        that is as large.
+    def _products(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """S, (O, I), (O, 1) in the channel form, or (O, I, kh, kw) for element-wise masks, or the two that it is the
+        product of; the first is the accumulator's own memory, if that is as large.
         """
         W, product = self.pristine.weight, self.product
         O, I, kh, kw = W.shape
         if self.form == "channel":
-            return product[:, None]
+            return product[:, None], None
         if self.form in MASK_ALONE:
-            return product
+            return product, None
         if self.settings.granularity == "element":
-            return W * self._taps().transpose(1, 2, 0).reshape(O, I, kh, kw)
+            return np.multiply(W, self._taps().transpose(1, 2, 0).reshape(O, I, kh, kw), order="C"), None
         if self.form == "pointwise":
-            return np.multiply(W[:, :, 0, 0], product, out=product)
-        return np.einsum("oik,koi->oi", W.reshape(O, I, kh * kw), self._taps())
+            return product, W[:, :, 0, 0]
+        return np.einsum("oik,koi->oi", W.reshape(O, I, kh * kw), self._taps(), order="C"), None
 
     def _taps(self) -> np.ndarray:
         """The product as (K, O, I), whichever of the forms that know single weights it has."""
@@ -171,18 +174,6 @@ class TrainedLayer:
         if self.form == "patches":
             return self.product.reshape(O, kh * kw, I).transpose(1, 0, 2)
         return self.product.reshape(kh * kw, O, I)
-
-    def _masked_sum(self, felt: np.ndarray) -> np.ndarray:
-        """sum_i M S, (O,): that of all as if nothing were cut, and what that says too much of the few that are."""
-        O = len(felt)
-        total = felt.reshape(O, -1).sum(axis=1)
-        mask = self._mask_as_run()  # made again: kept, those of all layers would be 9 MiB of ResNet-18
-        if mask is None:
-            return total
-        too_much = np.zeros(O)
-        for cut, scale in blocks(mask.cut, mask.cut_scale):
-            too_much += np.bincount(cut // (felt.size // O), (1 - scale) * felt.reshape(-1)[cut], minlength=O)
-        return total - too_much.astype(felt.dtype)
 
     def mask(self) -> SoftMask:
         """The layer's soft mask, from its scores as they are now."""

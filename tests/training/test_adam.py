@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ksm_edge.mask import keep_gradient
-from ksm_edge.training.adam import BLOCK, Adam, CompactAdam, rate_factor
+from ksm_edge.training.adam import Adam, CompactAdam, rate_factor
+from ksm_edge.training.blocks import BLOCK
 
 pytestmark = pytest.mark.usefixtures("each_form")
 
@@ -78,6 +79,14 @@ def test_scores_take_the_gradient_of_the_mask_to_their_own_in_front_of_the_step(
         b.step(product * keep_gradient(other), 1e-3, count)
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-8)
     assert not np.array_equal(one, score)
+
+
+@pytest.mark.parametrize("kind", [Adam, CompactAdam])
+def test_what_is_to_stay_stays(kind: type[Adam]) -> None:
+    parameter = np.linspace(0, 1, BLOCK + 10, dtype=np.float32)
+    before, stay = parameter.copy(), parameter[7]
+    kind(parameter, scores=True).step(np.ones_like(parameter), 1e-2, 1, stay=float(stay))
+    assert np.array_equal(before == stay, parameter == before)
 
 
 def test_moments_in_a_byte_take_a_quarter_of_the_memory() -> None:

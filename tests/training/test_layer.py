@@ -123,7 +123,7 @@ def test_gradients_of_scores_are_made_where_the_product_was(name: str) -> None:
 def test_gradients_are_the_chain_rule(
     name: str, granularity: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ksm_edge.training.adam.BLOCK", 4)  # of several blocks is what is cut too
+    monkeypatch.setattr("ksm_edge.training.blocks.BLOCK", 4)  # of several blocks is what is cut too
     layer = trained(name, granularity, method=method)
     wanted = expected(layer, *accumulate(layer))
     found = layer.gradients()
