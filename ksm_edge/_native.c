@@ -483,20 +483,18 @@ typedef struct {
     float slope, shift; /* of what tanh is taken of a score, see `keep_gradient` in ksm_edge/mask.py; slope 0: no score */
 } Rates;
 
-/* slope / 2 (1 - tanh^2 x) for x = slope score - shift, as slope / 2 / cosh^2 x: from h = cosh(x / 4) - 1 by its power
-   series, whose terms are all positive, and cosh(2 x) - 1 = 2 h (h + 2). Beyond 12 there is less than float32 resolves
-   beside 1. */
+/* slope / 2 (1 - tanh^2 x) for x = slope score - shift, as 2 slope / (4 + k) where k / 4 = cosh^2 x - 1: from 2 cosh(x / 8)
+   - 2 by its power series, whose terms are all positive, and four times from that of an angle to that of its double,
+   k (k + 4). Beyond 12, where there is less than float32 resolves beside 1, the series ends too soon; beyond 1e10 k is
+   infinite, and the gradient 0. */
 static inline float keep_gradient(float score, float slope, float shift)
 {
-    float x = slope * score - shift;
-    x = x > 12.0f ? 12.0f : x < -12.0f ? -12.0f : x;
-    float u = x * x * (1.0f / 16);
-    float h = 1 + u * (1.0f / 182) * (1 + u * (1.0f / 240));
-    h = 1 + u * (1.0f / 30) * (1 + u * (1.0f / 56) * (1 + u * (1.0f / 90) * (1 + u * (1.0f / 132) * h)));
-    h = u * 0.5f * (1 + u * (1.0f / 12) * h);
-    h = 2 * h * (h + 2);
-    h = 2 * h * (h + 2);
-    return 0.5f * slope / ((1 + h) * (1 + h));
+    float x = slope * score - shift, u = x * x * (1.0f / 64), square = u * u;
+    float k = (1.0f / 360 + u * (1.0f / 20160)) + square * (1.0f / 1814400);
+    k = u * ((1 + u * (1.0f / 12)) + square * k);
+    for (int doubled = 0; doubled < 4; doubled++)
+        k = k * (k + 4);
+    return 2 * slope / (k + 4);
 }
 
 static inline void descend(float *restrict parameter, const float *restrict gradient, float *restrict mean,

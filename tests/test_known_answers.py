@@ -38,8 +38,8 @@ MISTAKES = {
     ),
     "every fourth square": ("adam", "square[i] = square[i]", "square[i] = square[i / 4 * 4]"),
     "the last parameter": ("adam", "i < count; i++) {\n        float g", "i < count - 1; i++) {\n        float g"),
-    "where gradients end": ("adam", "x > 12.0f ? 12.0f", "x > 9.0f ? 9.0f"),
-    "a term of the series": ("adam", "1 + u * (1.0f / 56)", "1 + u * (1.0f / 50)"),
+    "an angle doubled too often": ("adam", "doubled < 4", "doubled < 5"),
+    "a term of the series": ("adam", "1.0f / 360", "1.0f / 300"),
     "what stays": ("adam", "from == rates.stay ? from : to", "to"),
     "all of them refused": ("adam", "items(&a[2]) == size &&", "items(&a[2]) > size &&"),
 }  # fmt: skip
