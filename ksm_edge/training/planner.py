@@ -23,8 +23,8 @@ from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, l
 from ksm_edge.training.tuning import Tuned, forms_that_may_differ, measured
 
 # Micro-batches until a run's activations take this much, as one image of 224 pixels does in MobileNetV2: small networks
-# spend their time in the calls otherwise, and small images leave products so few columns that weights are what is waited
-# for. Of 96 pixels four at a time take 0.93 of what two do, of 160 two take as long as one.
+# spend their time in the calls otherwise, and of small images products have few columns for all the weights they read.
+# Of 96 pixels four at a time take 0.93 of what two do; of 160 two take as long as one (one AMD Zen 4 core).
 COMFORTABLE_BYTES = 20 * 2**20
 # Products in half precision gain by more images, for which weights are rounded once: behind the first third of
 # MobileNetV2 at 224 pixels two at a time take 0.84 of the time, where float32 takes 0.98 (one AMD Zen 4 core).
