@@ -2,8 +2,8 @@
    feel, and Adam.
 
    Each has a form in numpy beside its caller, which runs where this was not compiled, says what is wrong where this
-   refuses, and is what the tests hold it to, bit for bit (sums and scores' Adam: to a millionth). Buffers come checked
-   for type, contiguity and alignment; what is read from a pack is not believed before it is checked. */
+   refuses, and is what the tests hold it to, bit for bit (scores' Adam to a millionth, sums to a millionth of what is
+   summed). Buffers come checked for type, contiguity and alignment; what is read from a pack is not believed before it is checked. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -427,7 +427,8 @@ WIDER static int fuse(const float *restrict weight, const float *restrict factor
 
 /* ---- What masks feel, as ksm_edge/training/felt.py says ---- */
 
-/* One filter's row: S, or what with `weight` makes it, into f S; returns the sum of S. */
+/* One filter's row: S, or what with `weight` makes it, into f S; returns the sum of S. `is_product` is a constant of each
+   call, so that there are two loops without a question in them. */
 static inline float feel_row(float *restrict row, const float *restrict weight, float factor, int64_t kernels,
                              int is_product)
 {
@@ -479,14 +480,15 @@ WIDER static int feel(float *restrict felt, const float *restrict weight, const 
 
 typedef struct {
     float momentum, gain, decay, square_gain; /* pairs that add up to 1 */
-    float size, floor, stay; /* what is that stays so; NaN: none */
+    float size, floor;
+    float stay; /* parameters of this value keep it; NaN: none do */
     float slope, shift; /* of what tanh is taken of a score, see `keep_gradient` in ksm_edge/mask.py; slope 0: no score */
 } Rates;
 
-/* slope / 2 (1 - tanh^2 x) for x = slope score - shift, as 2 slope / (4 + k) where k / 4 = cosh^2 x - 1: from 2 cosh(x / 8)
-   - 2 by its power series, whose terms are all positive, and four times from that of an angle to that of its double,
-   k (k + 4). Beyond 12, where there is less than float32 resolves beside 1, the series ends too soon; beyond 1e10 k is
-   infinite, and the gradient 0. */
+/* slope / 2 (1 - tanh^2 x) for x = slope score - shift, as 2 slope / (4 + k) where k / 4 = cosh^2 x - 1: from
+   2 cosh(x / 8) - 2 by its power series, whose terms are all positive, and four times from that of an angle to that of
+   its double, k (k + 4). To 2e-6 of itself up to 8, and 4e-6 up to 12, where it is a 1e10th; beyond, the series ends too
+   soon, and from 44 on k is infinite, and this 0. */
 static inline float keep_gradient(float score, float slope, float shift)
 {
     float x = slope * score - shift, u = x * x * (1.0f / 64), square = u * u;
@@ -691,8 +693,8 @@ static PyObject *py_fuse(PyObject *module, PyObject *const *args, Py_ssize_t cou
 }
 
 PyDoc_STRVAR(feel_doc, "feel(felt, weight, factor, cut, scale, sums)\n--\n\n"
-                       "f S into felt, (O, I) float32, which is S / W, or S where weight is None; sums of M S into sums,\n"
-                       "(O,); f (O,) float32 and M as for fuse.");
+                       "f S into felt, (O, I) float32, which is S / W, or S where weight is None; sums of M S into\n"
+                       "sums, (O,); f (O,) float32 and M as for fuse.");
 
 static PyObject *py_feel(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {

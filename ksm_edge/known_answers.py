@@ -108,10 +108,11 @@ def _feels(loops: ModuleType) -> bool:
 
 
 def _descends(loops: ModuleType) -> bool:
-    """Bit for bit; with the gradients of scores, down to where they end, to a hundred thousandth, and from no momentum,
-    which would hide them.
+    """Bit for bit; with the gradients of scores, and beyond where they end, to a hundred thousandth, and from no
+    momentum, which would hide them.
     """
-    plain, of_scores = _step(loops, momentum=0.75), _step(loops, momentum=0.0, slope=18.0, shift=1.0)
+    plain = _step(loops, momentum=0.75)
+    of_scores = [pair for slope in (18.0, 60.0) for pair in _step(loops, momentum=0.0, slope=slope, shift=1.0)]
     return all(np.array_equal(*pair) for pair in plain) and all(np.allclose(*pair, 1e-5, 1e-8) for pair in of_scores)
 
 

@@ -1,7 +1,8 @@
 """What is written in C, or None where the package was installed without a C compiler, or with one that made it wrong.
 
 `loops`, of _native.c: each has a form in numpy beside its caller, which then runs in its place and gives the same bits;
-of sums and of scores' Adam it gives the same to a millionth. Answers that it must give are asked for when it is loaded.
+of scores' Adam it gives the same to a millionth, of sums to a millionth of what is summed. Answers that it must give
+are asked for when it is loaded.
 `operators`, of _operators.c: the library that gives ONNX Runtime this project's own operators. Without it a gradient
 graph is made of standard ones, and takes longer. What these make is tried by ksm_edge.runtimes.trial.
 """

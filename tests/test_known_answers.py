@@ -39,6 +39,7 @@ MISTAKES = {
     "every fourth square": ("adam", "square[i] = square[i]", "square[i] = square[i / 4 * 4]"),
     "the last parameter": ("adam", "i < count; i++) {\n        float g", "i < count - 1; i++) {\n        float g"),
     "an angle doubled too often": ("adam", "doubled < 4", "doubled < 5"),
+    "what is infinite": ("adam", "return 2 * slope / (k + 4);", "return 2 * slope * k / (k * (k + 4));"),
     "a term of the series": ("adam", "1.0f / 360", "1.0f / 300"),
     "what stays": ("adam", "from == rates.stay ? from : to", "to"),
     "all of them refused": ("adam", "items(&a[2]) == size &&", "items(&a[2]) > size &&"),

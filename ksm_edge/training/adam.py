@@ -33,42 +33,42 @@ class Adam:
 
     def step(self, gradient: np.ndarray, rate: float, count: int, *, stay: float = math.nan) -> None:
         """One update; `count` is 1 for the first. What is exactly `stay` stays so."""
-        self._descend(self.parameter, gradient, self.mean, self.square, _step(rate, count, stay))
+        self._descend(self.parameter, gradient, self.mean, self.square, _move_at(rate, count, stay))
 
     def squares(self) -> np.ndarray:
-        """The running mean of the gradient's square, flat, and smaller at first: it began at 0."""
+        """The running mean of the gradient's square, flat, and smaller at first: it began at 0. It may be a view."""
         return self.square.reshape(-1)
 
     def _descend(
-        self, parameter: np.ndarray, gradient: np.ndarray, mean: np.ndarray, square: np.ndarray, step: _Step
+        self, parameter: np.ndarray, gradient: np.ndarray, mean: np.ndarray, square: np.ndarray, move: _Move
     ) -> None:
         """All or a part of it; in one pass over memory where that is possible."""
         if native.loops is not None and parameter.dtype == gradient.dtype == np.float32:
             slope, shift = (SLOPE, SLOPE * THRESHOLD) if self.scores else (0.0, 0.0)
             gradient = np.ascontiguousarray(gradient)
-            native.loops.adam(parameter, gradient, mean, square, MOMENTUM, SQUARE_DECAY, *step, slope, shift)
+            native.loops.adam(parameter, gradient, mean, square, MOMENTUM, SQUARE_DECAY, *move, slope, shift)
             return
         for p, g, m, v in blocks(parameter, gradient, mean, square):
-            stays = p == np.float32(step.stay)
-            _descend_block(p, g * keep_gradient(p) if self.scores else g, m, v, step)
-            p[stays] = step.stay
+            stays = p == p.dtype.type(move.stay)
+            _descend_block(p, g * keep_gradient(p) if self.scores else g, m, v, move)
+            p[stays] = move.stay
 
 
-class _Step(NamedTuple):
-    """By size m / (sqrt(v) + floor), but of parameters that are `stay`."""
+class _Move(NamedTuple):
+    """How parameters move: by size m / (sqrt(v) + floor), and not at all where they are `stay`."""
 
     size: float
     floor: float
     stay: float
 
 
-def _step(rate: float, count: int, stay: float) -> _Step:
+def _move_at(rate: float, count: int, stay: float) -> _Move:
     """By rate m' / (sqrt(v') + epsilon), m' and v' being m and v without their start at zero."""
     unbias = math.sqrt(1 - SQUARE_DECAY**count)
-    return _Step(rate * unbias / (1 - MOMENTUM**count), EPSILON * unbias, stay)
+    return _Move(rate * unbias / (1 - MOMENTUM**count), EPSILON * unbias, stay)
 
 
-def _descend_block(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, step: _Step) -> None:
+def _descend_block(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, move: _Move) -> None:
     """All of it, with m and v moved by g in front."""
     m *= np.float32(MOMENTUM)
     m += (scratch := np.float32(1 - MOMENTUM) * g)
@@ -77,9 +77,9 @@ def _descend_block(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, s
     v *= np.float32(SQUARE_DECAY)
     v += scratch
     np.sqrt(v, out=scratch)
-    scratch += np.float32(step.floor)
+    scratch += np.float32(move.floor)
     np.divide(m, scratch, out=scratch)
-    scratch *= np.float32(step.size)
+    scratch *= np.float32(move.size)
     p -= scratch
 
 
@@ -102,10 +102,10 @@ class CompactAdam(Adam):
         return super().state(name) | {f"{name}:tops": self.tops}
 
     def step(self, gradient: np.ndarray, rate: float, count: int, *, stay: float = math.nan) -> None:
-        step = _step(rate, count, stay)
+        move = _move_at(rate, count, stay)
         for number, (p, g) in enumerate(blocks(self.parameter, gradient)):
             m, v = self._moments(number)
-            self._descend(p, g, m, v, step)
+            self._descend(p, g, m, v, move)
             self._keep(number, m, v, count)
 
     def squares(self) -> np.ndarray:

@@ -17,8 +17,9 @@ from ksm_edge.training.blocks import blocks
 def feel(felt: np.ndarray, weight: np.ndarray | None, factor: np.ndarray, mask: SoftMask | None) -> np.ndarray:
     """Make f S of `felt`, (O, N) float32, in place; returns the sums of M S, (O,).
 
-    `felt` is S, or where `weight` (O, N) is given S = weight felt. `factor` is f, (O,); `mask`, of as many scores, None
-    where all are kept. Sums are in another order in each of the two forms, the rest has the same bits.
+    `felt` is S, or where `weight` (O, N) is given S is weight times felt; each is in one piece. `factor` is f, (O,);
+    `mask`, of as many scores, None where all are kept. Sums are in another order in each of the two forms, the rest has
+    the same bits.
     """
     cut, scale = NOTHING_CUT if mask is None else (mask.cut, mask.cut_scale)
     if native.loops is not None and (weight is None or weight.flags.aligned):

@@ -139,7 +139,8 @@ class TrainedLayer:
         """
         felt, weight = self._products()
         if "score" in self.learning and felt.shape != self.score.shape:
-            felt = felt if weight is None else np.multiply(felt, weight, out=felt)
+            if weight is not None:
+                felt *= weight
             felt, weight = reduce_kernels(felt, self.settings.granularity), None
         # The mask is made again: kept, those of all layers would be 9 MiB of ResNet-18.
         mask = None if self.batch_norm else self._mask_as_run()
