@@ -254,3 +254,16 @@ def test_under_the_penalty_only_scores_whose_gradient_keeps_its_sign_sink() -> N
         assert (layer.score[0] < THRESHOLD).all()
     assert (penalised.score[1:] >= THRESHOLD).all()
     assert (free.score[1:] < THRESHOLD).any()
+
+
+def test_settled_kernels_stay_under_the_penalty_too() -> None:
+    """It pulls cut ones up to where those are that stay."""
+    layer = trained("project", cut_penalty=0.5)
+    layer.settle(np.arange(layer.mask().cut.size) % 2 == 0)
+    kept = layer.score == INITIAL_SCORE
+    for count in range(1, 11):
+        accumulate(layer, seed=count)
+        layer.step({"score": 1e-3, "gamma": 0.0, "beta": 0.0}, count)
+    assert kept.any()
+    assert (layer.score[kept] == INITIAL_SCORE).all()
+    assert (layer.score[~kept] != INITIAL_SCORE).any()
