@@ -32,7 +32,7 @@ class Adam:
         return {name: self.parameter, f"{name}:mean": self.mean, f"{name}:square": self.square}
 
     def step(self, gradient: np.ndarray, rate: float, count: int, *, stay: float = math.nan) -> None:
-        """One update; `count` is 1 for the first. What is exactly `stay` stays so."""
+        """One update by a gradient in one piece; `count` is 1 for the first. What is exactly `stay` stays so."""
         self._descend(self.parameter, gradient, self.mean, self.square, _move_at(rate, count, stay))
 
     def squares(self) -> np.ndarray:
@@ -45,7 +45,6 @@ class Adam:
         """All or a part of it; in one pass over memory where that is possible."""
         if native.loops is not None and parameter.dtype == gradient.dtype == np.float32:
             slope, shift = (SLOPE, SLOPE * THRESHOLD) if self.scores else (0.0, 0.0)
-            gradient = np.ascontiguousarray(gradient)
             native.loops.adam(parameter, gradient, mean, square, MOMENTUM, SQUARE_DECAY, *move, slope, shift)
             return
         for p, g, m, v in blocks(parameter, gradient, mean, square):
