@@ -22,10 +22,12 @@ from ksm_edge.training.stages import Stage, stages
 from ksm_edge.training.trainer import forward_spec, front_spec, gradient_spec, learning_layers, of_size
 from ksm_edge.training.tuning import Tuned, forms_that_may_differ, measured
 
-# Micro-batches until a run's activations take this much, as one image of 224 pixels does in MobileNetV2: small networks
-# spend their time in the calls otherwise, and of small images products have few columns for all the weights they read.
-# Of 96 pixels four at a time take 0.93 of what two do; of 160 two take as long as one (one AMD Zen 4 core).
-COMFORTABLE_BYTES = 20 * 2**20
+# Micro-batches until a run's activations take this much: small networks spend their time in the calls otherwise.
+COMFORTABLE_BYTES = 16 * 2**20
+# With a single worker this much, as one image of 224 pixels takes in MobileNetV2: of small images products have few
+# columns for all the weights they read. Of 96 pixels four at a time take 0.93 of what two do (one AMD Zen 4 core). Two
+# workers of the embedded backbone took as long with twice the images, and 21 MiB more.
+COMFORTABLE_ALONE_BYTES = 20 * 2**20
 # Products in half precision gain by more images, for which weights are rounded once: behind the first third of
 # MobileNetV2 at 224 pixels two at a time take 0.84 of the time, where float32 takes 0.98 (one AMD Zen 4 core).
 COMFORTABLE_HALF_BYTES = 24 * 2**20
@@ -206,8 +208,7 @@ class _Search:
     def with_more_images(self, kind: Settings, workers: int, single: CompiledGraph) -> CompiledGraph:
         """The graph of the largest micro-batch, a power of two, that is comfortable and within the budget."""
         one = max(activation_bytes(each.graph) for each in _stages(self.bundle, self.settings, single))
-        comfortable = COMFORTABLE_HALF_BYTES if single.spec.products == HALVES else COMFORTABLE_BYTES
-        count = _most_images(one, self.settings.batch // workers, comfortable)
+        count = _most_images(one, self.settings.batch // workers, _comfortable_bytes(single.spec, workers))
         while count > 1:
             # Several images may take more than their number says: ONNX Runtime's products have them transposed.
             graph = self.graph(kind, workers, count, FORMS[0])
@@ -255,6 +256,13 @@ def _comfortable(bundle: Bundle, spec: GradientSpec) -> CompiledGraph:
         return graph
     count = _most_images(taken // spec.micro_batch, spec.micro_batch, COMFORTABLE_BYTES)
     return compiled(bundle, replace(spec, micro_batch=count))
+
+
+def _comfortable_bytes(spec: GradientSpec, workers: int) -> int:
+    """Of the activations of one run, to learn by."""
+    if spec.products == HALVES:
+        return COMFORTABLE_HALF_BYTES
+    return COMFORTABLE_ALONE_BYTES if workers == 1 else COMFORTABLE_BYTES
 
 
 def _most_images(one: int, most: int, comfortable: int) -> int:

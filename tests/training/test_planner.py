@@ -151,6 +151,12 @@ def test_batch_statistics_take_the_whole_batch_at_once_and_are_budgeted_so(bundl
         plan(bundle, 1, settings)
 
 
+def test_a_single_worker_runs_more_small_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "COMFORTABLE_ALONE_BYTES", 2 * planner.COMFORTABLE_BYTES)
+    small, settings = load_bundle("embedded"), replace(SETTINGS, batch=64)
+    assert plan(small, None, settings).micro_batch == 2 * plan(small, None, settings, 2).micro_batch
+
+
 @pytest.fixture
 def embedded() -> Bundle:
     """The embedded backbone, in images large enough that learning takes more memory than compiling."""
